@@ -1,0 +1,25 @@
+"""The gate runs in this order: what is cheap and explains later failures comes first."""
+import os
+
+import pytest
+
+try: import keep  # refuses fastcore 2 with a sentence that says what to do
+except SystemExit as error: raise pytest.UsageError(str(error)) from None
+
+GATE = ["test_keep", "test_export", "test_names", "test_imports", "test_notebooks", "test_readme", "test_package", "test_docs"]
+
+os.environ["TQDM_DISABLE"] = "1"  # before the first child process starts
+os.chdir(keep.ROOT)  # nbdev reads the settings.ini that it finds from here
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        name = item.path.stem
+        return (GATE.index(name), item.name.startswith("test_run")) if name in GATE else (GATE.index("test_notebooks"), False)
+    items.sort(key=place)
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory):
+    "A copy of the project in which tests may write."
+    return keep.working_copy(tmp_path_factory.mktemp("project"))

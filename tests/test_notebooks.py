@@ -1,0 +1,59 @@
+"The notebooks are clean and fresh, and run."
+import contextlib, io, json, os, re
+
+import pytest
+from execnb.nbio import nb2str, read_nb
+from nbdev.config import get_config
+from nbdev.test import test_nb as nbdev_test_nb
+
+import keep
+
+NOTEBOOKS = keep.notebooks()
+TIMEOUT = 300  # seconds, for a notebook that hangs
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[str(path.relative_to(keep.ROOT / "nbs")) for path in NOTEBOOKS])
+
+
+def outputs(path): return [output for cell in keep.code_cells(read_nb(path)) for output in cell.outputs]
+
+
+@every_notebook
+def test_clean(path):
+    clean = path.read_text(encoding="utf-8") == nb2str(keep.cleaned(read_nb(path)))
+    assert clean, f"run python tests/keep.py {path.stem}, or nbdev_clean"
+
+
+@every_notebook
+def test_fresh(path):
+    assert keep.is_fresh(path), f"its code, its outputs or a module it imports have changed: run python tests/keep.py {path.stem}"
+
+
+@every_notebook
+def test_outputs_are_presentable(path):
+    found = outputs(path)
+    assert not [output for output in found if output.output_type == "error"]
+    kinds = {kind for output in found for kind in output.get("data", {})}
+    assert not [kind for kind in kinds if "widget" in kind]
+    assert not [output for output in found if output.get("name") == "stderr"], "a warning or a progress bar"
+    text = json.dumps(found) + "".join(cell.source for cell in read_nb(path).cells)
+    assert not re.findall(r"(?<![\w./:])/(?:home|root|work|Users|tmp|usr|var|opt|mnt)/[\w./-]*|[A-Z]:\\\\\w+", text), "paths of one machine"
+
+
+@every_notebook
+def test_small(path):
+    limit = 1000 if keep.is_gallery(path) else 150
+    assert path.stat().st_size <= limit * 1000, f"over {limit} kB"
+
+
+@every_notebook
+def test_run(path, project):
+    "In a copy of the project, from top to bottom, in a process of its own; the gallery at a small size."
+    passed, errors = keep.in_child(run_notebook, project / path.relative_to(keep.ROOT), project, timeout=TIMEOUT)
+    assert passed, errors
+
+
+def run_notebook(path, root):
+    os.environ["EFCN_NB_QUICK"] = "1"
+    os.chdir(root)
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        passed, _ = nbdev_test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=root)
+    return passed, errors.getvalue()

@@ -1,0 +1,77 @@
+"The package installs from a wheel and works far from its source, without the tools that made it."
+import configparser, os, subprocess, sys
+from importlib.metadata import distributions
+
+import pytest
+
+import keep
+
+TOOLS = ("nbdev", "execnb", "IPython", "pytest", "hypothesis")  # what a user need not have
+
+# Run by `python -I`: imports argv[3:] with only argv[1] (the installed package) and the requirements in reach,
+# as though the modules named in argv[2] were not installed.
+IMPORT = """
+import importlib, pkgutil, sys
+from importlib.machinery import PathFinder
+site, missing, names = sys.argv[1], sys.argv[2].split(","), sys.argv[3:]
+finders = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+class Installed:
+    find_distributions = PathFinder.find_distributions
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in missing: return None
+        return next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
+sys.meta_path[:] = [Installed]
+sys.path.insert(0, site)
+package = importlib.import_module("%s")
+names = names or [module.name for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+for name in names: assert importlib.import_module(name).__file__.startswith(site), name
+print(len(names))
+""" % keep.PACKAGE
+
+
+@pytest.fixture(scope="module")
+def site(project, tmp_path_factory):
+    "A folder into which the package, built as a wheel without a network, is installed."
+    folder = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", folder / "wheel", project], check=True)
+    wheel, = (folder / "wheel").glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", folder / "site", wheel], check=True)
+    return folder / "site"
+
+
+def run(*command, cwd, **env):
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_module_imports(site, tmp_path):
+    modules = [file for file in (keep.ROOT / keep.PACKAGE).rglob("*.py") if file.stem != "__init__"]
+    count = run(sys.executable, "-I", "-c", IMPORT, site, ",".join(TOOLS), cwd=tmp_path)
+    assert int(count) >= len(modules)
+
+
+@pytest.mark.skipif(not keep.module_file(f"{keep.PACKAGE}.plots"), reason="no plots yet")
+def test_plots_import_without_torch(site, tmp_path):
+    run(sys.executable, "-I", "-c", IMPORT, site, ",".join((*TOOLS, "torch")), f"{keep.PACKAGE}.plots", cwd=tmp_path)
+
+
+def settings():
+    config = configparser.ConfigParser()
+    config.read(keep.ROOT / "settings.ini")
+    return config["DEFAULT"]
+
+
+def test_metadata(site):
+    found, = distributions(path=[str(site)])
+    assert (found.metadata["Name"], found.version) == (keep.PACKAGE, settings()["version"])
+    assert not [line for line in found.requires if "extra ==" not in line and line.startswith(TOOLS)]
+    assert {entry.value for entry in found.entry_points if entry.group == "nbdev"} == {f"{keep.PACKAGE}._modidx:d"}
+
+
+@pytest.mark.parametrize("script", settings()["console_scripts"].split())
+def test_console_command_helps(script, site, tmp_path):
+    command, _, target = script.partition("=")
+    if not keep.module_file(target.partition(":")[0]): pytest.skip(f"no {target} yet")
+    assert "--help" in run(site / "bin" / command, "--help", cwd=tmp_path, PYTHONPATH=str(site))

@@ -1,0 +1,411 @@
+"""The protocol: repeatable to the last bit, whatever happens on the way; and what it refuses before any work."""
+import functools
+import math
+import pickle
+import random
+import shutil
+import types
+import warnings
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import tiny
+from efcn_nb import relaxation
+from efcn_nb.embedding import embed, nearest_cnn
+from efcn_nb.relaxation import PROTOCOLS, Study, claims, final_values, relax, summary
+from efcn_nb.training import Diverged, evaluate
+
+COLUMNS = "data model seed phase relax epoch step split metric value".split()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    "A study that was done at one go, with all weights."
+    study = tiny.study(tmp_path_factory.mktemp("done")/"study", keep_weights=True)
+    study.steps = 0
+    def count(): study.steps += 1
+    tables = [study.carry_out(r, count) for r in study.plan()]
+    study.result = study.run()
+    assert study.result.equals(pd.concat(tables, ignore_index=True))
+    study.metrics = (study.out/"metrics.csv").read_bytes()
+    return study
+
+
+@pytest.fixture
+def copied(done, tmp_path):
+    "The same study, finished, in a folder of the test's own."
+    shutil.copytree(done.out, tmp_path/"study")
+    return tiny.study(tmp_path/"study", keep_weights=True)
+
+
+def metrics(study): return (study.out/"metrics.csv").read_bytes()
+
+
+def weights(study): return {k: v for r in study.plan() for k, v in study.network(r["phase"], r["seed"], r["relax"]).state_dict(prefix=f"{r['phase']}{r['relax']}.").items()}
+
+
+def run_again(study):
+    "Do what is left, by a study opened anew."
+    again = tiny.study(study.out, keep_weights=study.keep_weights)
+    again.run()
+    return again
+
+
+# What is measured
+
+def test_table(done):
+    t = done.result
+    assert list(t.columns) == COLUMNS and set(t.phase) == {"cnn", "fcn", "relaxed", "lcn"}
+    assert set(t.metric) == {"accuracy", "loss", "convolutional", "unshared", "off_local"} and set(t.split) == {"train", "test", "weights"}
+    assert not t.duplicated(COLUMNS[:-1]).any() and t.value.notna().all()
+    first = t.groupby(["phase", "relax"], dropna=False).epoch.agg(["min", "max"])
+    assert first.loc[("relaxed", 1)].tolist() == [1, 3] and first.loc[("lcn", 1)].tolist() == [1, 3] and first.loc["fcn"].values.tolist() == [[0, 2]]
+    assert first.loc["cnn"].values.tolist() == [[0, 4]] and (t.step == 3*t.epoch).all()
+    embedded = t[t.split == "weights"].groupby(["phase", "relax", "epoch"], dropna=False).value.sum()
+    assert ((embedded - 1).abs() < 1e-12).all()
+    assert not (t[(t.phase == "lcn") & (t.metric == "off_local")].value != 0).any()
+
+
+def test_relaxing_starts_where_the_cnn_is(done):
+    t = done.result[done.result.split == "test"].set_index(["phase", "relax", "epoch", "metric"]).value
+    nan = math.nan
+    for phase, time in [("relaxed", 0), ("relaxed", 1), ("relaxed", 2), ("lcn", 1)]:
+        assert t[phase, time, time, "accuracy"] == t["cnn", nan, time, "accuracy"]
+        assert math.isclose(t[phase, time, time, "loss"], t["cnn", nan, time, "loss"], rel_tol=1e-5)
+        assert t[phase, time, time+2, "loss"] != t["cnn", nan, time+2, "loss"]
+
+
+def test_the_written_table_is_the_returned_one(done):
+    read = pd.read_csv(done.out/"metrics.csv")
+    assert len(read) == len(done.result) and ((read.value - done.result.value).abs() <= 1e-15*read.value.abs()).all()
+
+
+def test_zero_epochs_change_nothing(tmp_path):
+    study = tiny.study(tmp_path/"zero", epochs=0, relax_times=[0], lcn_times=[0], keep_weights=True)
+    table, cnn = study.run(), study.network("cnn", 0, epoch=0)
+    assert all(torch.equal(v, cnn.state_dict()[k]) for k, v in study.cnn(0).state_dict().items())
+    for phase, to in ("relaxed", "fcn"), ("lcn", "lcn"):
+        network = study.network(phase, 0, 0)
+        assert all(torch.equal(v, network.state_dict()[k]) for k, v in embed(cnn, study.data.train.shape, to).state_dict().items())
+        assert all(torch.equal(v, cnn.state_dict()[k]) for k, v in nearest_cnn(network).state_dict().items())
+        assert evaluate(network, study.data.test)["accuracy"] == evaluate(cnn, study.data.test)["accuracy"]
+    values = final_values(table).set_index("network").value
+    assert values["relaxed"] == values["lcn"] == values["cnn"] == values["cnn+"]
+    assert not table[(table.phase == "relaxed") & table.metric.isin(["unshared", "off_local"])].value.any()
+
+
+def test_training_moves_weights(done):
+    start, end = embed(done.network("cnn", 0, epoch=1), done.data.train.shape).state_dict(), done.network("relaxed", 0, 1).state_dict()
+    assert not any(torch.equal(v, end[k]) for k, v in start.items())
+
+
+# Repeatable
+
+def test_same_seed_same_bits_another_seed_others(done, tmp_path):
+    torch.manual_seed(123)  # must not matter
+    state = torch.get_rng_state()
+    again = tiny.study(tmp_path/"again", keep_weights=True)
+    again.run()
+    assert torch.equal(state, torch.get_rng_state()), "the global random state is not ours to change"
+    assert metrics(again) == done.metrics
+    a, b = weights(done), weights(again)
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+    other = tiny.study(tmp_path/"other", seeds=[1], keep_weights=True)
+    table = other.run()
+    assert all(not torch.equal(v, weights(other)[k]) for k, v in a.items())
+    losses = [t[t.metric == "loss"].value.reset_index(drop=True) for t in (done.result, table)]
+    assert (losses[0] != losses[1]).all()
+
+
+@pytest.mark.parametrize("changed", [dict(shuffle=False), dict(precision="bf16"), dict(lr=.05), dict(batch_size=100), dict(width=3)], ids=str)
+def test_settings_matter(done, tmp_path, changed):
+    other = tiny.study(tmp_path/"other", **changed)
+    table = other.run()
+    assert len(table) == len(done.result) and table.value.notna().all() and metrics(other) != done.metrics
+    assert all(v.dtype == torch.float32 for v in other.network("cnn", 0).state_dict().values())
+    repeated = tiny.study(tmp_path/"repeated", **changed)
+    repeated.run()
+    assert metrics(repeated) == metrics(other)
+
+
+def test_fan_in_of_the_baseline(done, tmp_path):
+    table = tiny.study(tmp_path/"padded", fan_in="padded").run()
+    same = (table.value == done.result.value) | (table.phase == "fcn")
+    assert same.all() and not (table.value == done.result.value)[table.phase == "fcn"].all()
+
+
+def test_more_seeds_and_times_in_the_same_folder(done, copied):
+    before = tiny.files(copied.out)
+    more = tiny.study(copied.out, seeds=2, relax_times=[0, 2], keep_weights=True)
+    table = more.run()
+    assert table[table.seed == 0].merge(done.result).shape[0] == (table.seed == 0).sum(), "what was there stays as it was"
+    after = tiny.files(copied.out)
+    assert all(after[name] == content for name, content in before.items() if "/" in name)
+
+
+@pytest.mark.parametrize("seeds, found", [(2, [0, 1]), (1, [0]), ([7], [7]), ((3, 1), [3, 1]), ([-1], [-1])], ids=str)
+def test_seeds(tmp_path, seeds, found): assert tiny.study(tmp_path/"s", seeds=seeds).seeds == found
+
+
+def test_the_same_seed_twice_is_not_two_seeds(tmp_path):
+    try: study = tiny.study(tmp_path/"s", seeds=[5, 5])
+    except ValueError: return
+    assert study.seeds == [5]
+
+
+def test_three_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = relax(tiny.DATA, width=2, epochs=1, seeds=1, relax_times=[0], lcn_times=[])
+    assert list(table.columns) == COLUMNS and [p.name[:14] for p in (tmp_path/"efcn_runs").iterdir()] == ["digits-small2-"]
+    assert table.equals(relax(tiny.DATA, width=2, epochs=1, seeds=1, relax_times=[0], lcn_times=[]))
+
+
+# Interrupted
+
+class Accident(Exception): pass
+
+
+def interrupt(monkeypatch, step, kind):
+    "Raise `kind` before training step number `step`, counted from now."
+    real, count = torch.optim.SGD.step, iter(range(10**9))
+    def counted(*args, **kw):
+        if next(count) == step: raise kind
+        return real(*args, **kw)
+    monkeypatch.setattr(torch.optim.SGD, "step", counted)
+
+
+@pytest.mark.parametrize("keen", [False, True], ids=["as usual", "every epoch stored"])
+@pytest.mark.parametrize("kind", [Accident, KeyboardInterrupt])
+def test_interrupted_and_resumed(done, tmp_path, monkeypatch, kind, keen):
+    if keen:  # half a minute passes with every look at the clock
+        clock = iter(range(0, 10**9, 31))
+        monkeypatch.setattr(relaxation, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    for moment in random.Random(kind.__name__).sample(range(done.steps), 3):
+        study = tiny.study(tmp_path/str(moment), keep_weights=True)
+        with monkeypatch.context() as m, pytest.raises(kind):
+            interrupt(m, moment, kind)
+            study.run()
+        assert not (study.out/"metrics.csv").exists()
+        if keen: assert moment % 6 < 3 or any(p.stem.split("-")[1] != "0000" for p in study.out.glob("*/epoch-*"))
+        again = run_again(study)
+        assert metrics(again) == done.metrics
+        b = weights(again)
+        assert all(torch.equal(v, b[k]) for k, v in weights(done).items())
+
+
+def test_a_finished_study_does_no_work(copied, done, monkeypatch):
+    interrupt(monkeypatch, 0, Accident)
+    before = tiny.files(copied.out)
+    assert copied.run().equals(done.result) and tiny.files(copied.out) == before
+
+
+def test_what_is_finished_is_not_done_again(copied, done, monkeypatch):
+    shutil.rmtree(copied.open_run("relaxed", 0, 1).path)
+    interrupt(monkeypatch, 6, Accident)  # one run has six steps
+    assert metrics(run_again(copied)) == done.metrics
+
+
+@pytest.mark.parametrize("phase, says", [("fcn", "seed 0 fcn: .*step 1 "), ("relaxed", "seed 0 relaxed at 0: .*step 1 ")])
+def test_a_loss_that_is_no_number(done, tmp_path, monkeypatch, phase, says):
+    study, start = tiny.study(tmp_path/"nan", keep_weights=True), Study.start
+    def broken(self, **run):
+        model = start(self, **run)
+        if run["phase"] == phase:
+            for p in model.parameters(): p.data.fill_(math.nan)
+        return model
+    with monkeypatch.context() as m:
+        m.setattr(Study, "start", broken)
+        with pytest.raises(Diverged, match=says) as error: study.run()
+    assert str(study.out) in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert study.open_run("cnn", 0).finished and not study.open_run(phase, 0, 0 if phase == "relaxed" else None).finished
+    shutil.rmtree(study.open_run(phase, 0, 0 if phase == "relaxed" else None).path)
+    assert metrics(run_again(study)) == done.metrics
+
+
+def test_a_learning_rate_that_is_too_large(tmp_path):
+    study = tiny.study(tmp_path/"large", lr=1e10)
+    with pytest.raises(Diverged, match=r"seed 0 cnn: .* at step \d+ \(epoch \d\); try a smaller learning rate"): study.run()
+
+
+# Damaged
+
+DAMAGE = {"truncated": lambda content: content[:-3], "altered": lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:], "empty": lambda content: b"",
+          "other": lambda content: b"[]"}
+
+
+def notices(study, name):
+    "Whether a second pass says something about `name`; it must end in the right table, or in one sentence."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try: run_again(study)
+        except ValueError as error:
+            assert len(str(error).splitlines()) == 1
+            return name in str(error)
+    return any(name in str(w.message) for w in said)
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("file", ["relaxed-seed0-relax1-*/metrics.csv", "cnn-*/metrics.csv", "fcn-*/finished.json", "lcn-*/config.json", "study.json"])
+def test_damage_is_named(copied, done, damage, file):
+    path, = copied.out.glob(file)
+    path.write_bytes(damage(path.read_bytes()))
+    names = (path.name, "metrics.csv") if path.name == "finished.json" else (path.name, str(copied.out)) if path.name == "study.json" else (path.name,)
+    (copied.out/"metrics.csv").unlink()
+    assert any(notices(copied_again, name) for name, copied_again in [(n, copied) for n in names]) or metrics(copied) == done.metrics and path.name != "study.json"
+    if (copied.out/"metrics.csv").exists(): assert metrics(copied) == done.metrics
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_cnn_is_trained_again_or_named(copied, done, damage):
+    "The weights at which a relaxed network must start are damaged, when that network is still to be trained."
+    path, = copied.out.glob("cnn-*/epoch-0001-*")
+    path.write_bytes(damage(path.read_bytes()))
+    shutil.rmtree(copied.open_run("relaxed", 0, 1).path)
+    assert notices(copied, path.name)
+
+
+def test_a_damaged_last_checkpoint_of_an_unfinished_cnn(copied, done):
+    cnn = copied.open_run("cnn", 0)
+    (cnn.path/"finished.json").unlink()
+    cnn.checkpoints()[-1].write_bytes(b"")
+    with pytest.warns(UserWarning, match="epoch-0004"): again = run_again(copied)
+    assert metrics(again) == done.metrics
+
+
+def test_reading_never_unpickles(copied, done, monkeypatch):
+    def refuse(*args, **kw): raise AssertionError("something was unpickled")
+    for owner, name in (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load"): monkeypatch.setattr(owner, name, refuse)
+    assert copied.run().equals(done.result) and weights(copied)
+
+
+# Folders
+
+@pytest.mark.parametrize("changed", [dict(lr=.2), dict(width=3), dict(epochs=1, relax_times=[0], lcn_times=[]), dict(shuffle=False), dict(precision="bf16"),
+                                     dict(data=type(tiny.DATA)(tiny.DATA.train, tiny.DATA.train))], ids=["lr", "width", "epochs", "shuffle", "precision", "data"])
+def test_a_folder_with_another_study(copied, changed):
+    before = tiny.files(copied.out)
+    with pytest.raises(ValueError, match="holds another study .*; choose another folder") as error: tiny.study(copied.out, **changed)
+    assert len(str(error.value).splitlines()) == 1 and tiny.files(copied.out) == before
+
+
+def test_another_network_of_the_same_name(tmp_path):
+    def own(kernel): return lambda shape, classes: nn.Sequential(nn.Conv2d(1, 1, kernel), nn.Flatten(), nn.LazyLinear(classes))
+    tiny.study(tmp_path/"s", model=own(3), width=None)
+    with pytest.raises(ValueError, match="holds another study") as error: tiny.study(tmp_path/"s", model=own(5), width=None)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_folders_that_are_not_ours(tmp_path):
+    (tmp_path/"foreign").mkdir()
+    for path in (tmp_path/"foreign"/"thesis.tex", tmp_path/"file"):
+        path.write_text("years of work")
+    for out in ("foreign", "file"):
+        with pytest.raises(ValueError, match="is no study"): tiny.study(tmp_path/out)
+    assert set(tiny.files(tmp_path)) == {"foreign/thesis.tex", "file"}
+    with pytest.raises(OSError): tiny.study(tmp_path/"file"/"below")
+
+
+def test_a_folder_that_was_killed_in_its_first_write(tmp_path):
+    (tmp_path/"s").mkdir()
+    (tmp_path/"s"/".study.json.123").write_text('{"data": "di')
+    assert tiny.study(tmp_path/"s").out == tmp_path/"s"
+
+
+# Bad settings: one sentence, before anything is written
+
+def no_convolution(shape, classes): return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes))
+
+
+@pytest.mark.parametrize("changed, says", [
+    (dict(epochs=-1), "epochs must be 0 or more"), (dict(relax_times=[3]), "relax time 3 .* from 0 to 2"), (dict(relax_times=[-1]), "relax time -1"),
+    (dict(lcn_times=[7]), "7"), (dict(batch_size=0), "batch_size must be 1 or more"), (dict(batch_size=-5), "batch_size must be 1 or more"),
+    (dict(lr=0.), "learning rate"), (dict(lr=-1.), "learning rate"), (dict(lr=math.nan), "learning rate"), (dict(lr=math.inf), "learning rate"),
+    (dict(seeds=0), "at least one seed"), (dict(seeds=[]), "at least one seed"), (dict(seeds=[10**20]), "seed"), (dict(width=0), "width"), (dict(width=-2), "width"),
+    (dict(device="nowhere"), "no device 'nowhere'"), (dict(device="meta"), "device"), (dict(precision="fp8"), "fp32, bf16"), (dict(fan_in="all"), "'folded' or 'padded'"),
+    (dict(model="resnet"), "known are small, skinny, alexnet"), (dict(model="skinny"), "use larger images"), (dict(data="pets"), "unknown data 'pets'"),
+    (dict(model=no_convolution, width=None), "no convolution")], ids=str)
+def test_refusals(tmp_path, changed, says):
+    with pytest.raises(ValueError, match=says) as error: tiny.study(tmp_path/"s", **changed)
+    assert len(str(error.value).splitlines()) == 1 and not (tmp_path/"s").exists()
+
+
+def test_refuses_what_does_not_fit_in_memory(tmp_path):
+    with pytest.raises(MemoryError, match="GB"): tiny.study(tmp_path/"s", width=4000)
+    assert not (tmp_path/"s").exists()
+
+
+def test_networks_that_are_not_there(copied):
+    for call in (lambda: copied.network("cnn", 9), lambda: copied.network("relaxed", 0, 9), lambda: copied.network("mlp", 0)):
+        with pytest.raises(ValueError, match="this study has no run"): call()
+    with pytest.raises(ValueError, match="no weights"): copied.network("cnn", 0, epoch=99)
+
+
+# Odd but allowed
+
+@pytest.mark.parametrize("changed", [dict(relax_times=[], lcn_times=[]), dict(relax_times=[]), dict(batch_size=10**6), dict(relax_times=[0, 0, 1])], ids=str)
+def test_small_plans(tmp_path, changed):
+    study = tiny.study(tmp_path/"s", **changed)
+    table = study.run()
+    assert not table.duplicated(COLUMNS[:-1]).any() and {"cnn", "fcn"} <= set(table.phase)
+    assert summary(table).accuracy.notna().all() and (summary(table).n == 1).all()
+    if not study.relax_times:
+        with pytest.raises(ValueError, match="run all three"): claims(table)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: functools.partial(f)], ids=["lambda", "partial"])
+def test_own_models(tmp_path, wrap):
+    model = wrap(lambda shape, classes: nn.Sequential(nn.Conv2d(shape[0], 2, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(32, classes)))
+    table = tiny.study(tmp_path/"s", model=model, width=None, lcn_times=[], epochs=1, relax_times=[0]).run()
+    assert table.value.notna().all()
+
+
+def test_a_layer_under_two_names(tmp_path):
+    def twice(shape, classes):
+        conv = nn.Conv2d(1, 1, 3, padding=1)
+        return nn.Sequential(conv, nn.ReLU(), conv, nn.Flatten(), nn.Linear(256, classes))
+    study = tiny.study(tmp_path/"s", model=twice, width=None, lcn_times=[], epochs=1, relax_times=[0], keep_weights=True)
+    study.run()
+    assert study.network("relaxed", 0, 0)[0] is study.network("relaxed", 0, 0)[0] or True
+    network = study.network("relaxed", 0, 0)
+    assert network[0] is network[2]
+
+
+# Claims and summary on numbers whose answer is known
+
+def made_up(accuracy, seeds=4, off=.01):
+    "A table with the given final accuracies; a little noise over seeds, the same for all networks."
+    rows = []
+    for seed in range(seeds):
+        for (phase, time), value in accuracy.items():
+            first = 0 if time is None else time
+            for epoch in (0, 4) if phase == "cnn+" else (first, first+4):
+                rows.append(("cnn" if phase == "cnn+" else phase, time, epoch + 4*(phase == "cnn+"), "test", "accuracy", value + .001*seed*(1 + (time or 0)/10), seed))
+            if phase in ("relaxed", "fcn"): rows.append((phase, time, first+4, "weights", "off_local", off if phase == "relaxed" else .9, seed))
+    return pd.DataFrame(rows, columns="phase relax epoch split metric value seed".split()).drop_duplicates(["phase", "relax", "epoch", "metric", "seed"])
+
+
+@pytest.mark.parametrize("fcn, cnn, off, verdicts", [(.5, .7, .01, {"1": "holds", "2a": "holds", "3": "holds"}), (.9, .7, .01, {"1": "fails", "2a": "holds"}),
+                                                     (.5, .95, .5, {"1": "holds", "2a": "fails", "3": "fails"})])
+def test_verdicts(fcn, cnn, off, verdicts):
+    table = made_up({("cnn", None): cnn, ("fcn", None): fcn, ("relaxed", 0): .6, ("relaxed", 2): .8, ("relaxed", 4): .7}, off=off)
+    found = claims(table).assign(claim=lambda t: t.claim.str.split().str[0]).set_index("claim")
+    assert {k: found.verdict[k] for k in verdicts} == verdicts and found.n["1"] == 4
+    assert found.verdict["4"] == "not judged"
+
+
+def test_one_seed_decides_nothing():
+    table = made_up({("cnn", None): .5, ("fcn", None): .5, ("relaxed", 0): .6, ("relaxed", 2): .8}, seeds=1)
+    assert not set(claims(table).verdict) & {"holds", "fails"}
+
+
+def test_summary_is_mean_spread_and_number():
+    table = made_up({("cnn", None): .5, ("fcn", None): .4, ("relaxed", 0): .6}, seeds=3)
+    row = summary(table).set_index("network").loc["relaxed"]
+    assert math.isclose(row.accuracy, .601) and math.isclose(row.spread, .001) and row.n == 3 and math.isclose(row.off_local, .01)
+
+
+def test_protocols_can_be_run():
+    for protocol in PROTOCOLS.values(): assert max([*protocol["relax_times"], *protocol["lcn_times"]]) <= protocol["epochs"]

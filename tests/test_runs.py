@@ -1,0 +1,172 @@
+"""A run's directory: what goes in comes out, what breaks is noticed."""
+import json
+import os
+import pickle
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from efcn_nb.runs import Run, environment, run_id, write_atomic
+
+repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=200)
+CONFIG = dict(epochs=2, lr=.1, names=["a", "b"], width=None)
+
+
+def net(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+
+
+def table(*values): return pd.DataFrame([dict(seed=0, phase="cnn", relax=None, epoch=i, metric="accuracy", value=v) for i, v in enumerate(values)])
+
+
+def equal_weights(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) and v.dtype == b[k].dtype for k, v in a.items())
+
+
+@pytest.fixture
+def run(tmp_path): return Run(tmp_path, CONFIG, "cnn")
+
+
+DAMAGE = {"truncated": lambda content: content[:-3], "altered": lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:], "empty": lambda content: b""}
+damaged = pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+
+
+def spoil(path, damage): path.write_bytes(damage(path.read_bytes()))
+
+
+# Identity
+
+plain = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), lambda inner: st.lists(inner, max_size=3), max_leaves=4)
+
+
+@repeatable
+@given(st.dictionaries(st.text(max_size=4), plain, max_size=4), st.randoms(use_true_random=False))
+def test_id_ignores_order_alone(config, random):
+    items = list(config.items())
+    random.shuffle(items)
+    assert run_id(dict(items)) == run_id(config) and len(run_id(config)) == 12
+    for key in config: assert run_id(config | {key: [config[key], 0]}) != run_id(config)
+    assert run_id(config | {"a new key": None}) != run_id(config)
+
+
+def test_name_and_config(tmp_path, run):
+    assert run.path == tmp_path/f"cnn-{run_id(CONFIG)}" and json.loads((run.path/"config.json").read_text()) == CONFIG
+    assert Run(tmp_path, dict(reversed(CONFIG.items())), "cnn").path == run.path
+    assert Run(tmp_path, CONFIG | dict(lr=.2), "cnn").path != run.path
+    assert run.environment == environment() and {"date", "hardware", "python", "torch"} <= set(run.environment)
+
+
+# Weights and tables
+
+@repeatable
+@given(st.lists(st.floats(allow_nan=False), min_size=1, max_size=5))
+def test_tables_keep_every_digit(tmp_path_factory, values):
+    run = Run(tmp_path_factory.mktemp("run"), CONFIG)
+    run.save(1, net(), table(*values))
+    run.finish(table(*values))
+    assert run.load()[2].value.tolist() == values == run.table.value.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_weights_come_back_bit_for_bit(run, dtype):
+    model = net().to(dtype)
+    model[0].weight.data = model[0].weight.data.transpose(2, 3)  # not contiguous
+    run.save(3, model, table(.5))
+    epoch, weights, _ = run.load()
+    assert epoch == 3 and equal_weights(weights, model.state_dict())
+
+
+def test_a_layer_with_two_names_can_be_stored(run):
+    conv = nn.Conv2d(1, 1, 3)
+    model = nn.Sequential(conv, nn.ReLU(), conv)
+    run.save(1, model, table(.5))
+    model.load_state_dict(run.load()[1])
+
+
+def test_checkpoints(run):
+    for epoch in range(5): run.save(epoch, net(epoch), table(*range(epoch+1)))
+    assert [p.name[:10] for p in run.checkpoints()] == [f"epoch-{e:04d}" for e in range(5)]
+    assert equal_weights(run.load(2)[1], net(2).state_dict()) and len(run.load(2)[2]) == 3
+    assert run.load(9) is None and run.load()[0] == 4
+    run.save(5, net(5), table(*range(6)), keep=False)
+    assert [run.load(e) is None for e in range(6)] == [True, True, True, True, False, False]
+    run.finish(table(1.), keep=False)
+    assert not run.checkpoints() and run.load() is None and run.finished and run.table.value.tolist() == [1]
+
+
+def test_new_run_is_empty(run):
+    assert run.load() is None and run.table.empty and not run.finished and "unfinished" in repr(run)
+
+
+def test_reading_never_unpickles(run, monkeypatch):
+    run.save(1, net(), table(.5))
+    run.finish(table(.5))
+    def refuse(*args, **kw): raise AssertionError("something was unpickled")
+    for owner, name in (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load"): monkeypatch.setattr(owner, name, refuse)
+    again = Run(run.path.parent, CONFIG, "cnn")
+    assert again.finished and len(again.table) == 1 and equal_weights(again.load()[1], net().state_dict())
+    assert not [p for p in run.path.iterdir() if p.suffix not in (".json", ".csv", ".safetensors")]
+
+
+# Damage
+
+@damaged
+def test_damaged_checkpoint_is_named_and_passed_over(run, damage):
+    for epoch in 1, 2: run.save(epoch, net(epoch), table(epoch))
+    spoil(run.checkpoints()[1], damage)
+    with pytest.warns(UserWarning, match=run.checkpoints()[1].name): assert run.load()[0] == 1
+    spoil(run.checkpoints()[0], damage)
+    with pytest.warns(UserWarning, match=run.checkpoints()[0].name): assert run.load() is None
+
+
+@damaged
+@pytest.mark.parametrize("name", ["metrics.csv", "finished.json"])
+def test_damaged_end_is_named_and_makes_the_run_unfinished(run, damage, name):
+    run.finish(table(.5, .6))
+    assert run.finished
+    spoil(run.path/name, damage)
+    with pytest.warns(UserWarning, match=rf"{name}|metrics\.csv"): assert not run.finished  # which of the two was altered cannot be known
+    run.finish(table(.5, .6))
+    assert run.finished
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"null", b"\xff\xfe"])
+def test_a_mark_that_is_no_mark_is_no_end(run, content):
+    run.finish(table(.5))
+    (run.path/"finished.json").write_bytes(content)
+    with pytest.warns(UserWarning, match="finished.json"): assert not run.finished
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE.values(), lambda content: b"\xff\xfe"], ids=[*DAMAGE, "not text"])
+def test_damaged_config_is_refused(run, damage):
+    spoil(run.path/"config.json", damage)
+    with pytest.raises(ValueError, match=r"config\.json was altered.*delete") as error: Run(run.path.parent, CONFIG, "cnn")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_lost_table_is_an_unfinished_run(run):
+    run.finish(table(.5))
+    (run.path/"metrics.csv").unlink()
+    with pytest.warns(UserWarning, match="metrics.csv"): assert not run.finished
+
+
+# Atomic writing
+
+@pytest.mark.parametrize("failing", ["replace", "fsync"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing):
+    write_atomic(tmp_path/"a.csv", "old")
+    def fail(*args): raise OSError("disk full")
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(OSError, match="disk full"): write_atomic(tmp_path/"a.csv", "new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.csv": "old"}
+
+
+@pytest.mark.parametrize("content", ["täxt\n", b"\x00\xff"])
+def test_written_as_it_is(tmp_path, content):
+    write_atomic(tmp_path/"a", content)
+    assert (tmp_path/"a").read_bytes() == (content if isinstance(content, bytes) else content.encode())

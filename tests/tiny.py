@@ -1,0 +1,78 @@
+"""The smallest studies that have every part, and a console in which commands start fast: for the tests of runs, relaxation and cli."""
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from efcn_nb.data import Data, load_data
+from efcn_nb.relaxation import Study
+
+SETTINGS = dict(model="small", width=2, epochs=2, batch_size=40, seeds=1, relax_times=[0, 1, 2], lcn_times=[1], device="cpu")
+FLAGS = "--width 2 --epochs 1 --batch_size 500 --seeds 1 --relax 0,1 --lcn 0 --device cpu".split()  # as many parts, from the command line
+DATA = Data(*(replace(part, x=part.x[:100], y=part.y[:100]) for part in load_data("digits")))
+
+
+def study(out, **changed): return Study(changed.pop("data", DATA), **(SETTINGS | dict(out=out) | changed))
+
+
+def files(folder):
+    "Content of every file under `folder`, by path."
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+SERVER = """
+import json, os, signal, sys
+import torch, sklearn.datasets
+from efcn_nb.cli import efcn_relax
+torch.set_num_threads(1)
+
+def die_at(moment):
+    'Kill this process before the file, or the training step, number `moment[1]`.'
+    what, left = moment
+    owner, name = (os, 'replace') if what == 'file' else (torch.optim.SGD, 'step')
+    real, count = getattr(owner, name), iter(range(10**9))
+    def counted(*args, **kw):
+        if next(count) == left: os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kw)
+    setattr(owner, name, counted)
+
+def serve():
+    'Fork a process for each line of the input; return in that process.'
+    for line in sys.stdin:
+        case = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            os.chdir(case['cwd'])
+            for number, name in enumerate(['/dev/null', case['stdout'], case['stderr']]):
+                os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+            sys.argv = ['efcn_relax', *case['argv']]
+            if case['die']: die_at(case['die'])
+            return
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    os._exit(0)
+
+serve()
+efcn_relax()
+"""
+
+
+class Console:
+    "Runs `efcn_relax` in processes of its own, forked from one that has imported everything."
+    def __init__(self, folder):
+        self.folder, env = Path(folder), os.environ | dict(OMP_NUM_THREADS="1", TQDM_DISABLE="1", MPLBACKEND="Agg")
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
+                                       cwd=Path(__file__).resolve().parents[1])
+
+    def __call__(self, *argv, cwd, die=None):
+        "Exit status, standard output, standard error of the command; `die` is a pair ('file' or 'step', number) before which it is killed."
+        streams = {name: self.folder/name for name in ("stdout", "stderr")}
+        for path in streams.values(): path.unlink(missing_ok=True)
+        case = dict(argv=list(map(str, argv)), cwd=str(cwd), die=die, **{name: str(path) for name, path in streams.items()})
+        print(json.dumps(case), file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline()), *(path.read_text() for path in streams.values())
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait(10)
