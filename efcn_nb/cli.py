@@ -14,7 +14,7 @@ from .data import load_data
 from .models import MODELS
 from .plots import plot_study
 from .relaxation import Study, claims, summary
-from .runs import environment, write_atomic
+from .runs import write_atomic
 from .training import PRECISIONS, Diverged
 
 # %% ../nbs/24_cli.ipynb #625e7168
@@ -29,16 +29,22 @@ def _seeds(text):
     return found if ',' in text or len(found) != 1 else found[0]
 
 # %% ../nbs/24_cli.ipynb #aa5b49d5
+class _Parser(argparse.ArgumentParser):
+    "A parser that reports a mistake in one line."
+    def error(self, message): self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
+
 def _parser():
     "The flags of `efcn_relax`."
-    p = argparse.ArgumentParser('efcn_relax',
+    p = _Parser('efcn_relax',
         description='Train a CNN, turn it into the fully-connected network that computes the same (eFCN) at several moments of its training, '
             'train on without the constraint, and compare with the CNN and with a fully-connected network trained from scratch (FCN).',
         epilog='The same command on the same --out goes on where it was stopped. Without flags: the digits, three seeds, about a minute and a half.')
     a = p.add_argument
-    a('--data', default='digits', help='digits (the default), cifar10, cifar100, mnist, fashion_mnist, or a folder of images: FOLDER/train/CLASS/*.png and FOLDER/test/CLASS/*.png')
+    a('--data', default='digits', help='digits (the default), cifar10, cifar100, mnist, fashion_mnist, or a folder of images: FOLDER/train/CLASS/*.png and FOLDER/test/CLASS/*.png, or FOLDER/CLASS/*.png, a fifth of which is held out')
     a('--root', help="where torchvision's data sets are, or go")
     a('--name', help='how tables and figures call the data')
+    a('--no-shift', dest='shift', action='store_false', help='leave the digits in the centre of their canvas')
+    a('--size', type=int, help='resize the images of a folder to so many pixels in height and width')
     a('--model', default=None, help=f'{", ".join(MODELS)}; default small for digits, skinny for everything else')
     a('--width', type=int, help="channels of the CNN; default the model's own")
     a('--relax', type=_integers, metavar='0,1,3', help="epochs at which the CNN becomes an eFCN; default the model's protocol")
@@ -49,6 +55,7 @@ def _parser():
     a('--seeds', type=_seeds, default=3, help='how many (default 3), or a list such as 0,1,2')
     a('--device', help='cpu, cuda, cuda:1, mps; default a GPU if there is one')
     a('--precision', choices=PRECISIONS, default='fp32', help='of the products (default fp32); weights are always 32 bit')
+    a('--fan_in', choices=('folded', 'padded'), default='folded', help="inputs that the FCN's initial weights count: real ones (default), or constant zeros of the padding too")
     a('--out', help='folder for everything that is written; default one in efcn_runs named after data, model and settings')
     a('--keep_weights', action='store_true', help='keep the final weights of all networks, not of the CNNs alone')
     a('--no-shuffle', dest='shuffle', action='store_false', help='the same order of images in every epoch')
@@ -57,16 +64,17 @@ def _parser():
 # %% ../nbs/24_cli.ipynb #eb4086e3
 def _relax(args, command):
     "Run the study that `args` describe, print its tables, and write them with the figure."
-    data = load_data(args.data, root=args.root, name=args.name)
+    data = load_data(args.data, root=args.root, name=args.name, shift=args.shift, size=args.size)
     model = args.model or ('small' if args.data == 'digits' else 'skinny')
     study = Study(data, model, args.relax, args.lcn, args.epochs, args.lr, args.batch_size, args.seeds, args.device, args.precision,
-                  args.shuffle, width=args.width, out=args.out, keep_weights=args.keep_weights)
+                  args.shuffle, args.fan_in, args.width, args.out, args.keep_weights)
     print(f'{study.config["data"]}: {len(data.train):,} training and {len(data.test):,} test images of shape {data.train.shape}; everything is written to {study.out}')
+    new = bool(study.unfinished())
     table = study.run()
-    tables = dict(summary=summary(table), claims=claims(table))
+    tables = dict(summary=summary(table)) | (dict(claims=claims(table)) if (table.phase == 'relaxed').any() else {})
     for name, t in tables.items(): write_atomic(study.out/f'{name}.csv', t.to_csv(index=False))
-    where = ', '.join(f'{k} {v}' for k,v in environment(study.device).items() if k != 'platform')
-    write_atomic(study.out/'command.txt', f'{command}\n{where}\n')
+    where = '\n'.join(study.environments())
+    if new: write_atomic(study.out/'command.txt', f'{command}\n{where}\n')
     figure = plot_study(table, title=f'{study.config["data"]}, {study.model_name}')
     figure.savefig(study.out/'figure.png', metadata={'Software': None})
     plt.close(figure)
@@ -76,10 +84,11 @@ def _report(tables, study, where):
     "Print tables as text, with n, spread, hardware and versions."
     show = lambda t, **kw: print(t.to_string(index=False, na_rep='', **kw))
     print('\nFinal test accuracy (mean and standard deviation over n seeds) and off-local share of the squared weights')
-    show(tables['summary'], formatters=dict(relax='{:g}'.format, accuracy='{:.3f}'.format, spread='{:.3f}'.format, off_local='{:.4f}'.format))
-    print('\nThe claims of d\'Ascoli et al. 2019, judged by 95 % intervals over seeds')
-    show(tables['claims'])
-    print(f'\n{where}, {study.precision}\nTables, figure and runs: {study.out}/ (figure.png, summary.csv, claims.csv, metrics.csv)')
+    show(tables['summary'], formatters=dict(relax='{:g}'.format, accuracy='{:.3f}'.format, spread=lambda v: '' if v != v else f'{v:.3f}', off_local='{:.4f}'.format))
+    if 'claims' in tables:
+        print('\nThe claims of d\'Ascoli et al. 2019, judged by 95 % intervals over seeds (all undecided with one seed)')
+        show(tables['claims'])
+    print(f'\n{where}, {study.precision}\nTables, figure and runs: {study.out}/ (figure.png, {", ".join(f"{name}.csv" for name in tables)}, metrics.csv)')
 
 # %% ../nbs/24_cli.ipynb #7c95e166
 def efcn_relax(

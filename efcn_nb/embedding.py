@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONVOLUTIONS', 'matrix_from_local', 'matrix_from_kernel', 'local_from_kernel', 'local_from_matrix',
-           'kernel_from_local', 'kernel_from_matrix', 'release', 'nearest_conv', 'conv_geometries', 'released_weights',
-           'free_memory', 'require_memory', 'embed', 'nearest_cnn', 'reinitialize']
+           'kernel_from_local', 'kernel_from_matrix', 'release', 'nearest_conv', 'process_blank', 'conv_geometries',
+           'released_weights', 'free_memory', 'require_memory', 'embed', 'nearest_cnn', 'reinitialize']
 
 # %% ../nbs/02_embedding.ipynb #6418a7e3
 import copy, math
@@ -52,6 +52,7 @@ def matrix_from_kernel(
     "The matrix of the convolution with `kernel`."
     return matrix_from_local(_repeat(kernel, g), g)
 
+@torch.no_grad()
 def local_from_kernel(
     kernel:torch.Tensor, # (out channels, in channels of a group, *kernel)
     g:ConvGeometry
@@ -109,7 +110,8 @@ def release(
     weight = (matrix_from_kernel if to == 'fcn' else local_from_kernel)(conv.weight, g)
     bias = None if conv.bias is None else conv.bias.repeat_interleave(math.prod(g.output_size))
     layer = _module(FullyConnected if to == 'fcn' else LocallyConnected, weight, bias, g)
-    if to == 'lcn': layer.place_rows(weight.device)
+    if to == 'lcn': layer._place_rows(weight.device)
+    layer.requires_grad_(conv.weight.requires_grad)
     return layer.train(conv.training)
 
 # %% ../nbs/02_embedding.ipynb #55af301e
@@ -128,6 +130,7 @@ def nearest_conv(
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(g.input_size) - 1]
     conv = _module(kind, kernel, bias, g.in_channels, g.out_channels, g.kernel_size, stride=g.stride, padding=padding,
                    dilation=g.dilation, groups=g.groups)
+    conv.requires_grad_(layer.weight.requires_grad)
     return conv.train(layer.training)
 
 # %% ../nbs/02_embedding.ipynb #1de9fefc
@@ -137,25 +140,28 @@ def _chosen(model, layers):
     "The convolutions of `model` by name that `layers` (None, names, or a predicate of name and module) chooses."
     names = {name for name, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
     if not names: raise ValueError(f'{type(model).__name__} has no convolution (nn.Conv1d, nn.Conv2d, nn.Conv3d), so there is nothing to embed')
+    if isinstance(layers, str): layers = [layers]
     if callable(layers): layers = [name for name in names if layers(name, model.get_submodule(name))]
     unknown = sorted(set(layers or []) - names)
     if unknown: raise ValueError(f'no convolution is called {unknown[0]!r}; the convolutions are {sorted(names)}')
     chosen = {name: m for name, m in model.named_modules() if name in (names if layers is None else set(layers))}
     for name, m in chosen.items():
-        if type(m) not in CONVOLUTIONS or m._forward_pre_hooks or parametrize.is_parametrized(m):
+        if type(m) not in CONVOLUTIONS or m._forward_pre_hooks or m._forward_hooks or parametrize.is_parametrized(m):
             raise ValueError(f'{name or "the model"} is a {type(m).__name__} that may compute something else than its kernel says; '
-                             'make it a plain convolution first (for a parametrization: parametrize.remove_parametrizations)')
+                             'make it a plain convolution without hooks first (for a parametrization: parametrize.remove_parametrizations)')
     return chosen
 
 # %% ../nbs/02_embedding.ipynb #517d5434
 @torch.no_grad()
-def _process_blank(model, input_shape):
-    "Let `model` process one blank image of `input_shape` in evaluation mode."
+def process_blank(model, input_shape):
+    "Let `model` process one blank image of `input_shape` in evaluation mode, and leave it in that mode. Raises `ValueError` if the image does not fit."
     p = next(model.parameters())
-    try: model.eval()(torch.zeros(1, *input_shape, device=p.device, dtype=p.dtype))
-    except (RuntimeError, TypeError, IndexError, ValueError) as e:
-        raise ValueError(f'input_shape={tuple(input_shape)} does not fit the model (give (channels, height, width) without the batch axis): '
-                         f'{str(e).splitlines()[0]}') from e
+    with torch.random.fork_rng():
+        try: model.eval()(torch.zeros(1, *input_shape, device=p.device, dtype=p.dtype))
+        except torch.OutOfMemoryError: raise
+        except Exception as e:
+            raise ValueError(f'input_shape={input_shape} does not fit the model (give (channels, height, width) without the batch axis): '
+                             f'{(str(e) or type(e).__name__).splitlines()[0]}') from e
 
 def conv_geometries(
     model:nn.Module,
@@ -163,28 +169,29 @@ def conv_geometries(
     layers=None        # names, or a predicate of name and module; None for all
 )->dict:               # name: ConvGeometry
     "Geometry of each convolution in `model`. Raises `ValueError` if there is none, if one is not used, or if one sees two shapes in one pass."
+    _chosen(model, layers)                                  # refused convolutions need not survive a copy
     seen, model = {}, copy.deepcopy(model)
-    for name, m in _chosen(model, layers).items():
-        m.register_forward_hook(lambda m, args, out, name=name: seen.setdefault(name, set()).add(tuple(args[0].shape[1:])))
-    _process_blank(model, input_shape)
-    for name in _chosen(model, layers):
+    chosen = _chosen(model, layers)
+    for name, m in chosen.items():
+        note = lambda m, args, kwargs, out, name=name: seen.setdefault(name, set()).add(tuple((*args, *kwargs.values())[0].shape[1:]))
+        m.register_forward_hook(note, with_kwargs=True)
+    process_blank(model, input_shape)
+    for name in chosen:
         shapes = sorted(seen.get(name, ()))
         if len(shapes) > 1: raise ValueError(f'{name} is called with shapes {shapes[0]} and {shapes[1]} in one forward pass, so it has no single '
                                              'matrix; use a convolution of its own for each, or leave it out with layers=')
         if not shapes: raise ValueError(f'{name} is never called in evaluation mode, so its input size is unknown; leave it out with layers=')
-    return {name: ConvGeometry.from_conv(m, next(iter(seen[name]))[1:]) for name, m in _chosen(model, layers).items()}
+    return {name: ConvGeometry.from_conv(m, next(iter(seen[name]))[1:]) for name, m in chosen.items()}
 
 # %% ../nbs/02_embedding.ipynb #6cb6c8ec
 def released_weights(
-    model:nn.Module,
-    input_shape:tuple, # (channels, *size)
-    to:str='fcn',      # 'fcn' or 'lcn'
-    layers=None
+    geometries:dict, # name: ConvGeometry, as `conv_geometries` returns it
+    to:str='fcn'     # 'fcn' or 'lcn'
 )->int:
     "Number of weights in the matrices (or local kernels) of the released layers, biases left out; nothing is built."
     if to not in ('fcn', 'lcn'): raise ValueError(f"to must be 'fcn' or 'lcn', not {to!r}")
     size = {'fcn': lambda g: math.prod(g.matrix_shape), 'lcn': lambda g: math.prod(g.output_size) * math.prod(g.kernel_shape)}[to]
-    return sum(size(g) for g in conv_geometries(model, input_shape, layers).values())
+    return sum(size(g) for g in geometries.values())
 
 def free_memory(device='cpu')->int:
     "Bytes of memory free on `device`."
@@ -192,17 +199,11 @@ def free_memory(device='cpu')->int:
     return torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else psutil.virtual_memory().available
 
 def require_memory(
-    model:nn.Module,
-    input_shape:tuple, # (channels, *size)
-    to:str='fcn',
-    layers=None,
-    copies:float=1,    # how many times the weights are held: 1 to evaluate, 2 to train with gradients
-    device=None        # where; default the model's own
+    need:int,    # bytes
+    device='cpu' # where
 ):
-    "Raise `MemoryError` if the embedded network would not fit in the memory that is free."
-    p = next(model.parameters())
-    device = p.device if device is None else device
-    need, free = released_weights(model, input_shape, to, layers) * p.element_size() * copies, free_memory(device)
+    "Raise `MemoryError` if `need` bytes for an embedded network are more than what is free."
+    free = free_memory(device)
     if need > free:
         raise MemoryError(f'the embedded network needs {need/1e9:,.1f} GB on {device}, where {free/1e9:,.1f} GB are free; use smaller images, '
                           "fewer channels, to='lcn', or release fewer convolutions with layers=")
@@ -215,8 +216,8 @@ def embed(
     layers=None        # which convolutions: names, or a predicate of name and module; None for all
 )->nn.Module:          # a new network, on the same device and of the same dtype
     "The network's equivalent fully- or locally-connected network: same function, released weights. Raises `ValueError` or `MemoryError` before any work."
-    require_memory(model, input_shape, to, layers)
-    geometries = conv_geometries(model, input_shape, layers)
+    geometries, weight = conv_geometries(model, input_shape, layers), next(model.parameters())
+    require_memory(released_weights(geometries, to) * weight.element_size(), weight.device)
     released = {id(model.get_submodule(name)): release(model.get_submodule(name), g, to) for name, g in geometries.items()}
     return copy.deepcopy(model, released)
 

@@ -20,9 +20,9 @@ class _Released(nn.Module):
     "What `FullyConnected` and `LocallyConnected` share: a geometry, a bias for each output unit, PyTorch's default initialisation."
     def __init__(self, geometry, weight_shape, bias, device, dtype):
         super().__init__()
-        self.geometry = geometry
+        self.geometry, self.in_shape, self.out_shape = geometry, geometry.in_shape, geometry.out_shape
         self.weight = nn.Parameter(torch.empty(weight_shape, device=device, dtype=dtype))
-        bias = torch.empty(math.prod(geometry.out_shape), device=device, dtype=dtype) if bias else None
+        bias = torch.empty(math.prod(self.out_shape), device=device, dtype=dtype) if bias else None
         self.register_parameter('bias', None if bias is None else nn.Parameter(bias))
 
     def _uniform(self, fan_in):
@@ -32,16 +32,14 @@ class _Released(nn.Module):
 
     def _check(self, x):
         "Raise `ValueError` unless `x` is an input, or a batch of inputs, of this layer's size."
-        shape = self.geometry.in_shape
-        if tuple(x.shape[-len(shape):]) != shape or x.dim() > len(shape) + 1:
-            raise ValueError(f'this layer takes inputs of shape {shape} or a batch of them, not {tuple(x.shape)}; '
+        if tuple(x.shape[-len(self.in_shape):]) != self.in_shape or x.dim() > len(self.in_shape) + 1:
+            raise ValueError(f'this layer takes inputs of shape {self.in_shape} or a batch of them, not {tuple(x.shape)}; '
                              'embed the network again for another input size')
 
     def extra_repr(self):
         "Shapes, and how many times more weights than the convolution."
-        g = self.geometry
-        times = self.weight.numel() / math.prod(g.kernel_shape)
-        return f'{g.in_shape} -> {g.out_shape}, weight={tuple(self.weight.shape)}, bias={self.bias is not None}, {times:.0f}x the kernel'
+        times = self.weight.numel() / math.prod(self.geometry.kernel_shape)
+        return f'{self.in_shape} -> {self.out_shape}, weight={tuple(self.weight.shape)}, bias={self.bias is not None}, {times:.0f}x the kernel'
 
 # %% ../nbs/01_layers.ipynb #19cfd64f
 class FullyConnected(_Released):
@@ -64,7 +62,7 @@ class FullyConnected(_Released):
     def forward(self, x):
         "(N, *in_shape) to (N, *out_shape); also takes a single input without batch axis."
         self._check(x)
-        return F.linear(x.flatten(-len(self.geometry.in_shape)), self.weight, self.bias).unflatten(-1, self.geometry.out_shape)
+        return F.linear(x.flatten(-len(self.in_shape)), self.weight, self.bias).unflatten(-1, self.out_shape)
 
 # %% ../nbs/01_layers.ipynb #41017581
 class LocallyConnected(_Released):
@@ -76,10 +74,10 @@ class LocallyConnected(_Released):
     ):
         source, (co, ci, *kernel) = geometry.source, geometry.kernel_shape
         super().__init__(geometry, (len(source), co, ci, math.prod(kernel)), bias, device, dtype)
-        self.place_rows(device)
+        self._place_rows(device)
         if self.weight.device.type != 'meta': self.reset_parameters()
 
-    def place_rows(self, device):
+    def _place_rows(self, device):
         "Put the table of input units that the patches consist of on `device`: (positions, in channels, taps)."
         source, pixels = self.geometry.source[:,None], math.prod(self.geometry.input_size)
         channels = torch.arange(self.geometry.in_channels)[:,None]
@@ -97,11 +95,11 @@ class LocallyConnected(_Released):
 def forward(self:LocallyConnected, x):
     "(N, *in_shape) to (N, *out_shape); also takes a single input without batch axis."
     self._check(x)
-    g, single = self.geometry, x.dim() == len(self.geometry.in_shape)
+    g, single = self.geometry, x.dim() == len(self.in_shape)
     columns = F.pad((x[None] if single else x).flatten(1).T, (0, 0, 0, 1))                # input units and a zero, images
     positions, per_patch = len(self.rows), math.prod(self.weight.shape[2:])
     patches = columns.index_select(0, self.rows.flatten()).view(positions*g.groups, per_patch, -1)
     out = self.weight.view(positions*g.groups, -1, per_patch) @ patches                   # (i g), co of the group, n
     out = out.view(positions, g.out_channels, -1).permute(2, 1, 0).flatten(1)             # n, (co i)
-    out = (out if self.bias is None else out + self.bias).unflatten(1, g.out_shape)
+    out = (out if self.bias is None else out + self.bias).unflatten(1, self.out_shape)
     return out[0] if single else out

@@ -68,6 +68,7 @@ def make_model(
 )->nn.Sequential:
     "The network called `name` with PyTorch's default initial weights; the global random state is left alone."
     if name not in MODELS: raise ValueError(f'unknown model {name!r}; known are {", ".join(MODELS)}')
+    if width is not None and not 1 <= width <= 100_000: raise ValueError(f'width must be a number of channels from 1 to 100,000, not {width}')
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return MODELS[name](input_shape, classes, **({} if width is None else {'width': width}))

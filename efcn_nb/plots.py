@@ -22,12 +22,17 @@ def _relax_palette(times):
     "A colour for each relax time, dark for early ones."
     return dict(zip(sorted(times), sns.color_palette('viridis', len(times))))
 
+def _all_seeds(table):
+    "Error bars for seaborn that span all seeds."
+    return ('pi', 100) if table.seed.nunique() > 1 else None
+
 def _legend(ax):
     "A legend beside the axes, where it hides nothing."
     ax.legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
 
 def _ends(table):
     "Rows after the last epoch of each run, the CNN's after as many epochs as the FCN's."
+    if not (table.phase == 'fcn').any(): raise ValueError('the table has no FCN baseline, which says how many epochs the protocol has')
     E = table[table.phase == 'fcn'].epoch.max()
     last = table.groupby(['phase', 'seed', 'relax'], dropna=False).epoch.transform('max')
     return table[(table.epoch == last.where(table.phase != 'cnn', E))]
@@ -40,7 +45,7 @@ def plot_curves(
 ):
     "`metric` against epochs: CNN and FCN in black and red, relaxed networks coloured by relax time; returns the axes."
     ax = ax or plt.subplots(figsize=(5, 3.2), layout='constrained')[1]
-    t, errors = table[(table.metric == metric) & (table.split == split)], 'sd' if table.seed.nunique() > 1 else None
+    t, errors = table[(table.metric == metric) & (table.split == split)], _all_seeds(table)
     relaxed = t[t.phase == 'relaxed']
     for time, colour in _relax_palette(relaxed.relax.unique()).items():
         sns.lineplot(relaxed[relaxed.relax == time], x='epoch', y='value', errorbar=errors, err_kws=dict(alpha=.12), color=colour, label=f'eFCN, relaxed at {time:g}', ax=ax)
@@ -56,20 +61,20 @@ def plot_relax_times(
     table:pd.DataFrame, # tidy, as `relax` returns it
     ax=None
 ):
-    "Final test accuracy against relax time, one dot a seed, with the levels (mean and one standard deviation) of CNN and FCN; returns the axes."
+    "Final test accuracy against relax time, one dot a seed, with the levels (mean and range over seeds) of CNN and FCN; returns the axes. Raises `ValueError` without an FCN."
     ax = ax or plt.subplots(figsize=(4.5, 3.2), layout='constrained')[1]
     ends = _ends(table[(table.metric == 'accuracy') & (table.split == 'test')])
     place = {t: i for i,t in enumerate(sorted(ends.relax.dropna().unique()))}
     for phase, label in [('cnn', 'CNN'), ('fcn', 'FCN')]:
         level = ends[ends.phase == phase].value
         ax.axhline(level.mean(), color=COLOURS[phase], ls='--' if phase == 'cnn' else '-', label=label)
-        if len(level) > 1: ax.axhspan(level.mean()-level.std(), level.mean()+level.std(), color=COLOURS[phase], alpha=.12, lw=0)
+        if len(level) > 1: ax.axhspan(level.min(), level.max(), color=COLOURS[phase], alpha=.12, lw=0)
     for phase, label, colour, shift in [('relaxed', 'eFCN', 'tab:green', 0), ('lcn', 'eLCN', COLOURS['lcn'], .12)]:
         part = ends[ends.phase == phase].assign(x=lambda t: t.relax.map(place) + shift)
         if part.empty: continue
         ax.plot(part.x, part.value, 'o', ms=4, alpha=.5, color=colour, mec='none')
         mean = part.groupby('x').value.mean()
-        ax.plot(mean.index, mean, '-' if phase == 'relaxed' else ':', color=colour, label=label)
+        ax.plot(mean.index, mean, '-' if phase == 'relaxed' else '_', ms=9, color=colour, label=label)
     ax.set(xlabel='relax time (epochs)', ylabel='final test accuracy', xticks=list(place.values()), xticklabels=[f'{t:g}' for t in place])
     _legend(ax)
     return ax
@@ -87,7 +92,7 @@ def plot_deviation(
     t = t[t.value > 0]
     relaxed = t[t.phase == 'relaxed']
     for time, colour in _relax_palette(relaxed.relax.unique()).items():
-        sns.lineplot(relaxed[relaxed.relax == time], x='since', y='value', errorbar='sd' if t.seed.nunique() > 1 else None, err_kws=dict(alpha=.12), color=colour, label=f'relaxed at {time:g}', ax=ax)
+        sns.lineplot(relaxed[relaxed.relax == time], x='since', y='value', errorbar=_all_seeds(t), err_kws=dict(alpha=.12), color=colour, label=f'relaxed at {time:g}', ax=ax)
     if (t.phase == 'fcn').any(): sns.lineplot(t[t.phase == 'fcn'], x='since', y='value', errorbar=None, color=COLOURS['fcn'], label='FCN', ax=ax)
     ax.set(yscale='log', xlabel='epochs since relaxing', ylabel=f'{metric.replace("_", "-")} share of squared weights')
     _legend(ax)
@@ -109,14 +114,14 @@ def plot_rows(
     n = len(next(iter(rows.values())))
     fig, axes = plt.subplots(len(rows), n, figsize=(1.25*n + .9, 1.3*len(rows) + .2), layout='constrained', squeeze=False)
     top = max(np.abs(images).max() for images in rows.values())
-    for first, line, (name, images) in zip([True, *[False]*len(rows)], axes, rows.items()):
+    for i, (line, (name, images)) in enumerate(zip(axes, rows.items())):
         limit = top if share_scale else np.abs(images).max()
         for unit, ax in enumerate(line):
             drawn = ax.imshow(images[unit], cmap='RdBu_r', vmin=-limit, vmax=limit)
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
             if windows is not None: _outline(ax, windows[unit])
-            if titles is not None and first: ax.set_title(titles[unit], fontsize=7)
+            if titles is not None and i == 0: ax.set_title(titles[unit], fontsize=7)
         line[0].set_ylabel(name, fontsize=8)
         fig.colorbar(drawn, ax=line, shrink=.8, pad=.01).ax.tick_params(labelsize=6)
     return fig
@@ -131,5 +136,5 @@ def plot_study(
     fig, axes = plt.subplots(1, 3, figsize=(14, 3.4), layout='constrained')
     for plot, ax in zip([plot_curves, plot_relax_times, plot_deviation], axes): plot(table, ax=ax)
     n = table.seed.nunique()
-    fig.suptitle(f'{title} (n = {n} seed{"s" if n > 1 else ""}; bands: one standard deviation)' if n > 1 else f'{title} (n = 1 seed)')
+    fig.suptitle(f'{title} (n = {n} seeds; bands span them)' if n > 1 else f'{title} (n = 1 seed)')
     return fig

@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import nn
 
+from . import __version__
+
 # %% ../nbs/21_runs.ipynb #69afea44
 def _digest(content, length=12):
     "First `length` hexadecimal digits of the SHA-256 of `content` (bytes)."
@@ -40,8 +42,9 @@ def environment(
 )->dict:
     "Versions, hardware and today's date."
     device = torch.device(device)
-    hardware = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{_processor()}, {torch.get_num_threads()} threads'
-    return dict(date=datetime.date.today().isoformat(), hardware=hardware, python=platform.python_version(), torch=torch.__version__,
+    threads = torch.get_num_threads()
+    hardware = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{_processor()}, {threads} of {os.cpu_count()} cores'
+    return dict(date=datetime.date.today().isoformat(), hardware=hardware, efcn_nb=__version__, python=platform.python_version(), torch=torch.__version__,
                 torchvision=torchvision.__version__, platform=platform.system())
 
 # %% ../nbs/21_runs.ipynb #01c260e6
@@ -63,25 +66,34 @@ class Run:
     "One run in `folder`, named by `label` and the hash of `config`."
     def __init__(self,
         folder,          # where runs live
-        config:dict,     # what determines the result
+        config:dict,     # what determines the result: numbers, strings, lists, None
         label:str='run', # readable start of the directory's name
         device='cpu'     # noted in environment.json
     ):
         self.config, self.device = config, device
         self.path = Path(folder) / f'{label}-{run_id(config)}'
-        self.path.mkdir(parents=True, exist_ok=True)
-        known, text = self.path/'config.json', json.dumps(config, indent=1, sort_keys=True)
-        if not known.exists():
-            write_atomic(self.path/'environment.json', json.dumps(environment(device), indent=1))
-            write_atomic(known, text)
-        elif known.read_text() != text: raise ValueError(f'{known} was altered: it no longer describes the run that its name says; delete {self.path}')
+        known = self.path/'config.json'
+        if known.exists() and known.read_bytes() != self._config_text.encode():
+            raise ValueError(f'{known} was altered: it no longer describes the run that its name says; delete {self.path}')
 
     def __repr__(self): return f'Run({self.path.name}, {"finished" if self.finished else "unfinished"})'
 
     @property
-    def environment(self)->dict:
-        "Versions, hardware and date of the run."
-        return json.loads((self.path/'environment.json').read_text())
+    def _config_text(self): return json.dumps(self.config, indent=1, sort_keys=True)
+
+# %% ../nbs/21_runs.ipynb #e1cdcd0e
+@patch
+def begin(self:Run):
+    "Make the directory, and note versions, hardware and date; raises `OSError` if nothing can be written there."
+    self.path.mkdir(parents=True, exist_ok=True)
+    write_atomic(self.path/'config.json', self._config_text)
+    write_atomic(self.path/'environment.json', json.dumps([*self.environments, environment(self.device)], indent=1))
+
+@patch(as_prop=True)
+def environments(self:Run)->list: # dicts
+    "Where the run was computed: an entry for its start and for every resumption."
+    path = self.path/'environment.json'
+    return json.loads(path.read_text()) if path.exists() else []
 
 # %% ../nbs/21_runs.ipynb #602ff49d
 @patch
@@ -92,7 +104,8 @@ def save(self:Run,
     keep:bool=True      # keep earlier checkpoints too, or only this one and the one before
 ):
     "Store weights and table after `epoch`, atomically."
-    weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    if not self.path.exists(): self.begin()
+    weights = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
     content = save(weights, metadata=dict(epoch=str(epoch), table=table.to_csv(index=False)))
     older = self.checkpoints()
     write_atomic(self.path/f'epoch-{epoch:04d}-{_digest(content)}.safetensors', content)
@@ -102,7 +115,7 @@ def save(self:Run,
 @patch
 def checkpoints(self:Run)->list:
     "Paths of the checkpoints, oldest first."
-    return sorted(self.path.glob('epoch-*.safetensors'))
+    return sorted(self.path.glob('epoch-[0-9][0-9][0-9][0-9]-*.safetensors'))
 
 @patch
 def _drop(self:Run, paths):
@@ -112,7 +125,7 @@ def _drop(self:Run, paths):
 # %% ../nbs/21_runs.ipynb #940175d6
 def _read_table(text):
     "The table that `DataFrame.to_csv` wrote, with every digit."
-    return pd.read_csv(StringIO(text), float_precision='round_trip')
+    return pd.read_csv(StringIO(text), engine='python')
 
 @patch
 def load(self:Run,
@@ -120,7 +133,7 @@ def load(self:Run,
 )->tuple:          # epoch, dict of weights, table; or None if there is no good checkpoint
     "The checkpoint after `epoch`; warns about damaged files and passes them over."
     for path in reversed(self.checkpoints()):
-        at, digest = path.stem.split('-')[1:]
+        at, digest = path.stem.split('-', 2)[1:]
         if epoch is not None and int(at) != epoch: continue
         content = path.read_bytes()
         if _digest(content) == digest:
@@ -129,15 +142,20 @@ def load(self:Run,
         warnings.warn(f'{path} is damaged (its content does not match its name); it is not used')
 
 # %% ../nbs/21_runs.ipynb #dcc5d7e5
+def _mark(metrics):
+    "Content of finished.json for a final table of `metrics` (bytes)."
+    return json.dumps(dict(metrics=_digest(metrics))).encode()
+
 @patch
 def finish(self:Run,
     table:pd.DataFrame, # all that was measured
     keep:bool=True      # keep the checkpoints
 ):
     "Mark the run as finished."
+    if not self.path.exists(): self.begin()
     text = table.to_csv(index=False)
     write_atomic(self.path/'metrics.csv', text)
-    write_atomic(self.path/'finished.json', json.dumps(dict(metrics=_digest(text.encode()))))
+    write_atomic(self.path/'finished.json', _mark(text.encode()))
     if not keep: self._drop(self.checkpoints())
 
 @patch(as_prop=True)
@@ -145,8 +163,8 @@ def finished(self:Run)->bool:
     "Whether there is nothing left to do; warns if the finished table was damaged, which makes the run unfinished."
     mark, metrics = self.path/'finished.json', self.path/'metrics.csv'
     if not mark.exists(): return False
-    if metrics.exists() and _digest(metrics.read_bytes()) == json.loads(mark.read_text())['metrics']: return True
-    warnings.warn(f'{metrics} is damaged (its content is not what the run finished with); the run is done again from its last checkpoint')
+    if metrics.exists() and mark.read_bytes() == _mark(metrics.read_bytes()): return True
+    warnings.warn(f'{metrics} or {mark.name} is damaged (they do not fit each other); the run is done again from its last checkpoint')
     return False
 
 @patch(as_prop=True)

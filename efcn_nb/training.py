@@ -19,7 +19,10 @@ def find_device(
     "The device called `name`; raises `ValueError` if this machine does not have it."
     gpu = 'cuda' if torch.cuda.is_available() else None
     device = name or gpu or 'cpu'
-    try: return torch.empty(0, device=device).device
+    try:
+        found = torch.empty(0, device=device).device
+        if found.type == 'meta': raise RuntimeError('it holds no numbers')
+        return found
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"there is no device {device!r} on this machine; use {'cuda or cpu' if gpu else 'cpu'}") from e
 
@@ -32,7 +35,7 @@ def _autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16) if precision == 'bf16' else nullcontext()
 
 # %% ../nbs/20_training.ipynb #d9ae2795
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     model:torch.nn.Module,
     data,                  # a `Dataset`
@@ -55,7 +58,7 @@ def _epoch_seed(seed, epoch):
     return seed * 1_000_003 + epoch
 
 class Diverged(RuntimeError):
-    "The loss was no longer a number."
+    "The loss was no longer finite."
 
 def train_epoch(
     model:torch.nn.Module, # trained in place
@@ -96,11 +99,11 @@ def train(
     first:int=0,             # epochs that are over already
     shuffle:bool=True,
     precision:str='fp32',    # 'fp32' or 'bf16'
-    optimizer=torch.optim.SGD, # called with parameters and lr
+    optimizer=torch.optim.SGD, # called with parameters and lr; one with a state of its own does not resume exactly
     after_epoch=None,        # called with epoch, step and a dict of (split, metric): value
     after_step=None          # called without arguments, for a progress bar
 )->dict:                     # what was measured after the last epoch
-    "Train from epoch `first` to `epochs`. Raises `ValueError` for impossible settings, `Diverged` if the loss stops being a number."
+    "Train from epoch `first` to `epochs`. Raises `ValueError` for impossible settings, `Diverged` if the loss stops being finite."
     if epochs < 0: raise ValueError(f'the number of epochs must be 0 or more, not {epochs}')
     if batch_size < 1: raise ValueError(f'batch_size must be 1 or more, not {batch_size}')
     if not lr > 0: raise ValueError(f'the learning rate must be positive, not {lr}')
@@ -110,7 +113,9 @@ def train(
     for epoch in range(first+1, epochs+1):
         try: running = train_epoch(model, optimizer, data.train, batch_size, _epoch_seed(seed, epoch), shuffle, precision, after_step)
         except Diverged as e:
-            raise Diverged(f'the loss was not a number at step {(epoch-1)*steps + e.args[0]} (epoch {epoch}); try a smaller learning rate than {lr}') from None
+            raise Diverged(f'the loss was not finite at step {(epoch-1)*steps + e.args[0]} (epoch {epoch}); try a smaller learning rate than {lr}') from None
         measured = {('train', k): v for k,v in running.items()} | {('test', k): v for k,v in evaluate(model, data.test, precision=precision).items()}
+        if not math.isfinite(measured['test', 'loss']):
+            raise Diverged(f'the loss was not finite after step {epoch*steps} (epoch {epoch}); try a smaller learning rate than {lr}')
         if after_epoch: after_epoch(epoch, epoch*steps, measured)
     return measured

@@ -55,10 +55,14 @@ def test_id_ignores_order_alone(config, random):
 
 
 def test_name_and_config(tmp_path, run):
+    assert not run.path.exists()  # naming a run writes nothing
+    run.begin()
     assert run.path == tmp_path/f"cnn-{run_id(CONFIG)}" and json.loads((run.path/"config.json").read_text()) == CONFIG
     assert Run(tmp_path, dict(reversed(CONFIG.items())), "cnn").path == run.path
     assert Run(tmp_path, CONFIG | dict(lr=.2), "cnn").path != run.path
-    assert run.environment == environment() and {"date", "hardware", "python", "torch"} <= set(run.environment)
+    assert run.environments == [environment()] and {"date", "hardware", "python", "torch", "efcn_nb"} <= set(run.environments[0])
+    run.begin()
+    assert len(run.environments) == 2
 
 
 # Weights and tables
@@ -144,6 +148,7 @@ def test_a_mark_that_is_no_mark_is_no_end(run, content):
 
 @pytest.mark.parametrize("damage", [*DAMAGE.values(), lambda content: b"\xff\xfe"], ids=[*DAMAGE, "not text"])
 def test_damaged_config_is_refused(run, damage):
+    run.begin()
     spoil(run.path/"config.json", damage)
     with pytest.raises(ValueError, match=r"config\.json was altered.*delete") as error: Run(run.path.parent, CONFIG, "cnn")
     assert len(str(error.value).splitlines()) == 1

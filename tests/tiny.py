@@ -22,11 +22,12 @@ def files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
-SERVER = """
-import json, os, signal, sys
+SERVER = r"""
+import gc, json, os, signal, sys, traceback
 import torch, sklearn.datasets
 from efcn_nb.cli import efcn_relax
 torch.set_num_threads(1)
+gc.freeze()
 
 def die_at(moment):
     'Kill this process before the file, or the training step, number `moment[1]`.'
@@ -54,7 +55,17 @@ def serve():
     os._exit(0)
 
 serve()
-efcn_relax()
+code = 0
+try: efcn_relax()
+except SystemExit as end:  # what the interpreter does, without its clearing up, which takes longer than all the rest
+    code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    if isinstance(end.code, str): print(end.code, file=sys.stderr)
+except BaseException:
+    traceback.print_exc()
+    code = 1
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
 """
 
 

@@ -1,0 +1,176 @@
+"""The console command as a process: what it prints and writes, and that every mistake is one line."""
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+import tiny
+
+REPORTS = {"summary.csv", "claims.csv", "metrics.csv", "figure.png", "command.txt", "study.json"}
+
+
+@pytest.fixture(scope="module")
+def console(tmp_path_factory):
+    console = tiny.Console(tmp_path_factory.mktemp("console"))
+    yield console
+    console.close()
+
+
+@pytest.fixture(scope="module")
+def done(console, tmp_path_factory):
+    "The folder and the standard output of a study at one go."
+    folder = tmp_path_factory.mktemp("done")
+    code, out, err = console(*tiny.FLAGS, "--out", "study", cwd=folder)
+    assert code == 0, err
+    return folder/"study", out
+
+
+def one_line(code, err): return code not in (0, None) and len(err.splitlines()) == 1 and err.startswith("efcn_relax") and "Traceback" not in err
+
+
+def test_what_is_printed_and_written(done):
+    study, out = done
+    assert {p.name for p in study.iterdir() if p.is_file()} == REPORTS and len([p for p in study.iterdir() if p.is_dir()]) == 5
+    for word in ("Final test accuracy", "claims", "fcn", "relaxed", "lcn", "cnn", "torch", str(study.name)): assert word in out, word
+    assert pd.read_csv(study/"summary.csv").n.eq(1).all() and len(pd.read_csv(study/"claims.csv")) >= 5
+    with Image.open(study/"figure.png") as figure: assert figure.format == "PNG" and min(figure.size) > 200
+    assert (study/"command.txt").read_text().startswith("efcn_relax --width 2 ")
+    assert not [name for name in tiny.files(study) if name.rpartition("/")[2].startswith(".")]
+
+
+def test_a_second_pass_changes_nothing(console, done):
+    before = tiny.files(done[0])
+    code, out, err = console(*tiny.FLAGS, "--out", "study", cwd=done[0].parent)
+    assert code == 0 and tiny.files(done[0]) == before
+    assert out.splitlines()[1:] == done[1].splitlines()[1:]
+
+
+def test_the_default_folder(console, done, tmp_path):
+    assert console(*tiny.FLAGS, cwd=tmp_path)[0] == 0
+    folder, = (tmp_path/"efcn_runs").iterdir()
+    assert folder.name.startswith("digits-small2-") and (folder/"metrics.csv").read_bytes() == (done[0]/"metrics.csv").read_bytes()
+
+
+@pytest.mark.parametrize("what, last", [("file", 22), ("step", 14)])
+def test_killed_and_started_again(console, done, tmp_path, what, last):
+    "SIGKILL in the middle of a write (the file lies there under its temporary name), or of training."
+    for moment in random.Random(what).sample(range(last), 3):
+        code, _, _ = console(*tiny.FLAGS, "--out", str(moment), cwd=tmp_path, die=(what, moment))
+        assert code == -9, f"{what} {moment} was not reached"
+        code, out, err = console(*tiny.FLAGS, "--out", str(moment), cwd=tmp_path)
+        assert code == 0, err
+        for name in ("metrics.csv", "summary.csv", "claims.csv"): assert (tmp_path/str(moment)/name).read_bytes() == (done[0]/name).read_bytes()
+
+
+def test_killed_in_the_very_first_write(console, tmp_path):
+    assert console(*tiny.FLAGS, "--relax", "0", "--out", "s", cwd=tmp_path, die=("file", 0))[0] == -9
+    code, out, err = console(*tiny.FLAGS, "--relax", "0", "--out", "s", cwd=tmp_path)
+    assert code == 0, err
+
+
+def test_as_a_fresh_process(tmp_path):
+    "Without the help of `tiny.Console`, from another folder."
+    command = [sys.executable, "-c", "from efcn_nb.cli import efcn_relax; efcn_relax()"]
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(tiny.Path(tiny.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]))
+    run = lambda *argv: subprocess.run([*command, *argv], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    shown, wrong = run("--help"), run("--data", "nothing-of-that-name", "--out", "s")
+    assert shown.returncode == 0 and not shown.stderr
+    for flag in "--data --model --relax --epochs --lr --batch_size --seeds --device --precision --out --no-shuffle".split(): assert flag in shown.stdout, flag
+    assert one_line(wrong.returncode, wrong.stderr) and "digits, cifar10" in wrong.stderr and not list(tmp_path.iterdir())
+
+
+WRONG = [
+    ("--data", "nothing"), ("--data", ""), ("--data", "no/such/folder"), ("--data", "a-file"), ("--data", "empty"), ("--data", "no-images"), ("--data", "broken"), ("--data", "unequal"),
+    ("--model", "resnet"), ("--model", "skinny"), ("--width", "0"), ("--width", "-3"), ("--width", "x"), ("--width", "99999999999"),
+    ("--relax", "7"), ("--relax", "-1"), ("--relax=-1,0",), ("--relax", "a"), ("--relax", "0.5"), ("--lcn", "7"), ("--lcn", "x"),
+    ("--epochs", "-1"), ("--epochs", "1.5"), ("--epochs", ""), ("--lr", "nan"), ("--lr", "inf"), ("--lr", "0"), ("--lr", "-1"), ("--lr", "x"),
+    ("--batch_size", "0"), ("--batch_size", "-5"), ("--batch_size", "x"), ("--seeds", "0"), ("--seeds", "-1"), ("--seeds", ""), ("--seeds", "1.5"), ("--seeds", "x"),
+    ("--seeds", "99999999999999999999,"), ("--seeds", "99999999999999999,"), ("--device", "nowhere"), ("--device", "meta"), ("--device", "cuda:99"), ("--precision", "fp8"),
+    ("--out", "a-file"), ("--out", "a-file/below"), ("--out", "foreign"), ("--out", "/dev/null/x"), ("--foo",), ("bar",)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A folder with all that can be wrong; nothing may be added to it."
+    folder = tmp_path_factory.mktemp("place")
+    (folder/"a-file").write_text("x")
+    for name in ("empty", "foreign", "no-images/train/cat", "no-images/test/cat"): (folder/name).mkdir(parents=True)
+    (folder/"foreign"/"thesis.tex").write_text("years of work")
+    for data, sizes in dict(broken=(8, 8), unequal=(8, 9)).items():
+        for part in ("train", "test"):
+            for k, size in enumerate(sizes):
+                path = folder/data/part/"cat"/f"{k}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (size, size)).save(path)
+    (folder/"broken"/"train"/"cat"/"1.png").write_bytes(b"no image")
+    return folder
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=" ".join)
+def test_every_mistake_is_one_line_and_leaves_nothing(console, place, wrong):
+    before = sorted(place.rglob("*"))
+    code, out, err = console(*tiny.FLAGS, *wrong, cwd=place)
+    assert one_line(code, err), err
+    assert sorted(place.rglob("*")) == before
+
+
+def test_not_a_number_while_training(console, tmp_path):
+    code, out, err = console(*tiny.FLAGS, "--lr", "1e30", "--epochs", "3", "--out", "s", cwd=tmp_path)
+    assert one_line(code, err) and "step" in err and (tmp_path/"s"/"study.json").exists()
+
+
+@pytest.mark.parametrize("name, content", [("study.json", b""), ("study.json", b"[]"), ("cnn-*/config.json", b"{"), ("fcn-*/finished.json", b""), ("fcn-*/finished.json", b"{}"),
+                                           ("relaxed-*relax1-*/metrics.csv", b"epoch"), ("cnn-*/epoch-0001-*", b"")])
+def test_damage_is_no_traceback(console, done, tmp_path, name, content):
+
+    study = tmp_path/"study"
+    shutil.copytree(done[0], study)
+    path, = study.glob(name)
+    path.write_bytes(content)
+    if path.suffix == ".safetensors": shutil.rmtree(next(study.glob("relaxed-*relax1-*")))  # which starts from there
+    code, out, err = console(*tiny.FLAGS, "--out", "study", cwd=tmp_path)
+    assert "Traceback" not in err and str(path.parent.relative_to(tmp_path)) in err
+    if code == 0: assert (study/"metrics.csv").read_bytes() == (done[0]/"metrics.csv").read_bytes()
+    else: assert err.splitlines()[-1].startswith("efcn_relax: ")
+
+
+@pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="the superuser may write everywhere")
+def test_a_folder_that_cannot_be_written(console, tmp_path):
+    (tmp_path/"locked").mkdir(mode=0o555)
+    for out in ("locked", "locked/s"): assert one_line(*console(*tiny.FLAGS, "--out", out, cwd=tmp_path)[::2])
+
+
+@pytest.mark.parametrize("flags, seeds", [(["--seeds", "2"], [0, 1]), (["--seeds", "7,"], [7]), (["--seeds", "3,1"], [1, 3]), (["--seeds", "4,4"], [4])], ids=str)
+def test_seeds(console, tmp_path, flags, seeds):
+    code, out, err = console(*tiny.FLAGS, "--relax", "0", "--lcn", "", *flags, "--out", "s", cwd=tmp_path)
+    if flags[1] == "4,4" and code: assert one_line(code, err) and not (tmp_path/"s").exists()
+    else: assert code == 0 and sorted(pd.read_csv(tmp_path/"s"/"metrics.csv").seed.unique()) == seeds, err
+
+
+@pytest.mark.parametrize("flags", [["--relax", ""], ["--relax", "", "--lcn", ""], ["--epochs", "0", "--relax", "0"], ["--batch_size", "999999"], ["--precision", "bf16"],
+                                   ["--no-shuffle"], ["--keep_weights"], ["--name", "my digits/2"]], ids=" ".join)
+def test_other_studies(console, done, tmp_path, flags):
+    code, out, err = console(*tiny.FLAGS, *flags, "--out", "s", cwd=tmp_path)
+    assert code == 0 and "Traceback" not in err, err
+    assert {"summary.csv", "metrics.csv", "figure.png"} <= {p.name for p in (tmp_path/"s").iterdir()}
+    if flags[0] in ("--precision", "--no-shuffle"): assert (tmp_path/"s"/"metrics.csv").read_bytes() != (done[0]/"metrics.csv").read_bytes()
+
+
+def test_a_folder_of_images(console, tmp_path):
+    for part in ("train", "test"):
+        for name, grey in dict(dark=40, light=200).items():
+            (tmp_path/"shades"/part/name).mkdir(parents=True)
+            Image.new("L", (16, 16), grey).save(tmp_path/"shades"/part/name/"0.png")
+    code, out, err = console(*tiny.FLAGS, "--data", "shades", "--model", "small", "--out", "s", cwd=tmp_path)
+    assert code == 0 and "2 training and 2 test images" in out, err
+
+
+def test_another_study_in_the_folder(console, done):
+    before = tiny.files(done[0])
+    code, out, err = console(*tiny.FLAGS, "--lr", "0.3", "--out", "study", cwd=done[0].parent)
+    assert one_line(code, err) and "another study" in err and tiny.files(done[0]) == before
