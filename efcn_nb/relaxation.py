@@ -6,7 +6,7 @@
 __all__ = ['PAPER_TIMES', 'PROTOCOLS', 'Study', 'relax', 'final_values', 'summary', 'claims']
 
 # %% ../nbs/22_relaxation.ipynb #867b33e4
-import hashlib, json, math, numbers, re, sys, textwrap, time
+import hashlib, json, math, numbers, re, shutil, sys, textwrap, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from scipy import stats
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .data import Data, load_data
 from .embedding import conv_geometries, embed, process_blank, reinitialize, released_weights, require_memory
@@ -278,7 +278,8 @@ def _run_all(self:Study, progress):
     tables, left = [], self.unfinished()
     steps = math.ceil(len(self.data.train)/self.config['batch_size'])
     total = sum((r['last'] - r['first'])*steps*self._cost(r) for r in left)
-    with tqdm(total=total, disable=not progress, smoothing=.05, bar_format='{desc} {percentage:3.0f}% {bar} {elapsed} gone, {remaining} left') as bar:
+    with tqdm(total=total, disable=not progress, smoothing=.05, ncols=min(100, shutil.get_terminal_size().columns),
+              bar_format='{desc} {percentage:3.0f}% {bar} {elapsed} gone, {remaining} left') as bar:
         for r in self.plan():
             bar.set_description_str(f"seed {r['seed']} {r['phase']}" + ('' if r['relax'] is None else f" at {r['relax']}"))
             try: tables.append(self.carry_out(r, lambda: bar.update(self._cost(r))))
