@@ -225,7 +225,7 @@ def embed(
 def nearest_cnn(
     model:nn.Module # an embedded network; left untouched
 )->nn.Module:       # a new network with convolutions
-    "The CNN nearest to an eFCN or eLCN: every released layer becomes the convolution whose matrix is nearest in the Frobenius norm."
+    "The CNN nearest to an eFCN or eLCN, in the Frobenius norm of each layer; a tap that never reads a pixel becomes 0. Raises `ValueError` without a released layer."
     layers = [m for m in model.modules() if isinstance(m, (FullyConnected, LocallyConnected))]
     if not layers: raise ValueError(f'{type(model).__name__} has no released layer; embed a CNN first')
     return copy.deepcopy(model, {id(layer): nearest_conv(layer) for layer in layers})

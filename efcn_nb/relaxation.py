@@ -296,6 +296,13 @@ def run(self:Study,
     write_atomic(self.out/'metrics.csv', table.to_csv(index=False))
     return table
 
+# %% ../nbs/22_relaxation.ipynb #2632aba5
+@patch
+def measured(self:Study)->pd.DataFrame: # tidy, as `run` returns it
+    "All that has been measured so far, also by runs that were interrupted or diverged; nothing is computed."
+    tables = [self.open_run(r['phase'], r['seed'], r['relax']).table for r in self.plan()]
+    return pd.concat([t for t in tables if len(t)], ignore_index=True)
+
 # %% ../nbs/22_relaxation.ipynb #e7ac173d
 def relax(
     data='digits', # see `Study`, as for all settings
