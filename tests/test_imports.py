@@ -14,7 +14,8 @@ ALLOWED = {
     "training": set(),
     "runs": set(),
     "relaxation": {"data", "models", "training", "runs", "embedding", "subspaces"},
-    "cli": {"relaxation", "plots", "data", "models", "training", "runs"},
+    "bench": {"models", "layers", "embedding"},
+    "cli": {"bench", "relaxation", "plots", "data", "models", "training", "runs"},
     "subspaces": {"geometry", "layers", "embedding"},
     "plots": set(),
 }
