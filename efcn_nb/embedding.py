@@ -215,6 +215,13 @@ def nearest_conv(
     return conv.train(layer.training)
 
 # %% ../nbs/02_embedding.ipynb #1de9fefc
+def _computes_its_kernel(conv):
+    "Whether nothing that a subclass, a hook or a parametrization adds changes what `conv` computes."
+    base = next(kind for kind in CONVOLUTIONS if isinstance(conv, kind))
+    added = {name for kind in type(conv).__mro__[:type(conv).__mro__.index(base)] for name in vars(kind)} | vars(conv).keys()
+    changes = {'forward', '_conv_forward', '_output_padding', '__call__', '_call_impl', '__getattr__', '__getattribute__', 'weight', 'bias'}
+    return not (added & changes or conv._forward_pre_hooks or conv._forward_hooks or parametrize.is_parametrized(conv))
+
 def _chosen(model, layers):
     "The convolutions of `model` by name that `layers` (None, names, or a predicate of name and module) chooses."
     names = {name for name, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
@@ -227,7 +234,7 @@ def _chosen(model, layers):
         if nn.parameter.is_lazy(p): raise ValueError(f'{name} has no shape yet, because the model is lazy; let it process one batch first')
     chosen = {name: m for name, m in model.named_modules() if name in (names if layers is None else set(layers))}
     for name, m in chosen.items():
-        if type(m) not in CONVOLUTIONS or m._forward_pre_hooks or m._forward_hooks or parametrize.is_parametrized(m) or 'forward' in vars(m):
+        if not _computes_its_kernel(m):
             raise ValueError(f'{name or "the model"} is a {type(m).__name__} that may compute something else than its kernel says; '
                              'make it a plain convolution without hooks first (for a parametrization: parametrize.remove_parametrizations)')
     return chosen

@@ -977,3 +977,15 @@ def test_released_layers_take_one_size_only(to):
 def test_what_is_not_embedded_has_no_way_back():
     for call in nearest_cnn, shares:
         with pytest.raises(ValueError, match="embed a CNN first"): call(nn.Linear(2, 2))
+
+
+class Simple(nn.Conv2d):
+    "A subclass that only chooses its options, as torchvision's video networks have them."
+    def __init__(self, ci, co): super().__init__(ci, co, 3, padding=1, bias=False)
+
+
+@BOTH
+def test_a_subclass_that_computes_the_same_is_embedded(to):
+    model, x = nn.Sequential(Simple(2, 3)).double(), rand(2, 2, 5, 5)
+    assert close(embed(model, (2, 5, 5), to)(x), model(x), 1e-12)
+    assert type(nearest_cnn(embed(model, (2, 5, 5), to))[0]) is nn.Conv2d
