@@ -330,9 +330,11 @@ def _followers(model, input_shape, names):
     "The BatchNorm (by name) that is alone in reading the output of each convolution in `names`, where there is one, and both are called once."
     norms = [name for name, m in model.named_modules()
              if type(m) in BATCHNORMS and m.running_mean is not None and not (m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m))]
-    blank, reads, made, read = copy.deepcopy(model), _Reads(), {}, {}
+    blank, reads, made, read, held = copy.deepcopy(model), _Reads(), {}, {}, [] # held: memory that is not given to another tensor meanwhile
     def make(m, args, out, name): made.setdefault(name, []).append((out, reads.count[out.untyped_storage().data_ptr()]))
-    def receive(m, args, kwargs, name): read.setdefault((*args, *kwargs.values())[0].untyped_storage().data_ptr(), []).append(name)
+    def receive(m, args, kwargs, name):
+        held.append((*args, *kwargs.values())[0])
+        read.setdefault(held[-1].untyped_storage().data_ptr(), []).append(name)
     for name in names: blank.get_submodule(name).register_forward_hook(functools.partial(make, name=name))
     for name in norms: blank.get_submodule(name).register_forward_pre_hook(functools.partial(receive, name=name), with_kwargs=True)
     with reads: out = process_blank(blank, input_shape)

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from efcn_nb.embedding import (BATCHNORMS, conv_geometries, convert, embed, kernel_from_local, kernel_from_matrix, local_from_kernel,
-                               local_from_matrix, matrix_from_kernel, matrix_from_local, nearest_cnn, reinitialize, released_weights)
+                               local_from_matrix, matrix_from_kernel, matrix_from_local, merge_batchnorm, nearest_cnn, reinitialize, released_weights)
 from efcn_nb.geometry import PADDING_MODES, ConvGeometry
 from efcn_nb.layers import FullyConnected, LocallyConnected
 from efcn_nb.models import MODELS
@@ -989,3 +989,23 @@ def test_a_subclass_that_computes_the_same_is_embedded(to):
     model, x = nn.Sequential(Simple(2, 3)).double(), rand(2, 2, 5, 5)
     assert close(embed(model, (2, 5, 5), to)(x), model(x), 1e-12)
     assert type(nearest_cnn(embed(model, (2, 5, 5), to))[0]) is nn.Conv2d
+
+
+class Recycled(nn.Module):
+    "BatchNorms that read short-lived tensors, and after each a convolution whose output can take over their memory."
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4) for _ in range(4)])
+        self.convs = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1) for _ in range(4)])
+    def forward(self, x):
+        for norm, conv in zip(self.norms, self.convs): x = conv(norm(x*2)).relu()
+        return x
+
+
+def test_memory_used_again_is_not_taken_for_the_same_tensor():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Recycled().double().eval()
+    for size in (4, 8, 16, 64):
+        merged = merge_batchnorm(model, (4, size, size))
+        assert sum(isinstance(m, nn.BatchNorm2d) for m in merged.modules()) == 4
