@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['HUGE', 'BATCHNORMS', 'matrix_from_kernel', 'local_from_kernel', 'matrix_from_local', 'local_from_matrix',
            'kernel_from_local', 'kernel_from_matrix', 'release', 'nearest_conv', 'process_blank', 'conv_geometries',
-           'released_weights', 'free_memory', 'require_memory', 'merge_batchnorm', 'embed', 'convert', 'nearest_cnn',
-           'reinitialize']
+           'released_weights', 'free_memory', 'require_memory', 'give_back_memory', 'use_little_memory',
+           'merge_batchnorm', 'embed', 'convert', 'nearest_cnn', 'reinitialize']
 
 # %% ../nbs/02_embedding.ipynb #6418a7e3
-import copy, functools, itertools, math, mmap
+import contextlib, copy, ctypes, functools, itertools, math, mmap
 from collections import Counter
+from dataclasses import replace
 
 import psutil
 import torch
@@ -264,7 +265,8 @@ def process_blank(model, input_shape):
 def conv_geometries(
     model:nn.Module,
     input_shape:tuple, # (channels, *size), without batch axis
-    layers=None        # names, or a predicate of name and module; None for all
+    layers=None,       # names, or a predicate of name and module; None for all
+    trim=False         # leave out outputs that nothing reads
 )->dict:               # name: ConvGeometry
     "Geometry of each convolution in `model`. Raises `ValueError` if there is none, if one is not used, if one sees two shapes in one pass, or shares its kernel with another geometry."
     chosen = _chosen(model, layers)                         # refused convolutions need not survive a copy
@@ -282,7 +284,50 @@ def conv_geometries(
         if not shapes: raise ValueError(f'{name} is never called in evaluation mode, so its input size is unknown; leave it out with layers=')
         geometries[name] = ConvGeometry.from_conv(m, shapes[0][0][1:], output_size=shapes[0][1])
     _refuse_broken_ties(model, chosen, geometries)
-    return geometries
+    return _trimmed(model, input_shape, geometries) if trim else geometries
+
+# %% ../nbs/02_embedding.ipynb #38f3f1db
+@torch.no_grad()
+def _answer(model, input_shape, name, change, training=False):
+    "The tensors that `model` makes of some images of noise while `change` is applied to what its convolution `name` makes, and the shapes that all convolutions get; None if that cannot be done."
+    model, entered = copy.deepcopy(model, {id(p): p for p in model.parameters()}).train(training), []
+    def enter(m, args):
+        if len(args) != 1: raise ValueError('the size of the output was asked for')
+        entered.append(args[0].shape)
+    for m in model.modules():
+        if isinstance(m, CONVOLUTIONS): m.register_forward_pre_hook(lambda m, args, kwargs: enter(m, (*args, *kwargs.values())), with_kwargs=True)
+    model.get_submodule(name).register_forward_hook(lambda m, args, out: change(out))
+    p = next(model.parameters())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try: return [t for t in tree_leaves(model(torch.randn(4, *input_shape).to(p))) if isinstance(t, torch.Tensor)], entered
+        except Exception: return None
+
+def _is_unread(model, input_shape, name, axis, count):
+    "Whether the last `count` outputs of the convolution `name` along `axis` (from the end, -1 the last) can be left out."
+    ask = functools.partial(_answer, model, input_shape, name)
+    def put(out, value):
+        out = out.clone()
+        out.narrow(axis, out.shape[axis] - count, count).copy_(value)
+        return out
+    known = ask(lambda out: out)
+    if not known or not known[0] or not all(t.is_floating_point() for t in known[0]): return False
+    for training in (False, True):
+        spoilt = ask(lambda out: put(out, torch.tensor(math.nan)), training)
+        if spoilt is None or any(t.isnan().any() for t in spoilt[0]): return False
+    same = lambda found: found is not None and found[1] == known[1] and len(found[0]) == len(known[0]) and all(map(torch.equal, found[0], known[0]))
+    return all(same(ask(change)) for change in [lambda out: put(out, torch.tensor(1e3)), lambda out: put(out, torch.tensor(-1e3)), lambda out: out.narrow(axis, 0, out.shape[axis] - count)])
+
+def _trimmed(model, input_shape, geometries):
+    "`geometries` without the outputs that nothing reads; a convolution that shares a parameter keeps all of its."
+    users, trimmed = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False)), {}
+    for name, g in geometries.items():
+        unread = [0]*len(g.input_size)
+        if all(users[id(p)] == 1 for p in model.get_submodule(name).parameters()):
+            for axis, size in enumerate(g.output_size):
+                while unread[axis] < size-1 and _is_unread(model, input_shape, name, axis - len(unread), unread[axis] + 1): unread[axis] += 1
+        trimmed[name] = replace(g, unread=tuple(unread)) if any(unread) else g
+    return trimmed
 
 # %% ../nbs/02_embedding.ipynb #6cb6c8ec
 def released_weights(
@@ -308,6 +353,18 @@ def require_memory(
     if need > free:
         raise MemoryError(f'the embedded network needs {need/1e9:,.1f} GB on {device}, where {free/1e9:,.1f} GB are free; use smaller images, '
                           "fewer channels, to='lcn', or release fewer convolutions with layers=")
+
+def _glibc(function, *args):
+    "Call a function of the allocator that Linux has; elsewhere nothing happens."
+    with contextlib.suppress(OSError, AttributeError, TypeError): getattr(ctypes.CDLL(None), function)(*args)
+
+def give_back_memory():
+    "Return freed memory, which the allocator would keep, to the system."
+    _glibc('malloc_trim', 0)
+
+def use_little_memory(block=4*2**20):
+    "From now on have blocks of more than `block` bytes returned to the system as soon as they are free. The allocator's habit is to keep them, in pieces that do not fit the next step's."
+    _glibc('mallopt', -3, block) # M_MMAP_THRESHOLD
 
 # %% ../nbs/02_embedding.ipynb #e3a03290
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -377,15 +434,16 @@ def embed(
     input_shape:tuple,  # (channels, *size) of one input, without batch axis
     to:str='fcn',       # 'fcn' releases sharing and locality, 'lcn' sharing alone
     layers=None,        # which convolutions: names, or a predicate of name and module; None for all
-    fold_batchnorm=False# merge every BatchNorm that follows a released convolution into it first
+    fold_batchnorm=False,# merge every BatchNorm that follows a released convolution into it first
+    trim=False          # leave out rows of outputs that nothing reads
 )->nn.Module:           # a new network, on the same device and of the same dtype
     "The network's equivalent fully- or locally-connected network: same function, released weights. Raises `ValueError` or `MemoryError` before any work."
-    geometries = conv_geometries(model, input_shape, layers)
+    geometries = conv_geometries(model, input_shape, layers, trim)
     convs = {name: model.get_submodule(name) for name in geometries}
     need = {device: 0 for device in {conv.weight.device for conv in convs.values()}}
     for name, conv in convs.items(): need[conv.weight.device] += released_weights({name: geometries[name]}, to) * conv.weight.element_size()
     for device, size in need.items(): require_memory(size, device)
-    if fold_batchnorm: return embed(merge_batchnorm(model, input_shape, list(geometries)), input_shape, to, list(geometries))
+    if fold_batchnorm: return embed(merge_batchnorm(model, input_shape, list(geometries)), input_shape, to, list(geometries), trim=trim)
     made = {}
     return copy.deepcopy(model, {id(conv): release(conv, geometries[name], to, made) for name, conv in convs.items()})
 
@@ -428,12 +486,13 @@ def nearest_cnn(
 
 # %% ../nbs/02_embedding.ipynb #5242ffae
 def reinitialize(
-    model:nn.Module,   # left untouched
+    model:nn.Module,
     seed:int=None,     # of the new weights; None draws from the global generator
-    fan_in:str='folded'# of the dense layers: 'folded' counts real inputs, 'padded' those in the padding too
+    fan_in:str='folded',# of the dense layers: 'folded' counts real inputs, 'padded' those in the padding too
+    inplace:bool=False # draw the weights of `model` itself, without a copy
 )->nn.Module:
-    "A copy of `model` with all weights freshly drawn from PyTorch's default."
-    model = copy.deepcopy(model)
+    "A copy of `model`, or `model` itself, with all weights freshly drawn from PyTorch's default."
+    model = model if inplace else copy.deepcopy(model)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
         for m in model.modules():

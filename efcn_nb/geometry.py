@@ -63,6 +63,7 @@ class ConvGeometry:
     padding_mode: str = 'zeros'
     transposed: bool = False
     output_padding: tuple = (0,0,0) # of a transposed convolution
+    unread: tuple = (0,0,0)         # outputs at the end of each axis that are left out, because nothing reads them
 
     def __post_init__(self):
         mode, farthest = self.padding_mode, {'reflect': -1, 'circular': 0}
@@ -85,8 +86,9 @@ def _least_size(size, kernel, stride, padding, dilation):
 def output_size(self:ConvGeometry)->tuple:
     "Spatial size of the output."
     axes = zip(self.input_size, self.kernel_size, self.stride, self.padding, self.dilation, self.output_padding)
-    if self.transposed: return tuple(_least_size(*axis) + more for *axis, more in axes)
-    return tuple((size + sum(pad) - d*(k-1) - 1)//s + 1 for size, k, s, pad, d, _ in axes)
+    if self.transposed: full = [_least_size(*axis) + more for *axis, more in axes]
+    else: full = [(size + sum(pad) - d*(k-1) - 1)//s + 1 for size, k, s, pad, d, _ in axes]
+    return tuple(size - less for size, less in zip(full, self.unread))
 
 # %% ../nbs/00_geometry.ipynb #b8de0717
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -120,8 +122,9 @@ def from_conv(
 def axes(self:ConvGeometry)->list: # one int64 (outputs, taps) table for each axis
     "The tables of `axis_sources`, or `transposed_sources`, one for each axis."
     options = zip(self.input_size, self.kernel_size, self.stride, self.padding, self.dilation)
-    if self.transposed: return [transposed_sources(*o, more) for o, more in zip(options, self.output_padding)]
-    return [axis_sources(*o, self.padding_mode) for o in options]
+    if self.transposed: full = [transposed_sources(*o, more) for o, more in zip(options, self.output_padding)]
+    else: full = [axis_sources(*o, self.padding_mode) for o in options]
+    return [table[:size] for table, size in zip(full, self.output_size)]
 
 # %% ../nbs/00_geometry.ipynb #fb668e78
 @patch(as_prop=True)
