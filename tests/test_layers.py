@@ -171,7 +171,7 @@ def test_chunks_are_as_large_as_they_may_be(monkeypatch):
     layer = drawn(LocallyConnected, plain(size=(8, 8)))
     for size in 1, 500, 10_000, 10**9:
         monkeypatch.setattr(layers, "CHUNK", size)
-        chunks = layers._chunks(layer.counts, 24)
+        chunks = layers.chunks_of(layer.counts, 24)
         assert [(i, n) for a, b, n in chunks for i in range(a, b)] == list(enumerate(layer.counts))
         assert all(b - a == 1 or (b - a)*n*24 < size + n*24 for a, b, n in chunks)
 
@@ -232,8 +232,8 @@ def test_second_derivatives_of_chunks(monkeypatch, wrt):
 def test_chunks_of_real_size():
     layer = drawn(LocallyConnected, plain(ci=32, co=4, size=(16, 16), stride=(1, 1), groups=2))
     x = batch(layer, n=24)
-    assert 24*layer.pixels.numel()*32*8 > 2*layers.CHUNK and len(layers._chunks(layer.counts, 24*32*8)) > 8
-    plainly = lambda x: (layers._positionwise(x, layer.weight, layer.pixels, layer.geometry).flatten(1) + layer.bias).unflatten(1, layer.out_shape)
+    assert 24*layer.pixels.numel()*32*8 > 2*layers.CHUNK and len(layers.chunks_of(layer.counts, 24*32*8)) > 8
+    plainly = lambda x: (layers.position_product(x, layer.weight, layer.pixels, layer.geometry).flatten(1) + layer.bias).unflatten(1, layer.out_shape)
     assert same(gradients(layer, layer, x), gradients(plainly, layer, x))
     assert "_InChunks" in graph_of(layer(x))
 
