@@ -1,0 +1,137 @@
+"""The loop: each precision against float64, any optimiser, no waiting for the device, and what it refuses."""
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import keep
+from efcn_nb.bench import noise
+from efcn_nb.data import Data, Dataset
+from efcn_nb.embedding import embed
+from efcn_nb.fused import FusedSGD
+from efcn_nb.models import make_model
+from efcn_nb.training import PRECISIONS, Diverged, evaluate, products, train, train_epoch
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+PLACES = [("fp32", "cpu"), ("bf16", "cpu")] + [pytest.param(p, "cuda", marks=needs_gpu) for p in PRECISIONS]
+
+
+def efcn(width=4, dtype=torch.float32): return embed(make_model("skinny", (3, 32, 32), 10, width=width), (3, 32, 32), trim=True).to(dtype)
+
+
+def vector(model): return torch.cat([p.detach().double().cpu().flatten() for p in model.parameters()])
+
+
+def batches_in_float64(data, size, seed):
+    "The batches of `train_epoch`, written out."
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    for index in order.split(size):
+        x, y = data.batch(index)
+        yield x.double(), y
+
+
+@pytest.mark.parametrize("precision, device", PLACES)
+def test_each_precision_against_float64(precision, device):
+    "Four steps: where they end differs from where PyTorch's SGD ends in float64 as little as PyTorch's own steps in that precision do."
+    start, data = efcn(), noise(80).train
+    exact = copy.deepcopy(start).double()
+    optimizer = torch.optim.SGD(exact.parameters(), .01)
+    for x, y in batches_in_float64(data, 20, seed=5):
+        optimizer.zero_grad()
+        F.cross_entropy(exact(x), y).backward()
+        optimizer.step()
+    off = []
+    for make in (FusedSGD, lambda m, lr: torch.optim.SGD(m.parameters(), lr)):
+        model = copy.deepcopy(start).to(device)
+        train_epoch(model, make(model, .01), data.to(device), 20, 5, precision=precision)
+        off.append(((vector(model) - vector(exact)).norm()/(vector(exact) - vector(start)).norm()).item())
+    low, high = {"fp32": (0, 1e-3), "tf32": (1e-6, .1), "bf16": (1e-4, .6)}[precision]
+    assert low <= off[0] < high and off[0] < 1.5*off[1] + 1e-3, off
+
+
+@pytest.mark.parametrize("precision, device", PLACES)
+def test_evaluation_in_each_precision(precision, device):
+    model, data = efcn(dtype=torch.float64), noise(100).train
+    x, y = data.batch(range(100))
+    exact = F.cross_entropy(model(x.double()), y).item()
+    assert evaluate(model.float().to(device), data.to(device), 33, precision)["loss"] == pytest.approx(exact, rel={"fp32": 1e-5, "tf32": 1e-3, "bf16": 1e-2}[precision])
+
+
+def test_weights_stay_in_float32_and_gradients_of_others_too():
+    model = efcn()
+    train_epoch(model, FusedSGD(model, .1), noise(20).train, 10, 0, precision="bf16")
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_switches_are_put_back():
+    before = torch.backends.cuda.matmul.fp32_precision, torch.is_autocast_enabled("cpu")
+    with pytest.raises(ZeroDivisionError), products("bf16", "cpu"): 1/0
+    assert (torch.backends.cuda.matmul.fp32_precision, torch.is_autocast_enabled("cpu")) == before
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.Adam(p, 1e-3), lambda p: torch.optim.SGD(p, .01, momentum=.9, nesterov=True), lambda p: torch.optim.AdamW(p, 1e-3), lambda p: torch.optim.RMSprop(p, 1e-4)],
+                         ids=["Adam", "Nesterov", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("to", ["fcn", "lcn"])
+def test_other_optimizers_take_the_ordinary_path(make, to):
+    start = embed(make_model("skinny", (3, 32, 32), 10, width=2), (3, 32, 32), to).double()
+    ours, plain, data = copy.deepcopy(start), copy.deepcopy(start), noise(30)
+    data = Data(*(Dataset(part.x/255, part.y, part.classes, part.mean, part.std, part.name) for part in data))
+    optimizer = make(plain.parameters())
+    for x, y in batches_in_float64(data.train, 10, seed=0*1_000_003 + 1):
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    double = lambda part: type("Double", (), dict(x=part.x, __len__=lambda s: len(part), batches=lambda s, *a: ((x.double(), y) for x, y in part.batches(*a))))()
+    train(ours, Data(double(data.train), double(data.test)), 1, batch_size=10, optimizer=make(ours.parameters()))
+    assert (vector(ours) - vector(plain)).abs().max() < 1e-6 and (vector(ours) - vector(start)).abs().max() > 1e-5
+
+
+def test_nothing_is_read_from_the_device_during_an_epoch(monkeypatch):
+    "A number that Python reads makes it wait for the device: there is none until the last step is over."
+    reads, steps, data = [], [], noise(40).train
+    for name in ("item", "__float__", "__bool__", "__int__", "tolist", "cpu", "numpy"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, real=real, name=name, **kw: (reads.append((len(steps), name)), real(self, *a, **kw))[1])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    train_epoch(model, torch.optim.SGD(model.parameters(), .1), data, 10, 0, shuffle=False, after_step=lambda: steps.append(1))
+    assert steps == [1]*4 and {at for at, _ in reads} == {4}, reads
+
+
+def test_a_loss_that_is_no_number_names_its_step():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    with pytest.raises(Diverged) as error: train_epoch(model, torch.optim.SGD(model.parameters(), 1e38), noise(40).train, 10, 0)
+    assert error.value.args[0] in (2, 3)
+
+
+@pytest.mark.parametrize("empty", [0, 1])
+def test_empty_splits(empty):
+    data, none = noise(10), noise(10).train
+    none = Dataset(none.x[:0], none.y[:0], none.classes, none.mean, none.std, none.name)
+    with pytest.raises(ValueError, match="there must be images to train on and to test on"): train(nn.Flatten(), Data(*((none, data.test) if empty == 0 else (data.train, none))), 1)
+
+
+MEMORY = """
+import sys
+import torch
+from efcn_nb.bench import noise, peak_memory
+from efcn_nb.relaxation import Study
+precision, momentum, out = sys.argv[1], float(sys.argv[2]), sys.argv[3]
+study = Study(noise(500), "alexnet", relax_times=[0], lcn_times=[], epochs=1, lr=1e-3, seeds=1, device="cpu", precision=precision, out=out, keep_weights=True, momentum=momentum)
+cnn, fcn, relaxed = study.plan()
+study.carry_out(cnn)
+for run in fcn, relaxed: print(peak_memory(lambda: study.carry_out(run))/(4*study.weights))
+print(len(list(study.out.glob("relaxed*/epoch-0001-*"))))
+"""
+
+
+@pytest.mark.parametrize("precision, momentum, most", [("fp32", 0, 1.25), ("bf16", 0, 1.6), ("fp32", .9, 2.25)])
+def test_memory_of_a_whole_run(tmp_path, precision, momentum, most):
+    "AlexNet's eFCN and its baseline, made, evaluated, trained, measured and stored: at most so many times its weights (twice, with momentum)."
+    out = subprocess.run([sys.executable, "-c", MEMORY, precision, str(momentum), str(tmp_path/"s")], cwd=keep.ROOT, capture_output=True, text=True, timeout=600)
+    *peaks, stored = map(float, out.stdout.split() or pytest.fail(out.stderr))
+    if any(p != p for p in peaks): pytest.skip("this system does not tell the peak of memory")
+    assert stored == 1 and max(peaks) < most, peaks
