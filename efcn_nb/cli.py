@@ -6,17 +6,23 @@
 __all__ = ['efcn_relax', 'efcn_bench']
 
 # %% ../nbs/24_cli.ipynb #944eae53
-import argparse, os, shlex, sys
+import argparse, datetime, multiprocessing, os, shlex, signal, sys, threading, time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
+import torch
 
-from .bench import bench_embed, bench_local, machine
+from . import __version__
+from .bench import bench_embed, bench_epoch, bench_local, bench_train, machine
 from .data import load_data
 from .models import MODELS
 from .plots import plot_study
-from .relaxation import Study, claims, summary
-from .runs import write_atomic
-from .training import PRECISIONS, Diverged
+from .relaxation import Study, WorkerLost, claims, summary
+from .runs import clear_away, held, publish, write_atomic
+from .training import PRECISIONS, Diverged, check_precision, find_device
 
 # %% ../nbs/24_cli.ipynb #625e7168
 def _integers(text):
@@ -39,7 +45,7 @@ def _parser():
     p = _Parser('efcn_relax',
         description='Train a CNN, turn it into the fully-connected network that computes the same (eFCN) at several moments of its training, '
             'train on without the constraint, and compare with the CNN and with a fully-connected network trained from scratch (FCN).',
-        epilog='The same command on the same --out goes on where it was stopped. Without flags: the digits, three seeds, about a minute and a half.')
+        epilog='The same command on the same --out goes on where it was stopped. Without flags: the digits, three seeds, one to two minutes.')
     a = p.add_argument
     a('--data', default='digits', help='digits (the default), cifar10, cifar100, mnist, fashion_mnist, or a folder of images: FOLDER/train/CLASS/*.png and FOLDER/test/CLASS/*.png, or FOLDER/CLASS/*.png, a fifth of which is held out')
     a('--root', help="where torchvision's data sets are, or go")
@@ -55,7 +61,11 @@ def _parser():
     a('--batch_size', type=int, help='images in a step; default 25 for small, 250 for the others')
     a('--seeds', type=_seeds, default=3, help='how many (default 3), or a list such as 0,1,2')
     a('--device', help='cpu, cuda, cuda:1, mps; default a GPU if there is one')
-    a('--precision', choices=PRECISIONS, default='fp32', help='of the products (default fp32); weights are always 32 bit')
+    a('--precision', choices=PRECISIONS, default='fp32', help='of the products (default fp32; tf32 on a GPU); weights are always 32 bit')
+    a('--momentum', type=float, default=0., help="of SGD; default 0, as in the paper")
+    a('--weight_decay', type=float, default=0., help="of SGD; default 0, as in the paper")
+    a('--no-trim', dest='trim', action='store_false', help='keep rows of the matrices that make outputs which no pooling reads')
+    a('--workers', type=int, default=1, help='processes that share the runs among them (default 1); each computes with its share of the cores')
     a('--fan_in', choices=('folded', 'padded'), default='folded', help="inputs that the FCN's initial weights count: real ones (default), or constant zeros of the padding too")
     a('--out', help='folder for everything that is written; default one in efcn_runs named after data, model and settings')
     a('--keep_weights', action='store_true', help='keep the final weights of all networks, not of the CNNs alone')
@@ -63,23 +73,56 @@ def _parser():
     return p
 
 # %% ../nbs/24_cli.ipynb #eb4086e3
+def _end_with(parent):
+    "End this process when `parent` is gone or the user interrupts."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    def watch():
+        while os.getppid() == parent: time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+def _run(study, workers, tries=3):
+    "The table of `study`, made by as many processes as `workers` says."
+    if workers == 1: return study.run()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1)//workers))
+    for left in reversed(range(tries)):
+        try:
+            with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _end_with, (os.getpid(),)) as pool:
+                try: return study.run(executor=pool)
+                except BaseException:                    # leaving the context would wait for the other workers
+                    for process in multiprocessing.active_children(): process.terminate()
+                    raise
+        except WorkerLost as e:
+            if not left: raise
+            print(f'{e}: it goes on', file=sys.stderr)
+
+# %% ../nbs/24_cli.ipynb #7c95e166
 def _relax(args, command):
     "Run the study that `args` describe, print its tables, and write them with the figure."
+    if args.workers < 1: raise ValueError(f'workers must be 1 or more, not {args.workers}')
     data = load_data(args.data, root=args.root, name=args.name, shift=args.shift, size=args.size)
     model = args.model or ('small' if args.data == 'digits' else 'skinny')
     study = Study(data, model, args.relax, args.lcn, args.epochs, args.lr, args.batch_size, args.seeds, args.device, args.precision,
-                  args.shuffle, args.fan_in, args.width, args.out, args.keep_weights)
-    print(f'{study.config["data"]}: {len(data.train):,} training and {len(data.test):,} test images of shape {data.train.shape}; everything is written to {study.out}')
+                  args.shuffle, args.fan_in, args.width, args.out, args.keep_weights, args.momentum, args.weight_decay, args.trim)
+    print(f'{study.config["data"]}: {len(data.train):,} training and {len(data.test):,} test images of shape {data.train.shape}; '
+          f'everything is written to {study.out}, at most {study.disk_needed(args.workers)/1e6:,.0f} MB at a time', flush=True)
     new = bool(study.unfinished())
-    table = study.run()
-    tables = dict(summary=summary(table)) | (dict(claims=claims(table)) if (table.phase == 'relaxed').any() else {})
-    for name, t in tables.items(): write_atomic(study.out/f'{name}.csv', t.to_csv(index=False))
+    table = _run(study, args.workers)
+    tables = dict(summary=summary(table)) | (dict(claims=claims(table)) if _can_judge(table) else {})
     where = '\n'.join(study.environments())
-    if new: write_atomic(study.out/'command.txt', f'{command}\n{where}\n')
-    figure = plot_study(table, title=f'{study.config["data"]}, {study.model_name}')
-    figure.savefig(study.out/'figure.png', metadata={'Software': None})
-    plt.close(figure)
+    with held(study.out, wait=True):
+        clear_away(study.out)
+        for name, t in tables.items(): write_atomic(study.out/f'{name}.csv', t.to_csv(index=False))
+        if new: write_atomic(study.out/'command.txt', f'{command}\n{where}\n')
+        figure = plot_study(table, title=f'{study.config["data"]}, {study.model_name}')
+        publish(study.out/'figure.png', lambda beside: figure.savefig(beside, format='png', metadata={'Software': None}))
+        plt.close(figure)
     _report(tables, study, where)
+
+def _can_judge(table):
+    "Whether there is a seed of which FCN and a relaxed network came to their ends."
+    ended = summary(table).query('n > 0').network
+    return {'relaxed', 'fcn'} <= set(ended)
 
 def _report(tables, study, where):
     "Print tables as text, with n, spread, hardware and versions."
@@ -89,44 +132,91 @@ def _report(tables, study, where):
     if 'claims' in tables:
         print('\nThe claims of d\'Ascoli et al. 2019, judged by 95 % intervals over seeds (all undecided with one seed)')
         show(tables['claims'])
+    for label, why in study.diverged().items(): print(f'\ndiverged: {label}: {why}', end='')
     print(f'\n{where}, {study.precision}\nTables, figure and runs: {study.out}/ (figure.png, {", ".join(f"{name}.csv" for name in tables)}, metrics.csv)')
 
-# %% ../nbs/24_cli.ipynb #7c95e166
+# %% ../nbs/24_cli.ipynb #e9e66bae
 def efcn_relax(
     argv:list=None # arguments; None for those of the command line
 ):
     "Console command: the protocol of d'Ascoli et al. 2019."
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
-    try: _relax(args, shlex.join(['efcn_relax', *argv]))
+    try:
+        with _interruptible(): _relax(args, shlex.join(['efcn_relax', *argv]))
     except KeyboardInterrupt: sys.exit('\nstopped; the same command goes on after the last stored epoch')
-    except (ValueError, OSError, MemoryError, Diverged) as e: sys.exit(f'efcn_relax: {e}')
+    except (ValueError, OSError, MemoryError, Diverged, WorkerLost) as e: sys.exit(f'efcn_relax: {e}')
+
+@contextmanager
+def _interruptible():
+    "Context in which a request to terminate (SIGTERM, as clusters send it) is an interruption."
+    def interrupt(*args): raise KeyboardInterrupt
+    before = signal.signal(signal.SIGTERM, interrupt) if threading.current_thread() is threading.main_thread() else None
+    try: yield
+    finally:
+        if before is not None: signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/24_cli.ipynb #036325d8
 def _bench_parser():
     "The flags of `efcn_bench`."
     p = _Parser('efcn_bench', description='Time against the naive form and against the floor of this machine, as ratios within one run.')
-    p.add_argument('what', choices=['embed'], help='embed: convolutions to matrices, and locally-connected layers')
-    p.add_argument('--models', default='skinny,alexnet', help='comma-separated, from ' + ', '.join(MODELS) + '; locally-connected layers take the shapes of the last')
-    p.add_argument('--width', type=int, help="channels of the models; default their own")
-    p.add_argument('--batch', type=_integers, default=[8, 250], metavar='8,250', help='images in a step of the locally-connected layers (default 8,250)')
-    p.add_argument('--repeat', type=int, default=5, help='turns of which the median counts (default 5)')
+    kinds = p.add_subparsers(dest='what', required=True, metavar='embed|train', parser_class=_Parser)
+    embed = kinds.add_parser('embed', help='convolutions to matrices, and locally-connected layers')
+    train = kinds.add_parser('train', help='a training step of the eFCN, and an epoch end to end')
+    for q in (embed, train):
+        q.add_argument('--models', default='skinny,alexnet', help='comma-separated, from ' + ', '.join(MODELS))
+        q.add_argument('--repeat', type=int, default=5, help='turns of which the median counts (default 5)')
+    embed.add_argument('--width', type=int, help='channels of the models; default their own')
+    embed.add_argument('--batch', type=_integers, default=[8, 250], metavar='8,250', help='images in a step of the locally-connected layers, which take the shapes of the last model (default 8,250)')
+    train.add_argument('--width', type=_integers, default=[None], metavar='16,32,64', help='channels of the models, one or several; default their own')
+    train.add_argument('--batch', type=int, default=250, help='images in a step (default 250)')
+    train.add_argument('--images', type=int, default=2500, help='of the epoch (default 2500)')
+    train.add_argument('--precision', choices=PRECISIONS, default='bf16', help='of the epoch (default bf16); steps are taken in all that the device has')
+    train.add_argument('--device', help='cpu, cuda, ...; default a GPU if there is one')
+    train.add_argument('--out', help='folder in which the tables are kept')
     return p
+
+def _show(title, table):
+    "Print a table with a column for each case."
+    print(f'\n{title}\n{table.T.to_string(float_format="{:,.4g}".format, header=False)}', flush=True)
+
+def _bench_embed(args, names):
+    "Print what embedding and locally-connected layers cost."
+    if not args.batch or min(args.batch) < 1: raise ValueError('batch must be a list of numbers from 1, such as 8,250')
+    _show('Embedding, 32 x 32 pixels', bench_embed(names, args.width, args.repeat).rename_axis('model').reset_index())
+    local = bench_local([(batch, kind) for batch in args.batch for kind in ('float32', 'bfloat16')], names[-1], args.width, args.repeat)
+    _show(f'Locally-connected layers of {names[-1]}, forward and backward', local.rename_axis('case').reset_index())
+
+def _bench_train(args, names, device, command):
+    "Print what training costs, and keep the tables if there is a folder for them."
+    if args.batch < 1: raise ValueError(f'batch must be 1 or more, not {args.batch}')
+    if args.images < args.batch: raise ValueError(f'images must fill a batch of {args.batch} at least, not be {args.images}')
+    check_precision(args.precision, device)
+    if args.out: Path(args.out).mkdir(parents=True, exist_ok=True)
+    tables = dict(step=[], epoch=[])
+    for name in names:
+        for width in args.width or [None]:
+            for kind, table in [('step', lambda: bench_train(name, width, args.batch, device, args.repeat)),
+                                ('epoch', lambda: bench_epoch(name, width, args.batch, device, args.precision, args.images, min(args.repeat, 3)))]:
+                tables[kind].append(table())
+                _show(f'{kind} of {name}, batch {args.batch}, {device}', tables[kind][-1])
+                if args.out: write_atomic(Path(args.out)/f'{kind}.csv', pd.concat(tables[kind]).to_csv(index=False, float_format='%.5g'))
+    if args.out: write_atomic(Path(args.out)/'command.txt', f'{command}\ndate {datetime.date.today().isoformat()}, efcn_nb {__version__}, {machine(device)}\n')
 
 def efcn_bench(
     argv:list=None # arguments; None for those of the command line
 ):
-    "Console command: what embedding and locally-connected layers cost."
-    args = _bench_parser().parse_args(argv)
+    "Console command: what embedding, locally-connected layers and training cost."
+    given = sys.argv[1:] if argv is None else argv
+    args = _bench_parser().parse_args(given)
     if argv is None and 'THP_MEM_ALLOC_ENABLE' not in os.environ: # PyTorch reads it once, so start again
         os.execve(sys.executable, sys.orig_argv, os.environ | {'THP_MEM_ALLOC_ENABLE': '1'})
     try:
         if args.repeat < 1: raise ValueError(f'repeat must be 1 or more, not {args.repeat}')
-        if not args.batch or min(args.batch) < 1: raise ValueError('batch must be a list of numbers from 1, such as 8,250')
         names = [name.strip() for name in args.models.split(',')]
-        embedding = bench_embed(names, args.width, args.repeat)
-        print(f'{machine()}\nmedian of {args.repeat} turns\n\nEmbedding, 32 x 32 pixels\n{embedding.T.to_string(float_format="{:,.4g}".format)}', flush=True)
-        local = bench_local([(batch, kind) for batch in args.batch for kind in ('float32', 'bfloat16')], names[-1], args.width, args.repeat)
-        print(f'\nLocally-connected layers of {names[-1]}, forward and backward\n{local.T.to_string(float_format="{:,.4g}".format)}')
+        device = find_device(args.device) if args.what == 'train' else None
+        print(f'{machine(device)}\nmedian of {args.repeat} turns', flush=True)
+        if args.what == 'embed': _bench_embed(args, names)
+        else: _bench_train(args, names, device, shlex.join(['efcn_bench', *given]))
     except KeyboardInterrupt: sys.exit('\nstopped')
     except (ValueError, OSError, MemoryError) as e: sys.exit(f'efcn_bench: {e}')

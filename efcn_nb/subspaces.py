@@ -7,6 +7,7 @@ __all__ = ['project_lcn', 'project_cnn', 'squares', 'shares', 'residuals']
 
 # %% ../nbs/30_subspaces.ipynb #f6d38253
 import math
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -45,15 +46,24 @@ def _off_local_square(W, g):
         total += _square(off)
     return total
 
+def _channels(g, most=2**20):
+    "Output channels of `g`, from and to, that have about `most` weights together, with their geometry; all at once if there are groups."
+    n = g.out_channels if g.groups > 1 else max(1, most*g.out_channels//math.prod(g.matrix_shape))
+    kinds = {size: replace(g, out_channels=size) for size in {min(n, g.out_channels), g.out_channels % n or n}}
+    return [(a, b, kinds[b-a]) for a in range(0, g.out_channels, n) for b in [min(a+n, g.out_channels)]]
+
 @torch.no_grad()
 def squares(
     layer:nn.Module # `FullyConnected` or `LocallyConnected`
 )->dict:
     "Squared norms of the convolutional, the unshared and the off-local part of a layer's weights."
-    g, dense = layer.geometry, isinstance(layer, FullyConnected)
-    L = local_from_matrix(layer.weight, g) if dense else layer.weight
-    shared = local_from_kernel(kernel_from_local(L, g), g)
-    return dict(convolutional=_square(shared), unshared=_square(L - shared), off_local=_off_local_square(layer.weight, g) if dense else 0.)
+    total, dense = dict(convolutional=0., unshared=0., off_local=0.), isinstance(layer, FullyConnected)
+    for a, b, g in _channels(layer.geometry):                                 # some at a time, to save memory
+        W = layer.weight.unflatten(0, (layer.geometry.out_channels, -1))[a:b].flatten(0, 1) if dense else layer.weight[:,a:b]
+        L = local_from_matrix(W, g) if dense else W
+        shared = local_from_kernel(kernel_from_local(L, g), g)
+        for part, square in zip(total, [_square(shared), _square(L - shared), _off_local_square(W, g) if dense else 0.]): total[part] += square
+    return total
 
 # %% ../nbs/30_subspaces.ipynb #7a64980b
 def shares(

@@ -2,16 +2,19 @@
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 import tiny
 
-REPORTS = {"summary.csv", "claims.csv", "metrics.csv", "figure.png", "command.txt", "study.json"}
+REPORTS = {"summary.csv", "claims.csv", "metrics.csv", "figure.png", "command.txt", "study.json", "lock"}
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +59,78 @@ def test_the_default_folder(console, done, tmp_path):
     assert folder.name.startswith("digits-small2-") and (folder/"metrics.csv").read_bytes() == (done[0]/"metrics.csv").read_bytes()
 
 
-@pytest.mark.parametrize("what, last", [("file", 22), ("step", 14)])
-def test_killed_and_started_again(console, done, tmp_path, what, last):
-    "SIGKILL in the middle of a write (the file lies there under its temporary name), or of training."
-    for moment in random.Random(what).sample(range(last), 3):
-        code, _, _ = console(*tiny.FLAGS, "--out", str(moment), cwd=tmp_path, die=(what, moment))
-        assert code == -9, f"{what} {moment} was not reached"
-        code, out, err = console(*tiny.FLAGS, "--out", str(moment), cwd=tmp_path)
+@pytest.fixture(scope="module")
+def mortal(console, tmp_path_factory):
+    "Flags of a study with dropout, momentum and all weights kept, its folder when it was not interrupted, and the seconds that took."
+    folder = tmp_path_factory.mktemp("mortal")
+    for k in range(24):
+        path = folder/"images"/("test" if k < 8 else "train")/"ab"[k % 2]/f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), 20 + 60*(k % 2)).convert("RGB").save(path)
+    flags = ["--data", folder/"images", *"--model alexnet --width 1 --epochs 2 --batch_size 8 --seeds 1 --relax 0,1 --lcn 1 --device cpu --momentum .9 --weight_decay .01 --lr .02 --keep_weights".split()]
+    start = time.monotonic()
+    assert console(*flags, "--out", "whole", cwd=folder)[0] == 0
+    return flags, folder/"whole", time.monotonic() - start
+
+
+def results(study):
+    "Names of all weights (which hold the hash of their content), and content of all tables."
+    weights = {str(p.relative_to(study)) for p in study.glob("*/epoch-*")}
+    return weights, {str(p.relative_to(study)): p.read_bytes() for p in study.rglob("*.csv")}
+
+
+@pytest.mark.parametrize("what, last", [("file", 40), ("half", 40), ("step", 17), ("clock", 0)])
+def test_killed_and_started_again(console, mortal, tmp_path, what, last):
+    "SIGKILL when a file lies there under its temporary name, in the midst of a write, in training, or at any time: six moments each, and then one killed again and again."
+    flags, whole, seconds = mortal
+    random_ = random.Random(what)
+    moments = [seconds*random_.random() for _ in range(6)] if what == "clock" else random_.sample(range(last), 6)
+    for moment in moments:
+        code, _, _ = console(*flags, "--out", str(moment), cwd=tmp_path, die=(what, moment))
+        assert code == -9 or what == "clock", f"{what} {moment} was not reached"
+        code, out, err = console(*flags, "--out", str(moment), cwd=tmp_path)
         assert code == 0, err
-        for name in ("metrics.csv", "summary.csv", "claims.csv"): assert (tmp_path/str(moment)/name).read_bytes() == (done[0]/name).read_bytes()
+        assert results(tmp_path/str(moment)) == results(whole)
+        assert not [p for p in (tmp_path/str(moment)).rglob(".*")], "what a killed process had begun to write is cleared away"
+    again = 0
+    while console(*flags, "--out", "again", cwd=tmp_path, die=(what, seconds/3*1.3**again if what == "clock" else 9))[0] == -9: again += 1
+    assert results(tmp_path/"again") == results(whole) and (again > 1 or what == "clock")
+
+
+@pytest.mark.parametrize("limit", [400, 3000, 20_000, 200_000, 2_000_000])
+def test_a_full_disk(console, mortal, tmp_path, limit):
+    "No file can be larger than `limit` bytes: one sentence, everything before intact, and the same command goes on when there is room."
+    flags, whole, _ = mortal
+    code, out, err = console(*flags, "--out", "s", cwd=tmp_path, die=("disk", limit))
+    assert one_line(code, err) and "could not be written (" in err and "everything written before it is intact" in err
+    assert not [p for p in tmp_path.rglob(".*")]
+    code, out, err = console(*flags, "--out", "s", cwd=tmp_path)
+    assert code == 0 and not err and results(tmp_path/"s") == results(whole)
+
+
+def test_two_commands_on_one_folder(console, mortal, tmp_path):
+    "The second is told so, and the first is not disturbed."
+    flags, whole, _ = mortal
+    shutil.copytree(whole, tmp_path/"s")
+    run = next((tmp_path/"s").glob("relaxed-*relax1-*"))
+    (run/"finished.json").unlink()
+    with FileLock(run/"lock"):
+        code, out, err = console(*flags, "--out", "s", cwd=tmp_path)
+        assert one_line(code, err) and "another process is at work on s/relaxed-seed0-relax1" in err
+    code, out, err = console(*flags, "--out", "s", cwd=tmp_path)
+    assert code == 0 and results(tmp_path/"s") == results(whole)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_stopped_by_hand_or_by_a_scheduler(tmp_path, name):
+    command = [sys.executable, "-c", "from efcn_nb.cli import efcn_relax; efcn_relax()", *"--epochs 1000 --relax 0 --seeds 1 --device cpu --out s".split()]
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(tiny.Path(tiny.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]))
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        time.sleep(.05)
+        if list(tmp_path.glob("s/cnn-*/epoch-0002-*")): break
+    process.send_signal(getattr(signal, name))
+    assert process.communicate(timeout=30)[1].strip() == "stopped; the same command goes on after the last stored epoch" and process.returncode == 1
 
 
 def test_killed_in_the_very_first_write(console, tmp_path):
@@ -120,7 +186,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(console, place, wrong):
 
 
 def test_not_a_number_while_training(console, tmp_path):
-    code, out, err = console(*tiny.FLAGS, "--lr", "1e30", "--epochs", "3", "--out", "s", cwd=tmp_path)
+    code, out, err = console(*tiny.FLAGS, "--lr", "1e38", "--epochs", "3", "--out", "s", cwd=tmp_path)
     assert one_line(code, err) and "step" in err and (tmp_path/"s"/"study.json").exists()
 
 

@@ -81,8 +81,8 @@ def test_weights_come_back_bit_for_bit(run, dtype):
     model = net().to(dtype)
     model[0].weight.data = model[0].weight.data.transpose(2, 3)  # not contiguous
     run.save(3, model, table(.5))
-    epoch, weights, _ = run.load()
-    assert epoch == 3 and equal_weights(weights, model.state_dict())
+    found = run.load()
+    assert found.epoch == 3 and equal_weights(found.weights, model.state_dict())
 
 
 def test_a_layer_with_two_names_can_be_stored(run):
@@ -97,9 +97,9 @@ def test_checkpoints(run):
     assert [p.name[:10] for p in run.checkpoints()] == [f"epoch-{e:04d}" for e in range(5)]
     assert equal_weights(run.load(2)[1], net(2).state_dict()) and len(run.load(2)[2]) == 3
     assert run.load(9) is None and run.load()[0] == 4
-    run.save(5, net(5), table(*range(6)), keep=False)
+    run.save(5, net(5), table(*range(6)), keep=())
     assert [run.load(e) is None for e in range(6)] == [True, True, True, True, False, False]
-    run.finish(table(1.), keep=False)
+    run.finish(table(1.), keep=())
     assert not run.checkpoints() and run.load() is None and run.finished and run.table.value.tolist() == [1]
 
 

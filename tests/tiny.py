@@ -1,10 +1,13 @@
 """The smallest studies that have every part, and a console in which commands start fast: for the tests of runs, relaxation and cli."""
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+
+from torch import nn
 
 from efcn_nb.data import Data, load_data
 from efcn_nb.relaxation import Study
@@ -22,20 +25,50 @@ def files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
+class Deadly(nn.Module):
+    "Does nothing, but kills a process that is not `parent` in its tenth call, once: then the file `marker` is there."
+    def __init__(self, marker, parent):
+        super().__init__()
+        self.marker, self.parent, self.calls = Path(marker), parent, 0
+
+    def forward(self, x):
+        self.calls += self.training
+        if self.calls == 10 and os.getpid() != self.parent and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+
+def deadly(shape, classes, marker, parent):
+    "A small CNN with dropout, and with `Deadly` in it."
+    return nn.Sequential(nn.Conv2d(shape[0], 2, 5, stride=3), nn.ReLU(), nn.Dropout(.3), Deadly(marker, parent), nn.Flatten(), nn.Linear(32, classes))
+
+
 SERVER = r"""
-import gc, json, os, signal, sys, traceback
+import gc, json, os, resource, signal, sys, threading, traceback
 import torch, sklearn.datasets
+import efcn_nb.runs
 from efcn_nb.cli import efcn_relax
 torch.set_num_threads(1)
 gc.freeze()
 
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
 def die_at(moment):
-    'Kill this process before the file, or the training step, number `moment[1]`.'
+    'Kill this process before the file, in the midst of it, or before the training step number `moment[1]`, or after so many seconds.'
     what, left = moment
-    owner, name = (os, 'replace') if what == 'file' else (torch.optim.SGD, 'step')
+    if what == 'disk': return resource.setrlimit(resource.RLIMIT_FSIZE, (left, left))
+    if what == 'clock': return threading.Timer(left, die).start()
+    owner, name = dict(file=(os, 'replace'), half=(efcn_nb.runs, 'publish'), step=(torch.optim.SGD, 'step'))[what]
     real, count = getattr(owner, name), iter(range(10**9))
     def counted(*args, **kw):
-        if next(count) == left: os.kill(os.getpid(), signal.SIGKILL)
+        if next(count) == left:
+            if what == 'half':
+                path, write = args[:2]
+                beside = path.with_name(f'.{path.name}.0.part')
+                write(beside)
+                os.truncate(beside, os.path.getsize(beside)//2)
+            die()
         return real(*args, **kw)
     setattr(owner, name, counted)
 
@@ -77,7 +110,7 @@ class Console:
                                        cwd=Path(__file__).resolve().parents[1])
 
     def __call__(self, *argv, cwd, die=None):
-        "Exit status, standard output, standard error of the command; `die` is a pair ('file' or 'step', number) before which it is killed."
+        "Exit status, standard output, standard error of the command; `die` is a pair ('file', 'half', 'step' or 'clock', number): when it is killed; or ('disk', bytes that a file can have)."
         streams = {name: self.folder/name for name in ("stdout", "stderr")}
         for path in streams.values(): path.unlink(missing_ok=True)
         case = dict(argv=list(map(str, argv)), cwd=str(cwd), die=die, **{name: str(path) for name, path in streams.items()})

@@ -1,0 +1,177 @@
+"""Sweeps by any executor: the same records as in one process, also when a worker dies."""
+import functools
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from efcn_nb.relaxation import WorkerLost
+from efcn_nb.runs import Busy
+
+
+def study(out, marker):
+    return tiny.study(out, model=functools.partial(tiny.deadly, marker=str(marker), parent=os.getpid()), width=None, seeds=2, keep_weights=True)
+
+
+def results(study):
+    "Names of all weights, which hold the hash of their content, and the tables."
+    return {str(p.relative_to(study.out)) for p in study.out.glob("*/epoch-*")}, (study.out/"metrics.csv").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory):
+    "Done by this process."
+    folder = tmp_path_factory.mktemp("serial")
+    done = study(folder/"study", folder/"marker")
+    done.run()
+    return results(done)
+
+
+def pool(workers=2): return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_take_turns(serial, tmp_path):
+    ours = study(tmp_path/"s", tmp_path/"marker")
+    with ThreadPoolExecutor(3) as executor: ours.run(executor=executor)
+    assert results(ours) == serial and not (tmp_path/"s"/"data.safetensors").exists()
+
+
+def test_processes_one_of_which_dies(serial, tmp_path):
+    "The pool is lost, and a new one ends with the same records."
+    ours = study(tmp_path/"s", tmp_path/"marker")
+    with pool() as executor, pytest.raises(WorkerLost, match=r"ended before its run \(BrokenProcessPool\).*the same call goes on") as error: ours.run(executor=executor)
+    assert (tmp_path/"marker").exists() and len(str(error.value).splitlines()) == 1
+    left = len(study(tmp_path/"s", tmp_path/"marker").unfinished())
+    with pool() as executor: ours.run(executor=executor)
+    assert left > 0 and results(ours) == serial
+    with pool() as executor: ours.run(executor=executor)  # nothing is left to do
+    assert results(ours) == serial
+
+
+def test_a_mistake_in_a_worker_is_that_mistake(tmp_path):
+    class Executor:
+        def submit(self, *args):
+            future = Future()
+            future.set_exception(Busy("another process is at work"))
+            return future
+    with pytest.raises(Busy): study(tmp_path/"s", tmp_path/"marker").run(executor=Executor())
+
+
+def test_an_error_in_a_worker_keeps_its_words(tmp_path):
+    "It is not taken for the death of the worker."
+    class Executor:
+        def submit(self, *args):
+            future = Future()
+            future.set_exception(RuntimeError("a bug in the network"))
+            return future
+    with pytest.raises(RuntimeError, match="a bug in the network") as error: study(tmp_path/"s", tmp_path/"marker").run(executor=Executor())
+    assert type(error.value) is RuntimeError
+
+
+def test_a_broken_pool_says_so(tmp_path):
+    class Executor:
+        def submit(self, *args): raise BrokenProcessPool("it is broken")
+    with pytest.raises(WorkerLost, match="the same call goes on from there"): study(tmp_path/"s", tmp_path/"marker").run(executor=Executor())
+
+
+def test_a_worker_that_writes_elsewhere_is_noticed(tmp_path):
+    "It says that it has done the run; rather than wait for ever, we say what is wrong."
+    class Executor:
+        def submit(self, *args):
+            future = Future()
+            future.set_result(None)
+            return future
+    with pytest.raises(OSError, match="all workers must see that folder"): study(tmp_path/"s", tmp_path/"marker").run(executor=Executor())
+
+
+def test_a_pool_that_outlives_a_study(serial, tmp_path):
+    "The same folder, other data: a worker must not go on with what it had opened."
+    with pool(1) as executor:
+        tiny.study(tmp_path/"s", data="digits", epochs=1, relax_times=[], lcn_times=[], batch_size=1000).run(executor=executor)
+        shutil.rmtree(tmp_path/"s")
+        ours = study(tmp_path/"s", tmp_path/"marker")
+        (tmp_path/"marker").touch()
+        ours.run(executor=executor)
+    assert results(ours) == serial
+
+
+def test_a_relative_folder(serial, tmp_path, monkeypatch):
+    "Workers may have been started elsewhere."
+    (tmp_path/"marker").touch()
+    with pool(1) as executor:
+        executor.submit(os.getpid).result()
+        monkeypatch.chdir(tmp_path)
+        ours = study("s", tmp_path/"marker")
+        ours.run(executor=executor)
+    assert results(ours) == serial and (tmp_path/"s"/"study.json").exists()
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["", "a worker dies"])
+def test_dask(serial, tmp_path, monkeypatch, dies):
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(tiny.__file__).parent), str(Path(tiny.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+    if not dies: (tmp_path/"marker").touch()
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50, local_directory=tmp_path) as cluster, distributed.Client(cluster) as client:
+        ours = study(tmp_path/"s", tmp_path/"marker")
+        ours.run(executor=client.get_executor())
+    assert (tmp_path/"marker").exists() and results(ours) == serial
+
+
+@pytest.fixture
+def command(tmp_path):
+    "Starts `efcn_relax` in a process of its own."
+    (tmp_path/"command.py").write_text("from efcn_nb.cli import efcn_relax\nif __name__ == '__main__': efcn_relax()\n")
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(Path(tiny.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+    started = []
+    def start(*argv):
+        started.append(subprocess.Popen([sys.executable, "command.py", *tiny.FLAGS, *argv], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+    yield start
+    for process in started: process.kill()
+
+
+def test_workers_of_the_command(command, tmp_path):
+    alone, together = command("--out", "alone"), command("--out", "together", "--workers", "2")
+    for process in (alone, together): assert process.communicate(timeout=120)[1] == "" and process.returncode == 0
+    for name in ("metrics.csv", "summary.csv", "claims.csv"): assert (tmp_path/"together"/name).read_bytes() == (tmp_path/"alone"/name).read_bytes()
+
+
+def test_workers_end_when_their_parent_is_killed(command, tmp_path):
+    "So that the same command can go on, and is not told that another process is at work."
+    flags = ["--out", "s", "--workers", "2", "--epochs", "100000", "--relax", "", "--lcn", ""]
+    def last(): return max((int(p.name.split("-")[1]) for p in tmp_path.glob("s/cnn-*/epoch-*")), default=-1)
+    def wait_for(epoch, process):
+        while last() < epoch: assert process.poll() is None, process.communicate()[1]
+    killed = command(*flags)
+    wait_for(1, killed)
+    killed.kill()
+    time.sleep(3)
+    before = last()
+    wait_for(before + 2, command(*flags))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_workers_end_at_once_when_the_command_is_asked_to(command, tmp_path, name):
+    flags = ["--out", "s", "--workers", "2", "--epochs", "100000", "--relax", "", "--lcn", ""]
+    process = command(*flags)
+    while not list(tmp_path.glob("s/cnn-*/epoch-*")): assert process.poll() is None, process.communicate()[1]
+    process.send_signal(getattr(signal, name))
+    assert process.communicate(timeout=10)[1].strip() == "stopped; the same command goes on after the last stored epoch"
