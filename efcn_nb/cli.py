@@ -183,25 +183,27 @@ def _show(title, table):
 def _bench_embed(args, names):
     "Print what embedding and locally-connected layers cost."
     if not args.batch or min(args.batch) < 1: raise ValueError('batch must be a list of numbers from 1, such as 8,250')
-    _show('Embedding, 32 x 32 pixels', bench_embed(names, args.width, args.repeat).rename_axis('model').reset_index())
+    _show(f'Embedding, 32 x 32 pixels, median of {args.repeat} turns', bench_embed(names, args.width, args.repeat).rename_axis('model').reset_index())
     local = bench_local([(batch, kind) for batch in args.batch for kind in ('float32', 'bfloat16')], names[-1], args.width, args.repeat)
-    _show(f'Locally-connected layers of {names[-1]}, forward and backward', local.rename_axis('case').reset_index())
+    _show(f'Locally-connected layers of {names[-1]}, forward and backward, median of {args.repeat} turns', local.rename_axis('case').reset_index())
 
 def _bench_train(args, names, device, command):
     "Print what training costs, and keep the tables if there is a folder for them."
     if args.batch < 1: raise ValueError(f'batch must be 1 or more, not {args.batch}')
     if args.images < args.batch: raise ValueError(f'images must fill a batch of {args.batch} at least, not be {args.images}')
     check_precision(args.precision, device)
-    if args.out: Path(args.out).mkdir(parents=True, exist_ok=True)
-    tables = dict(step=[], epoch=[])
+    if args.out:
+        if list(Path(args.out).glob('*.csv')): raise ValueError(f'{args.out} holds tables already; choose another folder')
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(args.out)/'command.txt', f'{command}\ndate {datetime.date.today().isoformat()}, efcn_nb {__version__}, {machine(device)}\n')
+    tables, few = dict(step=[], epoch=[]), min(args.repeat, 3)
     for name in names:
         for width in args.width or [None]:
-            for kind, table in [('step', lambda: bench_train(name, width, args.batch, device, args.repeat)),
-                                ('epoch', lambda: bench_epoch(name, width, args.batch, device, args.precision, args.images, min(args.repeat, 3)))]:
+            for kind, turns, table in [('step', args.repeat, lambda: bench_train(name, width, args.batch, device, args.repeat)),
+                                       ('epoch', few, lambda: bench_epoch(name, width, args.batch, device, args.precision, args.images, few))]:
                 tables[kind].append(table())
-                _show(f'{kind} of {name}, batch {args.batch}, {device}', tables[kind][-1])
+                _show(f'{kind} of {name}, batch {args.batch}, {device}, median of {turns} turns', tables[kind][-1])
                 if args.out: write_atomic(Path(args.out)/f'{kind}.csv', pd.concat(tables[kind]).to_csv(index=False, float_format='%.5g'))
-    if args.out: write_atomic(Path(args.out)/'command.txt', f'{command}\ndate {datetime.date.today().isoformat()}, efcn_nb {__version__}, {machine(device)}\n')
 
 def efcn_bench(
     argv:list=None # arguments; None for those of the command line
@@ -215,7 +217,7 @@ def efcn_bench(
         if args.repeat < 1: raise ValueError(f'repeat must be 1 or more, not {args.repeat}')
         names = [name.strip() for name in args.models.split(',')]
         device = find_device(args.device) if args.what == 'train' else None
-        print(f'{machine(device)}\nmedian of {args.repeat} turns', flush=True)
+        print(machine(device), flush=True)
         if args.what == 'embed': _bench_embed(args, names)
         else: _bench_train(args, names, device, shlex.join(['efcn_bench', *given]))
     except KeyboardInterrupt: sys.exit('\nstopped')

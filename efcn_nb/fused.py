@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
-from .layers import FullyConnected, LocallyConnected, backward_in_chunks, chunks_of, forward_in_chunks
+from .layers import FullyConnected, LocallyConnected, backward_in_chunks, chunks_of, forward_in_chunks, is_batched, position_product
 
 # %% ../nbs/03_fused.ipynb #67fc936e
 class _Fused:
@@ -150,6 +150,12 @@ def changed(self:_Fused):
     self._in_step()
 
 # %% ../nbs/03_fused.ipynb #49fc76bc
+def _plain_gradients(x, weight, pixels, ctx, grad):
+    "Gradients of the position-wise product with respect to `x` and `weight`, for many `grad` at once."
+    x, weight = (t.detach().requires_grad_() for t in (x, weight))
+    with torch.enable_grad(): found = torch.autograd.grad(position_product(x, weight, pixels, ctx.geometry), (x, weight), grad)
+    return [g if need else None for g, need in zip(found, ctx.needs_input_grad)]
+
 class _Local(torch.autograd.Function):
     "The position-wise product of a locally-connected layer whose backward pass moves the weights."
     @staticmethod
@@ -165,6 +171,7 @@ class _Local(torch.autograd.Function):
     def backward(ctx, grad):
         (x, pixels), fused, weight, dweight, take = ctx.saved_tensors, ctx.fused, ctx.fused.lowered(grad.dtype), None, None
         todo = fused.decide(ctx)
+        if is_batched(grad): return *_plain_gradients(x, weight, pixels, ctx, grad), None, None
         if todo == 'move':
             def take(a, b, n, part): fused.descend((slice(a, b), slice(None), slice(n)), part)
         if todo == 'gradient':
@@ -185,7 +192,7 @@ def _lower(x, weight):
 def __call__(self:_Fused, layer, x):
     "What `layer.product(x)` computes; remembers, if the result may be differentiated, to move the weights in the backward pass."
     dtype, learns = _lower(x, self.weight), torch.is_grad_enabled()
-    ordinary = (self.optimizer() is None or layer.weight is not self.weight or learns and not self.weight.requires_grad or torch.compiler.is_compiling()
+    ordinary = (self.optimizer() is None or layer.weight is not self.weight or learns and not self.weight.requires_grad or torch.is_inference_mode_enabled() or torch.compiler.is_compiling()
                 or torch._C._are_functorch_transforms_active() or x.dtype not in (dtype, torch.float32)
                 or isinstance(layer, LocallyConnected) and layer.is_small(x))
     if ordinary: return type(layer).product(layer, x)
@@ -212,7 +219,7 @@ def _reason(layer, users):
 class FusedSGD(torch.optim.SGD):
     """SGD in which the weights of released layers move during the backward pass: `fused` names them, `ordinary` says why the others do not.
 
-    Between two calls of `step` there can be one backward pass, and nothing can be done to gradients that are never stored: no clipping, no scaling, no averaging over processes. Raises `ValueError` for a `DistributedDataParallel`.
+    Between two calls of `step` there can be one backward pass, and nothing can be done to gradients that are never stored: no clipping, no scaling, no averaging over processes. Gradients cannot be differentiated again (gradient penalties). Raises `ValueError` for a `DistributedDataParallel`.
     """
     def __init__(self,
         model:nn.Module,
@@ -232,6 +239,8 @@ class FusedSGD(torch.optim.SGD):
                 layer.through = self.fused[name] = _Fused(name or 'the layer', layer.weight, self)
                 self._layers.append(layer)
         if self.ordinary: warnings.warn('not fused: ' + '; '.join(f'{name or "the layer"}, because {why}' for name, why in self.ordinary.items()))
+
+    def __reduce_ex__(self, protocol): raise TypeError('a FusedSGD belongs to its model and cannot be copied or pickled; make one for the copy, and pass on its state_dict()')
 
     def step(self, closure=None):
         "Move all weights that have not moved in the backward pass."

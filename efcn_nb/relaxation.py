@@ -174,12 +174,13 @@ def open_run(self:Study,
 
 # %% ../nbs/22_relaxation.ipynb #b1d5a013
 @patch
-def _at(self:Study, run, model, epoch, remedy):
-    "`model` with the weights that `run` stored after `epoch`; raises `ValueError` with the `remedy` if there are none."
+def _at(self:Study, run, make, epoch, remedy):
+    "The network that `make` makes, with the weights that `run` stored after `epoch`; raises `ValueError` with the `remedy` if there are none."
     found = run.load(epoch)
     if not found:
         damaged = ', '.join(p.name for p in run.checkpoints() if p.name.startswith(f'epoch-{epoch:04d}-'))
         raise ValueError(f'{run.path} holds no good weights after epoch {epoch}; ' + (f'delete {damaged}, which is damaged, and run the study again' if damaged else remedy))
+    model = make()
     model.load_state_dict(found.weights)
     return model
 
@@ -190,7 +191,7 @@ def start(self:Study, phase:str, seed:int, relax:int=None)->torch.nn.Module:
     if phase == 'cnn': return cnn
     if phase == 'fcn': return reinitialize(embed(cnn, shape, trim=self.trim), seed, self.config['fan_in'], inplace=True)
     self._recover(seed, relax)
-    cnn = self._at(self.open_run('cnn', seed), cnn, relax, 'run the study first')
+    cnn = self._at(self.open_run('cnn', seed), lambda: cnn, relax, 'run the study first')
     return embed(cnn, shape, to='lcn' if phase == 'lcn' else 'fcn', trim=self.trim)
 
 @patch
@@ -202,7 +203,7 @@ def network(self:Study,
     "A trained network of the study; raises `ValueError` if it diverged before that epoch or its weights were not kept."
     run, last = self.open_run(phase, seed, relax), next(r['last'] for r in self.plan() if (r['phase'], r['seed'], r['relax']) == (phase, seed, relax))
     if run.diverged and run.table.epoch.max() <= (last if epoch is None else epoch): raise ValueError(f'{run.path} diverged: {run.diverged}')
-    return self._at(run, self.start(phase, seed, relax), last if epoch is None else epoch, 'run the study with keep_weights=True')
+    return self._at(run, lambda: self.start(phase, seed, relax), last if epoch is None else epoch, 'run the study with keep_weights=True')
 
 # %% ../nbs/22_relaxation.ipynb #1a618dc6
 def _rows(study, run, epoch, step, measured):
@@ -420,7 +421,7 @@ def _is_lost_worker(error):
 @patch
 def _run_there(self:Study, executor, left, progress):
     "Let `executor` carry out the runs that are `left`. Raises `WorkerLost` if a worker dies."
-    running, cnns, run = {}, {r['seed']: r for r in self.plan() if r['phase'] == 'cnn'}, None
+    running, cnns = {}, {r['seed']: r for r in self.plan() if r['phase'] == 'cnn'}
     out = self.out.absolute()
     job = secrets.token_hex(8), self.settings | dict(out=out), out/'data.safetensors', torch.get_num_threads()
     _store_data(self.data, job[2])
@@ -438,7 +439,7 @@ def _run_there(self:Study, executor, left, progress):
                     bar.update((run['last'] - run['first'])*self._cost(run))
     except Exception as e:
         if not _is_lost_worker(e): raise
-        raise WorkerLost(f'the worker of {_label(run)} ended before its run ({type(e).__name__}); all that it had stored is in {self.out}, and the same call goes on from there') from e
+        raise WorkerLost(f'a worker ended before its run did ({type(e).__name__}); all that it had stored is in {self.out}, and the same call goes on from there') from e
     finally:
         for future in running: future.cancel()
         job[2].unlink(missing_ok=True)

@@ -337,6 +337,33 @@ def test_an_optimizer_that_is_gone_before_the_backward_pass():
     assert torch.allclose(models[0][0].weight.grad, models[1][0].weight.grad)
 
 
+@kinds
+def test_inference_in_between(kind):
+    "In inference mode, in bf16 too, the layer goes its own way, and training goes on as before."
+    start = embed(cnn(dtype=torch.float32), (2, 6, 5), kind)
+    a, b = copy.deepcopy(start), copy.deepcopy(start)
+    first, second = FusedSGD(a, .1), FusedSGD(b, .1)
+    x = batches(1, torch.float32)[0][0]
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16): a(x)
+    for m, o in (a, first), (b, second): train(m, o, precision="bf16")
+    assert distance(a, b) == 0 and distance(a, start) > 1e-3
+    with torch.inference_mode(): a(x)
+
+
+@kinds
+def test_many_gradients_at_once(kind):
+    model = embed(cnn(), (2, 6, 5), kind)
+    x = batches(1)[0][0]
+    wanted = torch.autograd.functional.jacobian(model, x)
+    optimizer = FusedSGD(model)
+    assert torch.allclose(torch.autograd.functional.jacobian(model, x, vectorize=True), wanted, atol=1e-13) and optimizer.fused
+
+
+def test_an_optimizer_is_not_copied():
+    optimizer = FusedSGD(square())
+    with pytest.raises(TypeError, match="belongs to its model and cannot be copied or pickled"): copy.deepcopy(optimizer)
+
+
 def test_what_cannot_be_done_without_gradients_is_refused():
     model = square()
     optimizer = FusedSGD(model, momentum=.9)
