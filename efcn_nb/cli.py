@@ -176,6 +176,7 @@ def _bench_parser():
     train.add_argument('--out', help='folder in which the tables are kept')
     return p
 
+# %% ../nbs/24_cli.ipynb #6f0e9601
 def _show(title, table):
     "Print a table with a column for each case."
     print(f'\n{title}\n{table.T.to_string(float_format="{:,.4g}".format, header=False)}', flush=True)
@@ -187,6 +188,7 @@ def _bench_embed(args, names):
     local = bench_local([(batch, kind) for batch in args.batch for kind in ('float32', 'bfloat16')], names[-1], args.width, args.repeat)
     _show(f'Locally-connected layers of {names[-1]}, forward and backward, median of {args.repeat} turns', local.rename_axis('case').reset_index())
 
+# %% ../nbs/24_cli.ipynb #c77b2dd7
 def _bench_train(args, names, device, command):
     "Print what training costs, and keep the tables if there is a folder for them."
     if args.batch < 1: raise ValueError(f'batch must be 1 or more, not {args.batch}')
@@ -205,6 +207,7 @@ def _bench_train(args, names, device, command):
                 _show(f'{kind} of {name}, batch {args.batch}, {device}, median of {turns} turns', tables[kind][-1])
                 if args.out: write_atomic(Path(args.out)/f'{kind}.csv', pd.concat(tables[kind]).to_csv(index=False, float_format='%.5g'))
 
+# %% ../nbs/24_cli.ipynb #499c3984
 def efcn_bench(
     argv:list=None # arguments; None for those of the command line
 ):

@@ -9,7 +9,6 @@ __all__ = ['PIECE', 'FusedSGD']
 import warnings, weakref
 
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -216,6 +215,7 @@ def _reason(layer, users):
     if layer.through is not None and layer.through.__class__ is not _Fused: return 'its product is computed elsewhere'
     if isinstance(layer, LocallyConnected) and weight.device.type != 'cpu': return 'locally-connected layers are fused on the CPU alone'
 
+# %% ../nbs/03_fused.ipynb #227f4ff3
 class FusedSGD(torch.optim.SGD):
     """SGD in which the weights of released layers move during the backward pass: `fused` names them, `ordinary` says why the others do not.
 

@@ -303,7 +303,6 @@ def _recover(self:Study, seed, epoch):
     with store.hold(wait=True), _suited(self.weights):
         if store.load(epoch): return
         model, found = self.cnn(seed), store.load(until=epoch)
-        table = found.table if found else None
         def note(at, step, measured, optimizer):
             if at == epoch: store.save(epoch, model, store.table[store.table.epoch <= epoch], optimizer)
         if epoch: self._train(run, model, found, epoch, note)

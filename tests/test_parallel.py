@@ -57,7 +57,7 @@ def test_threads_take_turns(serial, tmp_path):
 def test_processes_one_of_which_dies(serial, tmp_path):
     "The pool is lost, and a new one ends with the same records."
     ours = study(tmp_path/"s", tmp_path/"marker")
-    with pool() as executor, pytest.raises(WorkerLost, match=r"ended before its run \(BrokenProcessPool\).*the same call goes on") as error: ours.run(executor=executor)
+    with pool() as executor, pytest.raises(WorkerLost, match=r"ended before its run did \(BrokenProcessPool\).*the same call goes on") as error: ours.run(executor=executor)
     assert (tmp_path/"marker").exists() and len(str(error.value).splitlines()) == 1
     left = len(study(tmp_path/"s", tmp_path/"marker").unfinished())
     with pool() as executor: ours.run(executor=executor)
