@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HUGE', 'BATCHNORMS', 'matrix_from_kernel', 'local_from_kernel', 'matrix_from_local', 'local_from_matrix',
-           'kernel_from_local', 'kernel_from_matrix', 'release', 'nearest_conv', 'process_blank', 'conv_geometries',
-           'released_weights', 'free_memory', 'require_memory', 'give_back_memory', 'use_little_memory',
-           'merge_batchnorm', 'embed', 'convert', 'nearest_cnn', 'reinitialize']
+           'kernel_from_local', 'kernel_from_matrix', 'tied_sum', 'release', 'nearest_conv', 'process_blank',
+           'conv_geometries', 'released_weights', 'free_memory', 'require_memory', 'give_back_memory',
+           'use_little_memory', 'merge_batchnorm', 'embed', 'convert', 'nearest_cnn', 'reinitialize']
 
 # %% ../nbs/02_embedding.ipynb #6418a7e3
 import contextlib, copy, ctypes, functools, itertools, math, mmap
@@ -153,6 +153,14 @@ def _solve_for_taps(total, g):
         total = (total.movedim(axis, -1) @ inverse).movedim(-1, axis)
     return total
 
+# %% ../nbs/02_embedding.ipynb #19880d1c
+def _sum_of_copies(x, g):
+    "The aligned kernel of the sums of a matrix or local weights over the copies of each tap."
+    total = x.new_zeros(g.out_channels, g.in_channels//g.groups, *g.kernel_size, dtype=torch.promote_types(x.dtype, torch.float32))
+    outputs = tuple(range(2, 2 + len(g.axes)))
+    for part, block in _kernel_blocks(total, x, g): part.add_(block.sum(outputs, keepdim=True, dtype=total.dtype))
+    return total
+
 @torch.no_grad()
 def kernel_from_local(
     L:torch.Tensor, # (positions, out channels, slots, in channels of a group)
@@ -161,10 +169,7 @@ def kernel_from_local(
     "The kernel whose copies are nearest to `L` in the Frobenius norm, the smallest such; 0 for a tap that never reads a pixel."
     first = _lone_copies(L, g).contiguous()
     apart = _copies(first, g, g.local_shape).neg_().add_(L)
-    total = torch.zeros_like(first, dtype=torch.promote_types(L.dtype, torch.float32))
-    outputs = tuple(range(2, 2 + len(g.axes)))
-    for part, block in _kernel_blocks(total, apart, g): part.add_(block.sum(outputs, keepdim=True, dtype=total.dtype))
-    return _aligned((first + _solve_for_taps(total, g)).to(L.dtype), g).contiguous()
+    return _aligned((first + _solve_for_taps(_sum_of_copies(apart, g), g)).to(L.dtype), g).contiguous()
 
 def kernel_from_matrix(
     W:torch.Tensor, # (output units, input units)
@@ -172,6 +177,15 @@ def kernel_from_matrix(
 )->torch.Tensor:    # of `g.kernel_shape`
     "The kernel whose matrix is nearest to `W` in the Frobenius norm."
     return kernel_from_local(local_from_matrix(W, g), g)
+
+# %% ../nbs/02_embedding.ipynb #8a6c01e4
+@torch.no_grad()
+def tied_sum(
+    W:torch.Tensor, # (output units, input units), or local weights: most often a gradient
+    g:ConvGeometry
+)->torch.Tensor:    # of `g.kernel_shape`
+    "For each tap of the kernel, the sum of `W` over its copies: the adjoint of `matrix_from_kernel` and `local_from_kernel`."
+    return _aligned(_sum_of_copies(W.contiguous(), g).to(W.dtype), g).contiguous()
 
 # %% ../nbs/02_embedding.ipynb #de16751a
 @torch.no_grad()
@@ -402,6 +416,7 @@ def _followers(model, input_shape, names):
         if len(outs) == 1 and len(read.get(memory, [])) == 1 and reads.count[memory] - before == 1 and calls[read[memory][0]] == 1: followers[name] = read[memory][0]
     return followers
 
+# %% ../nbs/02_embedding.ipynb #02197ff4
 @torch.no_grad()
 def _folded(conv, norm):
     "A convolution that computes `norm(conv(x))` in evaluation mode."

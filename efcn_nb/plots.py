@@ -91,7 +91,7 @@ def plot_deviation(
 ):
     "Share of the squared weights outside a subspace against epochs since relaxing, on a logarithmic axis; returns the axes."
     ax = ax or plt.subplots(figsize=(4.5, 3.2), layout='constrained')[1]
-    t = table[(table.metric == metric) & table.phase.isin(['relaxed', 'fcn'])]
+    t = table[(table.metric == metric) & (table.split == 'weights') & table.phase.isin(['relaxed', 'fcn'])]
     t = t.assign(since=t.epoch - t.relax.fillna(0))
     t = t[t.value > 0]
     relaxed = t[t.phase == 'relaxed']

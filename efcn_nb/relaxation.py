@@ -212,10 +212,9 @@ def _rows(study, run, epoch, step, measured):
     return pd.DataFrame([same | dict(split=split, metric=metric, value=value) for (split, metric), value in measured.items()])
 
 def _where(model, run):
-    "Shares of the weights' squared norm in the subspaces, unless it is the run of a CNN."
+    "Shares of the weights' squared norm in the subspaces, and the norm, for all released layers ('weights') and for each ('weights of NAME'); nothing for the run of a CNN."
     if run['phase'] == 'cnn': return {}
-    share = shares(model).loc['all']
-    return {('weights', k): share[k] for k in ('convolutional', 'unshared', 'off_local')}
+    return {('weights' if layer == 'all' else f'weights of {layer}', k): value for layer, row in shares(model).iloc[::-1].iterrows() for k, value in row.items()}
 
 # %% ../nbs/22_relaxation.ipynb #b1ab2959
 @patch

@@ -60,13 +60,16 @@ def run_again(study):
 def test_table(done):
     t = done.result
     assert list(t.columns) == COLUMNS and set(t.phase) == {"cnn", "fcn", "relaxed", "lcn"}
-    assert set(t.metric) == {"accuracy", "loss", "convolutional", "unshared", "off_local"} and set(t.split) == {"train", "test", "weights"}
+    assert set(t.metric) == {"accuracy", "loss", "convolutional", "unshared", "off_local", "norm"}
+    assert {"train", "test", "weights"} < set(t.split) and all(s.startswith("weights of ") for s in set(t.split) - {"train", "test", "weights"})
     assert not t.duplicated(COLUMNS[:-1]).any() and t.value.notna().all()
     first = t.groupby(["phase", "relax"], dropna=False).epoch.agg(["min", "max"])
     assert first.loc[("relaxed", 1)].tolist() == [1, 3] and first.loc[("lcn", 1)].tolist() == [1, 3] and first.loc["fcn"].values.tolist() == [[0, 2]]
     assert first.loc["cnn"].values.tolist() == [[0, 4]] and (t.step == 3*t.epoch).all()
-    embedded = t[t.split == "weights"].groupby(["phase", "relax", "epoch"], dropna=False).value.sum()
-    assert ((embedded - 1).abs() < 1e-12).all()
+    weights = t[t.split.str.startswith("weights")].pivot_table(index=["phase", "relax", "epoch"], columns=["split", "metric"], values="value", dropna=False).dropna(how="all")
+    for split, part in weights.T.groupby("split"): assert ((part.droplevel("split").drop("norm").sum() - 1).abs() < 1e-12).all(), split
+    norms = weights.xs("norm", axis=1, level="metric")
+    assert (((norms.drop(columns="weights")**2).sum(axis=1)**.5/norms["weights"] - 1).abs() < 1e-12).all()
     assert not (t[(t.phase == "lcn") & (t.metric == "off_local")].value != 0).any()
 
 
