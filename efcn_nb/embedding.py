@@ -45,12 +45,12 @@ def _block(x, g, runs, sources):
     size = g.groups, co, *(r.outputs[1] for r in runs), ci, *(r.taps[1] for r in runs)
     return x.as_strided(size, (per_group, per_co, *outputs, per_ci, *taps), x.storage_offset() + start)
 
-def _runs(tables, single=False):
+def _combined(tables, single=False):
     "Every combination of the runs of each axis; `single` takes the taps of the first axis one at a time."
     first, *others = map(axis_runs, tables)
     if single: first = [r._replace(taps=(r.taps[0] + i*r.taps[2], 1, 1), sources=(r.sources[0] + i*r.sources[2], r.sources[1], 1))
                         for r in first for i in range(r.taps[1])]
-    return itertools.product(first, *others)
+    return list(itertools.product(first, *others))
 
 # %% ../nbs/02_embedding.ipynb #7e6f828e
 def _aligned(kernel, g):
@@ -63,10 +63,16 @@ def _tap_tables(g, of=None):
     tables = [table.flip(1) if g.transposed else table for table in g.axes]
     return [axis_slots(table)[1] for table in tables] if of == 'slots' else tables
 
+@functools.lru_cache(256)
+def _runs(g, of):
+    "The runs that join taps and pixels, taps and slots, or ('slots and pixels') those two; remembered, because a network is measured after every epoch."
+    if of == 'slots and pixels': return _combined([axis_slots(table)[0] for table in g.axes])
+    return _combined(_tap_tables(g, of), single=of == 'pixels')                                    # single taps: longer inner loops
+
 def _kernel_blocks(kernel, x, g):
     "Pairs of views of aligned `kernel`, and of `x`, a matrix or local weights, at its copies; together they cover all local entries."
     kernel = kernel.view(g.groups, -1, *[1]*len(g.axes), *kernel.shape[1:])
-    for runs in _runs(_tap_tables(g, of='slots' if x.dim() == 4 else 'pixels'), single=x.dim() == 2): # single taps: longer inner loops
+    for runs in _runs(g, 'slots' if x.dim() == 4 else 'pixels'):
         taps = tuple(slice(first, first + (n-1)*step + 1, step) for first, n, step in (r.taps for r in runs))
         yield kernel[(..., *taps)], _block(x, g, runs, [r.sources for r in runs])
 
@@ -108,7 +114,7 @@ def local_from_kernel(
 # %% ../nbs/02_embedding.ipynb #4d64788b
 def _slot_blocks(L, W, g):
     "Pairs of views of local weights `L` and of matrix `W` at the same entries."
-    for runs in _runs([axis_slots(table)[0] for table in g.axes]):
+    for runs in _runs(g, 'slots and pixels'):
         yield _block(L, g, runs, [(r.taps[0], 0, r.taps[2]) for r in runs]), _block(W, g, runs, [r.sources for r in runs])
 
 @torch.no_grad()
@@ -132,8 +138,9 @@ def local_from_matrix(
     return L
 
 # %% ../nbs/02_embedding.ipynb #9d259742
-def _lone_copies(L, g):
-    "For each tap of the aligned kernel, its weight at the first position where no other tap reads the same pixel; 0 if there is none."
+@functools.lru_cache(128)
+def _lone_places(g):
+    "For each tap, position and slot of its first copy where no other tap reads the same pixel, and whether there is one."
     positions = slots = torch.zeros(1, dtype=torch.long)
     found = torch.ones(1, dtype=torch.bool)
     for size, table, of_tap in zip(g.output_size, _tap_tables(g), _tap_tables(g, of='slots')):
@@ -142,15 +149,24 @@ def _lone_copies(L, g):
         positions = (positions[:,None]*size + first).flatten()
         slots = (slots[:,None]*reads[first] + of_tap[first, tap]).flatten()
         found = (found[:,None] & lone.any(0)).flatten()
+    return positions, slots, found
+
+def _lone_copies(L, g):
+    "For each tap of the aligned kernel, its weight at the first position where no other tap reads the same pixel; 0 if there is none."
+    positions, slots, found = _lone_places(g)
     copies = L[positions.to(L.device),:,slots.clamp(min=0).to(L.device)]             # taps, co, ci
     return torch.where(found[:,None,None].to(L.device), copies, 0).permute(1, 2, 0).unflatten(2, g.kernel_size)
 
+@functools.lru_cache(128)
+def _inverse_counts(g):
+    "For each axis, the pseudo-inverse of the matrix that counts how often two taps read the same pixel."
+    counts = [((table[:,:,None] == table[:,None,:]) & (table >= 0)[:,:,None]).sum(0) for table in _tap_tables(g)]
+    return [torch.linalg.pinv(together.double(), hermitian=True) for together in counts]
+
 def _solve_for_taps(total, g):
     "The kernel of which `total` (co, ci, *kernel) is the sum over copies, in the sense of least squares; taps that read nothing become 0."
-    for axis, table in enumerate(_tap_tables(g), 2):
-        together = ((table[:,:,None] == table[:,None,:]) & (table >= 0)[:,:,None]).sum(0)
-        inverse = torch.linalg.pinv(together.double(), hermitian=True).to(total.dtype).to(total.device)
-        total = (total.movedim(axis, -1) @ inverse).movedim(-1, axis)
+    for axis, inverse in enumerate(_inverse_counts(g), 2):
+        total = (total.movedim(axis, -1) @ inverse.to(total.dtype).to(total.device)).movedim(-1, axis)
     return total
 
 # %% ../nbs/02_embedding.ipynb #19880d1c

@@ -7,7 +7,7 @@ __all__ = ['PADDING_MODES', 'CONVOLUTIONS', 'axis_sources', 'transposed_sources'
            'axis_runs']
 
 # %% ../nbs/00_geometry.ipynb #ef0f2b42
-import math
+import functools, math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -118,13 +118,18 @@ def from_conv(
     return cls(*own, transposed=True, output_padding=tuple(o - _least_size(*axis) for o, *axis in axes))
 
 # %% ../nbs/00_geometry.ipynb #0bbcb996
+@functools.lru_cache(128)
+def _axis_tables(g):
+    "What `axes` copies."
+    options = zip(g.input_size, g.kernel_size, g.stride, g.padding, g.dilation)
+    if g.transposed: full = [transposed_sources(*o, more) for o, more in zip(options, g.output_padding)]
+    else: full = [axis_sources(*o, g.padding_mode) for o in options]
+    return [table[:size] for table, size in zip(full, g.output_size)]
+
 @patch(as_prop=True)
 def axes(self:ConvGeometry)->list: # one int64 (outputs, taps) table for each axis
     "The tables of `axis_sources`, or `transposed_sources`, one for each axis."
-    options = zip(self.input_size, self.kernel_size, self.stride, self.padding, self.dilation)
-    if self.transposed: full = [transposed_sources(*o, more) for o, more in zip(options, self.output_padding)]
-    else: full = [axis_sources(*o, self.padding_mode) for o in options]
-    return [table[:size] for table, size in zip(full, self.output_size)]
+    return [table.clone() for table in _axis_tables(self)]
 
 # %% ../nbs/00_geometry.ipynb #fb668e78
 @patch(as_prop=True)
@@ -181,10 +186,13 @@ def reads(self:ConvGeometry)->torch.Tensor: # int64 (output positions, slots)
     ordered = distinct.masked_fill(again, beyond).sort(1).values[:,:slots]
     return ordered.masked_fill(ordered == beyond, -1)
 
+@functools.lru_cache(128)
+def _local_shape(g): return (math.prod(g.output_size), g.out_channels, math.prod(axis_slots(t)[0].shape[1] for t in g.axes), g.in_channels//g.groups)
+
 @patch(as_prop=True)
 def local_shape(self:ConvGeometry)->tuple: # (output positions, out channels, slots, in channels of one group)
     "Shape of the weights of a locally-connected layer."
-    return (math.prod(self.output_size), self.out_channels, math.prod(axis_slots(t)[0].shape[1] for t in self.axes), self.in_channels//self.groups)
+    return _local_shape(self)
 
 # %% ../nbs/00_geometry.ipynb #da39beb6
 class Run(NamedTuple):

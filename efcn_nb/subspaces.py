@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'project_lcn', 'project_cnn', 'squares', 'released_layers', 'shares', 'residuals', 'split', 'project',
-           'dimensions']
+           'dimensions', 'ablate', 'ablation', 'window_distances', 'radial_profile', 'bias_spread', 'off_local_rows',
+           'template_similarity']
 
 # %% ../nbs/30_subspaces.ipynb #f6d38253
-import copy, math
+import copy, functools, itertools, math
 from dataclasses import replace
 
 import pandas as pd
@@ -39,6 +40,8 @@ def _square(x):
     "Squared norm in double precision."
     return torch.linalg.vector_norm(x, dtype=torch.float64).item()**2
 
+PARTS = ('convolutional', 'unshared', 'off_local', 'other')
+
 def _off_local_square(W, g):
     "Squared norm of the entries of `W` that no tap reaches."
     rows, total = W.view(g.out_channels, math.prod(g.output_size), g.groups, -1, math.prod(g.input_size)), 0.
@@ -54,12 +57,38 @@ def _channels(g, most=2**20):
     kinds = {size: replace(g, out_channels=size) for size in {min(n, g.out_channels), g.out_channels % n or n}}
     return [(a, b, kinds[b-a]) for a in range(0, g.out_channels, n) for b in [min(a+n, g.out_channels)]]
 
+# %% ../nbs/30_subspaces.ipynb #aa33b59f
+@functools.lru_cache(16)
+def _mask(g): return g.mask
+
+@functools.lru_cache(16)
+def _taps(g, dense):
+    "The local entries by flat index, the tap of each, the first entry of each tap and their number; for zero padding."
+    numbers = torch.arange(1, math.prod(g.kernel_shape) + 1, dtype=torch.float64).view(g.kernel_shape)
+    tap = (matrix_from_kernel if dense else local_from_kernel)(numbers, g).flatten().long() - 1
+    at = (tap >= 0).nonzero().flatten()
+    tap, count = tap[at], torch.bincount(tap[at], minlength=numbers.numel())
+    first = torch.full((numbers.numel(),), len(at) - 1).scatter_reduce(0, tap, torch.arange(len(at)), 'amin')
+    return at, tap, first, count.clamp(min=1)
+
+def _small_squares(W, g):
+    "Squared norms of the three parts of a small matrix, or of small local weights."
+    at, tap, first, count = (t.to(W.device) for t in _taps(g, W.dim() == 2))
+    off = _square(W.masked_fill(_mask(g).to(W.device), 0)) if W.dim() == 2 else 0.
+    if not len(at): return dict(convolutional=0., unshared=0., off_local=off)                     # no tap reads anything
+    entries = W.flatten()[at].double()
+    apart = entries - entries[first][tap]                                                         # exactly zero where weights are shared
+    mean = apart.new_zeros(len(count)).index_add(0, tap, apart) / count
+    return dict(convolutional=_square((entries[first] + mean)[tap]), unshared=_square(apart - mean[tap]), off_local=off)
+
+# %% ../nbs/30_subspaces.ipynb #7dde6aa9
 @torch.no_grad()
 def squares(
     layer:nn.Module # `FullyConnected` or `LocallyConnected`
 )->dict:
     "Squared norms of the convolutional, the unshared and the off-local part of a layer's weights."
-    total, dense = dict(convolutional=0., unshared=0., off_local=0.), isinstance(layer, FullyConnected)
+    total, dense = dict.fromkeys(PARTS[:3], 0.), isinstance(layer, FullyConnected)
+    if layer.weight.numel() < 2**20 and layer.geometry.padding_mode == 'zeros': return _small_squares(layer.weight, layer.geometry)
     for a, b, g in _channels(layer.geometry):                                 # some at a time, to save memory
         W = layer.weight.unflatten(0, (layer.geometry.out_channels, -1))[a:b].flatten(0, 1) if dense else layer.weight[:,a:b]
         L = local_from_matrix(W, g) if dense else W
@@ -81,10 +110,10 @@ def shares(
     model:nn.Module # an embedded network
 )->pd.DataFrame:    # index: layer names and 'all'; columns: convolutional, unshared, off_local (they add up to 1), norm
     "Shares of the squared norm of the weights in each subspace, by layer and for all released layers. Raises `ValueError` if there is none."
-    table = pd.DataFrame.from_dict({name: squares(m) for name, m in released_layers(model).items()}, orient='index')
-    table.loc['all'] = table.sum()
-    total = table.sum(axis=1)
-    return table.div(total, axis=0).assign(norm=total**.5)
+    rows = {name: squares(m) for name, m in released_layers(model).items()}
+    rows['all'] = {part: sum(row[part] for row in rows.values()) for part in PARTS[:3]}
+    totals = {name: sum(row.values()) for name, row in rows.items()}
+    return pd.DataFrame.from_dict({name: {part: square/totals[name] if totals[name] else math.nan for part, square in row.items()} | dict(norm=totals[name]**.5) for name, row in rows.items()}, orient='index')
 
 # %% ../nbs/30_subspaces.ipynb #01982039
 @torch.no_grad()
@@ -115,8 +144,6 @@ def split(
     return dict(convolutional=up(shared), unshared=up(L - shared), off_local=weight - up(L) if dense else torch.zeros_like(weight))
 
 # %% ../nbs/30_subspaces.ipynb #660bb9ab
-PARTS = ('convolutional', 'unshared', 'off_local', 'other')
-
 def _chosen_parts(parts):
     "A tuple of names in `PARTS`; raises `ValueError` for any other."
     parts = (parts,) if isinstance(parts, str) else tuple(parts)
@@ -173,3 +200,127 @@ def dimensions(
     table = pd.DataFrame.from_dict(rows, orient='index')
     table.loc['all'] = table.sum()
     return table
+
+# %% ../nbs/30_subspaces.ipynb #afda293f
+@torch.no_grad()
+def ablate(
+    model:nn.Module, # an embedded network; left untouched
+    keep             # one, or several, of 'convolutional', 'unshared', 'off_local'
+)->nn.Module:        # a new network
+    "The network with only some parts of its released weights. Raises `ValueError` for unknown parts, or without a released layer."
+    keep, ablated = _chosen_parts(keep), copy.deepcopy(model)
+    for m in released_layers(ablated).values():
+        parts = split(m.weight, m.geometry)
+        m.weight.copy_(sum((parts[p] for p in keep if p in parts), start=torch.zeros_like(m.weight)))
+        if m.bias is not None and 'unshared' not in keep: m.bias.copy_(_split_bias(m.bias, m.geometry)['convolutional'])
+    return ablated
+
+# %% ../nbs/30_subspaces.ipynb #dc373bdf
+def ablation(
+    model:nn.Module, # an embedded network
+    data,            # a `Dataset` to evaluate on
+    batch_size:int=250,
+    precision:str='fp32'
+)->pd.DataFrame:     # kept, accuracy, loss
+    "Accuracy and loss (nats) with each choice of parts of the released weights. Raises `ValueError` without a released layer."
+    dense = any(isinstance(m, FullyConnected) for m in released_layers(model).values())
+    own = PARTS[:3] if dense else PARTS[:2]
+    choices = [keep for n in range(len(own), 0, -1) for keep in itertools.combinations(own, n)]
+    return pd.DataFrame([dict(kept=' + '.join(keep)) | evaluate(model if keep == own else ablate(model, keep), data, batch_size, precision) for keep in choices])
+
+# %% ../nbs/30_subspaces.ipynb #e2666513
+def window_distances(
+    g:ConvGeometry
+)->torch.Tensor: # int64 (output positions, input positions)
+    "Distance of each input position from the window of each output position, the largest over the axes of those to the nearest that a tap reads; 0 in the window. An output that reads nothing on an axis is infinitely far: 2**31."
+    joint = torch.zeros(1, 1, dtype=torch.long)
+    for size, table in zip(g.input_size, g.axes):
+        away = (table[:,:,None] - torch.arange(size)).abs().masked_fill((table < 0)[:,:,None], 2**31).amin(1)
+        joint = torch.maximum(joint[:,None,:,None], away[None,:,None,:]).flatten(2).flatten(0, 1)
+    return joint
+
+# %% ../nbs/30_subspaces.ipynb #52300f6a
+@torch.no_grad()
+def _pixel_squares(layer):
+    "Sums of squares over the channels: of the weights between channels of one group, and of all; each (output positions, input positions)."
+    g, positions, pixels = layer.geometry, math.prod(layer.geometry.output_size), math.prod(layer.geometry.input_size)
+    same, every = torch.zeros(2, positions, pixels, dtype=torch.float64)
+    for co, rows in enumerate(layer.weight.view(g.out_channels, positions, g.groups, -1, pixels)):    # positions, groups, in channels, pixels
+        by_group = rows.double().square().sum(2).cpu()
+        same, every = same + by_group[:,co*g.groups//g.out_channels], every + by_group.sum(1)
+    return same, every
+
+def radial_profile(
+    layer:nn.Module # `FullyConnected`
+)->pd.DataFrame:    # local, distance (pixels), entries, mean_square, share
+    "Weights against distance from the window: how many entries, the mean of their squares, their share of the squared norm. Entries between different groups are off-local, also at distance 0. Raises `ValueError` for another layer."
+    if not isinstance(layer, FullyConnected): raise ValueError(f'a radial profile needs a fully-connected layer, not {type(layer).__name__}')
+    g, (same, every), rows = layer.geometry, _pixel_squares(layer), []
+    far, pairs, total = window_distances(g), g.out_channels*g.in_channels, every.sum().item()
+    inside, own = same*g.window, g.window*(pairs//g.groups)
+    for local, square, count in (True, inside, own), (False, every - inside, pairs - own):
+        for distance in far.unique().tolist():
+            n, s = count[far == distance].sum().item(), square[far == distance].sum().item()
+            if n: rows.append(dict(local=local, distance=distance, entries=n, mean_square=s/n, share=s/total))
+    return pd.DataFrame(rows)
+
+# %% ../nbs/30_subspaces.ipynb #6b536474
+@torch.no_grad()
+def bias_spread(
+    model:nn.Module # an embedded network
+)->pd.DataFrame:    # index: layer names; columns: mean, spread, ratio
+    "Root mean square over the channels of the mean bias, and of the biases' differences from it; layers without bias are left out. Raises `ValueError` without a released layer."
+    rows = {}
+    for name, m in released_layers(model).items():
+        if m.bias is None: continue
+        parts = _split_bias(m.bias.double(), m.geometry)
+        mean, spread = (parts[p].square().mean().item()**.5 for p in ('convolutional', 'unshared'))
+        rows[name] = dict(mean=mean, spread=spread, ratio=spread/mean if mean else math.inf if spread else 0.)
+    return pd.DataFrame.from_dict(rows, orient='index', columns=['mean', 'spread', 'ratio'])
+
+# %% ../nbs/30_subspaces.ipynb #6e16a555
+@torch.no_grad()
+def off_local_rows(
+    layer:nn.Module, # `FullyConnected`, most often the first
+    units            # flat indices of output units, int64 (n,)
+)->tuple:            # rows (n, *in_shape) with zeros in the window, and bool (n, *in_shape): True outside it
+    "The off-local parts of some rows of a layer's matrix as images. Raises `ValueError` for units that there are not."
+    g, units = layer.geometry, torch.as_tensor(units)
+    n = math.prod(g.out_shape)
+    if not len(units) or units.min() < 0 or units.max() >= n: raise ValueError(f'units must be some of 0 to {n-1}, not {units.tolist()}')
+    channel, position = units // math.prod(g.output_size), units % math.prod(g.output_size)
+    same = (channel*g.groups//g.out_channels)[:,None] == torch.arange(g.in_channels)*g.groups//g.in_channels
+    outside = ~(same[:,:,None] & g.window[position][:,None]).view(-1, *g.in_shape)
+    return layer.weight[units.to(layer.weight.device)].view(-1, *g.in_shape).cpu() * outside, outside
+
+# %% ../nbs/30_subspaces.ipynb #85e12127
+def _cosines(rows, outside, images):
+    "Cosine of each of `rows` (n, d) with each of `images` (m, d) on the pixels `outside` (n, d); 0 where either vanishes."
+    norm = rows.norm(dim=1)[:,None] * (outside.to(images.dtype) @ images.square().T).clamp(min=0).sqrt()
+    return (rows @ images.T / norm).where(norm > 0, 0.)
+
+@torch.no_grad()
+def template_similarity(
+    layer:nn.Module, # `FullyConnected` on images
+    data,            # the training `Dataset`
+    units=None,      # flat indices of output units; None for at most 200, evenly spread
+    chunk:int=2000   # images at a time
+)->pd.DataFrame:     # unit, class_name, class_similarity, image, image_similarity
+    "For the off-local part of each row, the class mean and the training image that are most like it, with the cosine (its sign shows whether it is the negative). Raises `ValueError` if images do not fit the layer."
+    if layer.geometry.in_shape != data.shape: raise ValueError(f'the layer sees inputs of shape {layer.geometry.in_shape}, the images have {data.shape}; take the first layer')
+    n = math.prod(layer.geometry.out_shape)
+    units = torch.arange(0, n, max(1, math.ceil(n/200))) if units is None else torch.as_tensor(units)
+    rows, outside = (t.flatten(1) for t in off_local_rows(layer, units))
+    sums, count = torch.zeros(len(data.classes), rows.shape[1]), torch.bincount(data.y.cpu(), minlength=len(data.classes))
+    for x, y in data.batches(chunk): sums.index_add_(0, y.cpu(), x.flatten(1).cpu())
+    mean, present = sums.sum(0)/len(data), count.nonzero().flatten()
+    by_class = _cosines(rows, outside, sums[present]/count[present,None] - mean)
+    best_class, image, best = by_class.abs().argmax(1), torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows))
+    for i, (x, _) in enumerate(data.batches(chunk)):
+        found = _cosines(rows, outside, x.flatten(1).cpu() - mean)
+        at = found.abs().argmax(1)
+        value = found.gather(1, at[:,None]).squeeze(1)
+        better = value.abs() > best.abs()
+        best, image = best.where(~better, value), image.where(~better, i*chunk + at)
+    return pd.DataFrame(dict(unit=units.tolist(), class_name=[data.classes[c] for c in present[best_class].tolist()],
+        class_similarity=by_class.gather(1, best_class[:,None]).squeeze(1).tolist(), image=image.tolist(), image_similarity=best.tolist()))

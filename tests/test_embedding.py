@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from efcn_nb import embedding, geometry
 from efcn_nb.embedding import (BATCHNORMS, conv_geometries, convert, embed, kernel_from_local, kernel_from_matrix, local_from_kernel,
                                local_from_matrix, matrix_from_kernel, matrix_from_local, merge_batchnorm, nearest_cnn, reinitialize, released_weights)
 from efcn_nb.geometry import PADDING_MODES, ConvGeometry
@@ -318,6 +319,8 @@ def break_map(monkeypatch, how):
     "Change the table of each axis, from which matrices, local weights and everything else are made."
     right = ConvGeometry.axes.fget
     monkeypatch.setattr(ConvGeometry, "axes", property(lambda self: [how(table) for table in right(self)]))
+    for table in (geometry._local_shape, embedding._runs, embedding._lone_places, embedding._inverse_counts):
+        monkeypatch.setattr(table.__module__ + "." + table.__name__, table.__wrapped__)  # nothing is remembered
 
 
 PERMUTED = {"rolled": lambda t: t.roll(1, 0), "shuffled": lambda t: t[torch.randperm(len(t), generator=torch.Generator().manual_seed(1))],
