@@ -87,6 +87,16 @@ def batches(self:Dataset,
     order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
     return (self.batch(index) for index in order.to(self.x.device).split(batch_size))
 
+# %% ../nbs/10_data.ipynb #210e2c4b
+@patch
+def thinned(self:Dataset,
+    n:int # how many samples to keep; all if there are fewer
+)->Dataset:
+    "`n` samples evenly spread over the set. Raises `ValueError` for fewer than one."
+    if n < 1: raise ValueError(f'n is {n}: at least 1 sample must stay')
+    index = torch.linspace(0, len(self) - 1, min(n, len(self)), dtype=torch.float64).round().long().to(self.x.device)
+    return replace(self, x=self.x[index], y=self.y[index])
+
 # %% ../nbs/10_data.ipynb #bd69b991
 def _digest(*tensors)->str:
     "sha256 over type, shape and values."

@@ -19,6 +19,7 @@ ALLOWED = {
     "bench": {"models", "layers", "embedding", "fused", "data", "training"},
     "cli": {"bench", "relaxation", "plots", "data", "models", "training", "runs"},
     "subspaces": {"geometry", "layers", "embedding", "training"},
+    "measures": {"data", "embedding", "relaxation", "subspaces", "paths", "curvature", "training"},
     "plots": set(),
 }
 FOREIGN = {"plots": {"torch", "torchvision"}}  # what a module must not import from others
