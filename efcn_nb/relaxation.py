@@ -601,22 +601,43 @@ def _not_judged(claim, why):
     "A row without a judgement."
     return _row(claim, why, math.nan, math.nan, 0, 'not judged')
 
+# %% ../nbs/22_relaxation.ipynb #dd2cb168
+def _help_together(ablation, chance, claim):
+    "The row of claim 4: does removing the off-local weights cost more than they achieve above `chance` alone?"
+    t = ablation[ablation.network == 'relaxed'].pivot(index=['seed', 'relax'], columns='kept', values='accuracy')
+    cost = t['convolutional + unshared + off_local'] - t['convolutional + unshared']
+    alone = t['off_local'] - chance
+    at, mean, spread, half, verdict = _judge((cost - alone.clip(lower=0)).unstack('relax'), every=False)
+    effect = f'removing them costs {100*cost.xs(at, level="relax").mean():.1f} points, alone they are {100*alone.xs(at, level="relax").mean():+.1f} points from chance, at relax time {at:g}'
+    return _row(claim, effect, spread, half, cost.xs(at, level='relax').count(), verdict)
+
+def _gains_over_slowed(table, control):
+    "Final accuracy of each relaxed network less that of its `control`, a row for each seed, a column for each relax time."
+    f, c = final_values(table), control[(control.split == 'test') & (control.metric == 'accuracy')]
+    last = c[c.groupby(['seed', 'relax']).epoch.transform('max') == c.epoch].set_index(['seed', 'relax']).value
+    return (f[f.network == 'relaxed'].set_index(['seed', 'relax']).value - last).unstack('relax').dropna(axis=1, how='all')
+
 # %% ../nbs/22_relaxation.ipynb #647f23b2
 def claims(
-    table:pd.DataFrame # as `relax` returns it
-)->pd.DataFrame:       # claim, effect, spread over seeds, half width of the 95 % interval (points), n, verdict
+    table:pd.DataFrame,          # as `relax` returns it
+    ablation:pd.DataFrame=None,  # as `measure_ablation` returns it, for claim 4
+    control:pd.DataFrame=None,   # as `measure_control` returns it, for claim 2c
+    chance:float=.1              # accuracy of guessing
+)->pd.DataFrame:                 # claim, effect, spread over seeds, half width of the 95 % interval (points), n, verdict
     "The paper's five claims, judged on final accuracies and deviations. Raises `ValueError` if there are no relaxed networks or no baseline."
     if not {'relaxed', 'fcn', 'cnn'} <= set(table.phase): raise ValueError('the claims compare relaxed networks with CNN and FCN; run all three')
     E, over_fcn = _protocol_epochs(table), _gains(table, 'fcn')
     if not len(over_fcn.columns): raise ValueError('no seed has both an FCN and a relaxed network that did not diverge, so there is nothing to compare')
     rows = [_above(over_fcn, True, '1  every eFCN ends above the FCN')]
-    for claim, over in [('2a  some intermediate eFCN ends above the CNN', 'cnn'), ('2b  ... and above the CNN after as many epochs', 'cnn+')]:
-        gains = _gains(table, over)
+    for claim, gains in [('2a  some intermediate eFCN ends above the CNN', _gains(table, 'cnn')), ('2b  ... and above the CNN after as many epochs', _gains(table, 'cnn+')),
+                         *([('2c  ... and above the CNN slowed as its embedding is', _gains_over_slowed(table, control))] if control is not None else [])]:
         between = gains[[t for t in gains if 0 < t < E]]
         rows.append(_above(between, False, claim) if len(between.columns) else _not_judged(claim, 'no intermediate relax time'))
-    template = _not_judged('4  off-local templates help only with the features', 'not in these numbers; needs an ablation')
-    return _without_diverged(pd.DataFrame([*rows, _stays_near(table), template, _far_is_fcn(table)]), table)
+    template = '4  off-local templates help only with the features'
+    rows += [_stays_near(table), _not_judged(template, 'not in these numbers; needs an ablation') if ablation is None else _help_together(ablation, chance, template), _far_is_fcn(table)]
+    return _without_diverged(pd.DataFrame(rows), table)
 
+# %% ../nbs/22_relaxation.ipynb #b8fd70d4
 def _without_diverged(rows, table):
     "`rows` of claims that say how many relaxed networks diverged; a claim about every one of them cannot hold then."
     lost = (_diverged(table).phase == 'relaxed').sum()

@@ -19,6 +19,8 @@ ALLOWED = {
     "bench": {"models", "layers", "embedding", "fused", "data", "training"},
     "cli": {"bench", "relaxation", "plots", "data", "models", "training", "runs"},
     "subspaces": {"geometry", "layers", "embedding", "training"},
+    "paths": {"embedding", "layers", "geometry", "training"},
+    "curvature": {"embedding", "layers", "subspaces"},
     "measures": {"data", "embedding", "relaxation", "subspaces", "paths", "curvature", "training"},
     "plots": set(),
 }
