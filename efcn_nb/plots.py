@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 # %% ../nbs/40_plots.ipynb #84f7ae98
 COLOURS = dict(cnn='black', fcn='tab:red', lcn='tab:blue')
@@ -169,6 +169,7 @@ def plot_profile(
         mean = part.groupby('distance').rms.mean()
         ax.plot(mean[mean > 0], 'o-', ms=3, color=palette.get(relax, COLOURS['fcn']), label='FCN' if network == 'fcn' else f'relaxed at {relax:g}')
     ax.set(yscale='log', xlabel='distance from the window (pixels; 0: inside)', ylabel='root mean square of the weights')
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(ax)
     return ax
 

@@ -21,7 +21,7 @@ ALLOWED = {
     "subspaces": {"geometry", "layers", "embedding", "training"},
     "paths": {"embedding", "layers", "geometry", "training"},
     "curvature": {"embedding", "layers", "subspaces"},
-    "measures": {"data", "embedding", "relaxation", "subspaces", "paths", "curvature", "training"},
+    "measures": {"data", "embedding", "relaxation", "subspaces", "paths", "curvature", "runs", "training"},
     "plots": set(),
 }
 FOREIGN = {"plots": {"torch", "torchvision"}}  # what a module must not import from others
