@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 
 from . import __version__
 from .bench import bench_embed, bench_epoch, bench_local, bench_train, machine
 from .data import load_data
+from .measures import MEASURES, first_rows, measured
 from .models import MODELS
 from .plots import plot_study
 from .relaxation import Study, WorkerLost, claims, summary
@@ -34,6 +36,13 @@ def _seeds(text):
     "A number of seeds ('3' is seeds 0, 1, 2) or, with commas, a list of them ('7,' is seed 7 alone)."
     found = _integers(text)
     return found if ',' in text or len(found) != 1 else found[0]
+
+def _measures(text):
+    "A list of names in `MEASURES` from text like 'ablation,paths'."
+    names = [part.strip() for part in text.split(',') if part.strip()]
+    unknown = [name for name in names if name not in MEASURES]
+    if unknown or not names: raise argparse.ArgumentTypeError(f'{(unknown or [text])[0]!r} is no measure; known are {", ".join(MEASURES)}')
+    return names
 
 # %% ../nbs/24_cli.ipynb #aa5b49d5
 class _Parser(argparse.ArgumentParser):
@@ -69,6 +78,7 @@ def _parser():
     a('--fan_in', choices=('folded', 'padded'), default='folded', help="inputs that the FCN's initial weights count: real ones (default), or constant zeros of the padding too")
     a('--out', help='folder for everything that is written; default one in efcn_runs named after data, model and settings')
     a('--keep_weights', action='store_true', help='keep the final weights of all networks, not of the CNNs alone')
+    a('--measure', nargs='?', type=_measures, const=[*MEASURES], default=[], metavar='NAME,NAME', help=f'measure the networks afterwards, a table for each of {", ".join(MEASURES)} (all, unless some are named), and the rows of the first layer as images; keeps their weights')
     a('--no-shuffle', dest='shuffle', action='store_false', help='the same order of images in every epoch')
     return p
 
@@ -103,21 +113,27 @@ def _relax(args, command):
     data = load_data(args.data, root=args.root, name=args.name, shift=args.shift, size=args.size)
     model = args.model or ('small' if args.data == 'digits' else 'skinny')
     study = Study(data, model, args.relax, args.lcn, args.epochs, args.lr, args.batch_size, args.seeds, args.device, args.precision,
-                  args.shuffle, args.fan_in, args.width, args.out, args.keep_weights, args.momentum, args.weight_decay, args.trim)
+                  args.shuffle, args.fan_in, args.width, args.out, args.keep_weights or bool(args.measure), args.momentum, args.weight_decay, args.trim)
     print(f'{study.config["data"]}: {len(data.train):,} training and {len(data.test):,} test images of shape {data.train.shape}; '
           f'everything is written to {study.out}, at most {study.disk_needed(args.workers)/1e6:,.0f} MB at a time', flush=True)
     new = bool(study.unfinished())
     table = _run(study, args.workers)
-    tables = dict(summary=summary(table)) | (dict(claims=claims(table)) if _can_judge(table) else {})
+    found = {name: measured(study, name) for name in args.measure}
+    tables = dict(summary=summary(table)) | (dict(claims=claims(table, found.get('ablation'), found.get('control'), 1/len(data.train.classes))) if _can_judge(table) else {})
     where = '\n'.join(study.environments())
     with held(study.out, wait=True):
         clear_away(study.out)
-        for name, t in tables.items(): write_atomic(study.out/f'{name}.csv', t.to_csv(index=False))
+        for name, t in (found | tables).items(): write_atomic(study.out/f'{name}.csv', t.to_csv(index=False))
+        if args.measure: publish(study.out/'rows.npz', lambda beside: _write_rows(study, beside))
         if new: write_atomic(study.out/'command.txt', f'{command}\n{where}\n')
         figure = plot_study(table, title=f'{study.config["data"]}, {study.model_name}')
         publish(study.out/'figure.png', lambda beside: figure.savefig(beside, format='png', metadata={'Software': None}))
         plt.close(figure)
     _report(tables, study, where)
+
+def _write_rows(study, path):
+    "Write what `first_rows` finds."
+    with open(path, 'wb') as f: np.savez_compressed(f, **first_rows(study))
 
 def _can_judge(table):
     "Whether there is a seed of which FCN and a relaxed network came to their ends."

@@ -240,3 +240,19 @@ def test_another_study_in_the_folder(console, done):
     before = tiny.files(done[0])
     code, out, err = console(*tiny.FLAGS, "--lr", "0.3", "--out", "study", cwd=done[0].parent)
     assert one_line(code, err) and "another study" in err and tiny.files(done[0]) == before
+
+
+def test_measuring_a_study(console, tmp_path):
+    "The tables of all measures, claims that use them, and a second pass that computes nothing again."
+    command = [*tiny.FLAGS, "--relax", "1", "--out", "study", "--measure"]
+    code, out, err = console(*command, cwd=tmp_path)
+    assert code == 0, err
+    tables = {"ablation", "profiles", "biases", "templates", "barriers", "paths", "gradients", "curvature", "control"}
+    assert {f"{name}.csv" for name in tables} | {"rows.npz"} < {p.name for p in (tmp_path/"study").iterdir()}
+    for name in tables: assert len(pd.read_csv(tmp_path/"study"/f"{name}.csv")), name
+    claims = pd.read_csv(tmp_path/"study/claims.csv").claim.str[:2].tolist()
+    assert "2c" in claims and "removing them costs" in out
+    before = tiny.files(tmp_path/"study")
+    assert console(*command, cwd=tmp_path)[0] == 0
+    after = tiny.files(tmp_path/"study")
+    assert before == after

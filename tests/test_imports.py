@@ -17,10 +17,10 @@ ALLOWED = {
     "runs": set(),
     "relaxation": {"data", "models", "fused", "training", "runs", "embedding", "subspaces"},
     "bench": {"models", "layers", "embedding", "fused", "data", "training"},
-    "cli": {"bench", "relaxation", "plots", "data", "models", "training", "runs"},
+    "cli": {"bench", "measures", "relaxation", "plots", "data", "models", "training", "runs"},
     "subspaces": {"geometry", "layers", "embedding", "training"},
     "paths": {"embedding", "layers", "geometry", "training"},
-    "curvature": {"embedding", "layers", "subspaces"},
+    "curvature": {"layers", "subspaces"},
     "measures": {"data", "embedding", "relaxation", "subspaces", "paths", "curvature", "runs", "training"},
     "plots": set(),
 }

@@ -1,0 +1,382 @@
+"Curvature against dense second derivatives and against curvlinops, in float64; what it refuses; what it leaves alone; how much memory it takes."
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+import keep
+from efcn_nb import curvature, layers
+from efcn_nb.curvature import (along, gradient, gradient_shares, hessian_product, loss_slice, minimise, random_direction, sharpness, smooth_density,
+                               spectral_density, split_unit, top_eigenvalues, trace)
+from efcn_nb.embedding import embed, tied_sum
+from efcn_nb.subspaces import PARTS, dimensions, project
+
+SUBSETS = [None, PARTS, "convolutional", "unshared", "off_local", "other", ("convolutional", "other"), ("unshared", "off_local")]
+
+
+def plain(): return nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(18, 3)), (1, 4, 4)
+
+
+def deep(): return nn.Sequential(nn.Conv2d(2, 2, 3, stride=2, padding=1), nn.GELU(), nn.Conv2d(2, 2, 2, groups=2, padding=1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2, 3)), (2, 4, 4)
+
+
+def noisy():
+    "Dropout and BatchNorm, which evaluation mode must settle."
+    net = nn.Sequential(nn.Conv2d(1, 2, 2, padding=1, padding_mode="circular"), nn.BatchNorm2d(2), nn.Tanh(), nn.Dropout(.5), nn.Flatten(), nn.Linear(32, 3))
+    net[1].running_mean.normal_()
+    net[1].running_var.uniform_(.5, 2)
+    return net, (1, 3, 3)
+
+
+class Case:
+    "An embedded network, batches of unequal size, the dense Hessian, and for some parts an orthonormal basis."
+    def __init__(self, make, to):
+        torch.manual_seed(0)
+        net, shape = make()
+        self.made = {}
+        self.cnn = net.double()
+        self.net = embed(self.cnn, shape, to=to)
+        with torch.no_grad():
+            for name, p in self.net.named_parameters(): p.copy_(project(self.net, {name: p + .1*torch.randn_like(p)}, PARTS)[name])
+        x, y = torch.randn(11, *shape, dtype=torch.float64), torch.randint(3, (11,))
+        self.one, self.batches = [(x, y)], [(x[:7], y[:7]), (x[7:8], y[7:8]), (x[8:], y[8:])]
+        self.like = dict(self.net.named_parameters())
+        self.n = sum(p.numel() for p in self.like.values())
+        self.net.eval()
+        loss = lambda theta: F.cross_entropy(functional_call(self.net, self.vector(theta), (x,)), y)
+        theta = self.flat(self.like)
+        self.g, self.H = torch.func.grad(loss)(theta), torch.autograd.functional.hessian(loss, theta)
+        self.net.train()
+
+    def vector(self, flat): return {name: v.view_as(p) for (name, p), v in zip(self.like.items(), flat.split([p.numel() for p in self.like.values()]))}
+    def flat(self, vector): return torch.cat([vector[name].detach().flatten() for name in self.like])
+
+    def projection(self, parts):
+        eye = torch.eye(self.n, dtype=torch.float64)
+        if parts is None: return eye
+        for p in PARTS:
+            if p not in self.made:
+                one = lambda name, t, i: project(self.net, {name: torch.eye(1, t.numel(), dtype=t.dtype).roll(i).view_as(t)}, p)[name].flatten()
+                self.made[p] = torch.block_diag(*[torch.stack([one(name, t, i) for i in range(t.numel())]) for name, t in self.like.items()])
+        return sum(self.made[p] for p in ([parts] if isinstance(parts, str) else parts))
+
+    def spectrum(self, parts):
+        value, basis = torch.linalg.eigh(self.projection(parts))
+        basis = basis[:, value > .5]
+        return torch.linalg.eigvalsh(basis.T @ self.H @ basis).numpy()
+
+
+CASES = {f"{make.__name__}-{to}": (make, to) for make, to in [(plain, "fcn"), (plain, "lcn"), (deep, "fcn"), (deep, "lcn"), (noisy, "fcn")]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Small matrices are slower on several."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request): return Case(*CASES[request.param])
+
+
+@pytest.fixture(scope="module")
+def small(): return Case(plain, "fcn")
+
+
+def subsets(case): return [parts for parts in SUBSETS if parts is None or dimensions(case.net).loc["all", [parts] if isinstance(parts, str) else list(parts)].sum() > 3]
+
+
+def close(a, b, eps): assert np.allclose(a, b, rtol=0, atol=eps), np.abs(np.asarray(a) - np.asarray(b)).max()
+
+
+# Products
+
+def test_gradient(case):
+    for batches in (case.one, case.batches): close(case.flat(gradient(case.net, batches)), case.g, 1e-12)
+    table = gradient_shares(case.net, case.batches)
+    for part in PARTS: close(table.loc["all", part] * table.norm["all"]**2, (case.projection(part) @ case.g).square().sum(), 1e-12)
+
+
+def test_product(case):
+    v = torch.randn(case.n, dtype=torch.float64)
+    for parts in SUBSETS:
+        P = case.projection(parts)
+        for batches in (case.one, case.batches): close(case.flat(hessian_product(case.net, batches, case.vector(v), parts)), P @ case.H @ P @ v, 1e-11)
+
+
+def test_restrict_is_project_in_place(case):
+    for parts in SUBSETS[1:]:
+        v = case.vector(torch.randn(case.n, dtype=torch.float64))
+        expected = case.flat(project(case.net, v, parts))
+        for most in (1, 50, 2**20):
+            own = {name: t.clone() for name, t in v.items()}
+            assert curvature._restrict(case.net, own, parts, most) is own
+            close(case.flat(own), expected, 1e-14)
+
+
+def test_product_of_local_weights_in_chunks(monkeypatch):
+    case = Case(deep, "lcn")
+    v = case.vector(torch.randn(case.n, dtype=torch.float64))
+    monkeypatch.setattr(layers, "CHUNK", 64)
+    close(case.flat(hessian_product(case.net, case.batches, v)), case.H @ case.flat(v), 1e-11)
+
+
+def test_product_agrees_with_curvlinops(case):
+    curvlinops = pytest.importorskip("curvlinops")
+    case.net.eval()
+    operator = curvlinops.HessianLinearOperator(case.net, nn.CrossEntropyLoss(), list(case.net.parameters()), case.batches, num_data=11, check_deterministic=False)
+    v = torch.randn(case.n, dtype=torch.float64)
+    close(operator @ v, case.flat(hessian_product(case.net, case.batches, case.vector(v))), 1e-11)
+    top = np.linalg.eigvalsh(np.asarray(operator @ torch.eye(case.n, dtype=torch.float64)))[-1]
+    close(top_eigenvalues(case.net, case.batches, tol=1e-9)[0], top, 1e-9)
+    case.net.train()
+
+
+def test_frozen_parameters_count():
+    case = Case(plain, "fcn")
+    for p in case.net.parameters(): p.requires_grad_(False)
+    close(case.flat(gradient(case.net, case.batches)), case.g, 1e-12)
+    assert not any(p.requires_grad for p in case.net.parameters())
+
+
+# Spectra
+
+@pytest.mark.parametrize("which", ["largest", "smallest"])
+def test_eigenvalues(case, which):
+    for parts in subsets(case)[::2]:
+        expected = case.spectrum(parts)
+        k = 2 if which == "largest" else 1                     # zero may be there many times, and Lanczos sees only one of equal eigenvalues
+        values, vectors = top_eigenvalues(case.net, case.one, k, parts, which, vectors=True, tol=1e-8)
+        close(values, expected[::-1][:k] if which == "largest" else expected[:k], 1e-7)
+        for value, vector in zip(values, vectors):
+            d = case.flat(vector)
+            close(d.norm(), 1, 1e-10)
+            close(case.projection(parts) @ d, d, 1e-7)
+            close(d @ case.H @ d, value, 1e-7)
+
+
+def linear(): return nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(18, 3)), (1, 4, 4)
+
+
+def test_smallest_of_a_positive_restriction_is_not_the_zero_of_other_parts():
+    "Without units in between the loss is convex in the kernels."
+    case = Case(linear, "fcn")
+    expected = case.spectrum("convolutional")
+    assert expected[0] > 1e-5
+    for tol in (1e-4, 1e-10): close(top_eigenvalues(case.net, case.batches, 1, "convolutional", "smallest", tol=tol)[0], expected[0], 1e-7)
+    close(top_eigenvalues(case.net, case.batches, 9, "convolutional", "smallest", tol=1e-10)[0], expected[:9], 1e-7)
+    close(top_eigenvalues(case.net, case.batches, 2, "convolutional", tol=1e-10, basis=5)[0], expected[:-3:-1], 1e-7)
+
+
+def test_largest_of_a_negative_restriction(monkeypatch):
+    "The same with the sign of the loss turned."
+    case = Case(linear, "fcn")
+    real = curvature._hessian_vector
+    monkeypatch.setattr(curvature, "_hessian_vector", lambda *args: {name: -v for name, v in real(*args).items()})
+    close(top_eigenvalues(case.net, case.batches, 1, "convolutional", tol=1e-10)[0], -case.spectrum("convolutional")[0], 1e-7)
+
+
+def test_float32_and_images_of_another_type(small):
+    net = embed(small.cnn, (1, 4, 4)).float()
+    values, vectors = top_eigenvalues(net, small.batches, 1, "off_local", vectors=True)
+    assert vectors[0]["0.weight"].dtype == torch.float32
+    close(values, top_eigenvalues(embed(small.cnn, (1, 4, 4)), small.batches, 1, "off_local")[0], 1e-4)
+
+
+def test_trace(case):
+    for parts in ("convolutional", "unshared", ("unshared", "off_local")):
+        if parts not in subsets(case): continue
+        P = case.projection(parts)
+        mean, error = trace(case.net, case.one, parts, probes=20)
+        assert abs(mean - torch.trace(P @ case.H @ P)) < 5*error
+    close(sum(torch.trace(case.projection(p) @ case.H) for p in PARTS), torch.trace(case.H), 1e-10)
+    assert np.isnan(trace(case.net, case.batches, probes=1)[1])
+
+
+def test_density(case):
+    for parts in (None, "unshared", ("convolutional", "other")):
+        dense, table = case.spectrum(parts), spectral_density(case.net, case.one, parts, steps=10, probes=9)
+        assert (table.weight >= 0).all() and np.allclose(table.groupby("probe").weight.sum(), 1)
+        assert table.node.min() > dense[0] - 1e-8 and table.node.max() < dense[-1] + 1e-8
+        for power in (1, 2, 3):
+            moments = (table.node**power * table.weight).groupby(table.probe).sum()
+            assert abs(moments.mean() - (dense**power).mean()) < 6*moments.std()/3 + 1e-12
+        grid = np.linspace(dense[0], dense[-1], 200)
+        cdf = lambda nodes, weights: ((nodes <= grid[:, None] + 1e-9) * weights).sum(1)
+        apart = np.abs(cdf(table.node.values, table.weight.values/9) - cdf(dense, 1/len(dense))).mean()
+        assert apart < .12, (parts, apart)
+
+
+def test_density_of_one_start_has_its_moments_beyond_orthogonality(small):
+    "Many more steps than eigenvalues that differ: ghosts, and still the right measure."
+    table = spectral_density(small.net, small.one, steps=1000, probes=1, seed=3)
+    v = small.flat(random_direction(small.net, seed=3))
+    for power in (1, 2, 5): close((table.node**power * table.weight).sum(), v @ torch.linalg.matrix_power(small.H, power) @ v, 1e-9)
+
+
+def test_smooth_density_is_a_density():
+    table = pd.DataFrame(dict(probe=[0, 0, 1], node=[0., 1., 2.], weight=[.5, .5, 1.]))
+    grid = np.linspace(-2, 4, 3001)
+    close(smooth_density(table, grid, .1).sum()*(grid[1] - grid[0]), 1, 1e-9)
+    close(smooth_density(table, [2.], .1), .5/(.1*(2*np.pi)**.5), 1e-9)
+
+
+# Why it leaves
+
+@pytest.mark.parametrize("to", ["fcn", "lcn"])
+@pytest.mark.parametrize("conv", [nn.Conv1d(2, 4, 3, stride=2, padding=2, groups=2), nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), nn.Conv2d(2, 2, 3, dilation=2, padding=2),
+                                  nn.Conv3d(2, 2, 2), nn.ConvTranspose1d(2, 3, 3, stride=2)], ids=str)
+def test_kernel_gradient_is_tied_sum(conv, to):
+    torch.manual_seed(0)
+    shape = (2,) + (4,)*(conv.weight.dim() - 2)
+    data = [(torch.randn(5, *shape, dtype=torch.float64), torch.randint(3, (5,)))]
+    net = nn.Sequential(conv, nn.GELU(), nn.Flatten(), nn.LazyLinear(3)).double()
+    net(data[0][0])
+    big = embed(net, shape, to=to)
+    kernel, matrix = gradient(net, data), gradient(big, data)
+    close(tied_sum(matrix["0.weight"], big[0].geometry), kernel["0.weight"], 1e-10)
+    close(matrix["0.bias"].view(conv.out_channels, -1).sum(1), kernel["0.bias"], 1e-10)
+
+
+def test_minimise_and_embed():
+    torch.manual_seed(0)
+    cnn = nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, 2)).double()
+    x = torch.randn(300, 1, 4, dtype=torch.float64)
+    with torch.no_grad():
+        for p in cnn.parameters(): p.copy_(torch.randn_like(p))
+        batches = [(x, torch.distributions.Categorical(logits=cnn(x)).sample())]
+    with pytest.raises(RuntimeError, match="after 1 steps the norm of the gradient"): minimise(embed(cnn, (1, 4)), batches, steps=1)
+    assert minimise(cnn, batches) <= 1e-8
+    table = gradient_shares(embed(cnn, (1, 4)), batches)
+    norms = table.loc["all", list(PARTS)]**.5 * table.norm["all"]
+    assert norms[["convolutional", "other"]].max() <= 1e-8 < 1e-3 < norms[["unshared", "off_local"]].min()
+    close(minimise(cnn, batches), 0, 1e-8)                                        # there already
+
+
+def test_split_unit_without_bias():
+    first, second = nn.Linear(3, 2, bias=False), nn.Linear(2, 4)
+    a, b = split_unit(first, second, 1, .3)
+    x = torch.randn(5, 3)
+    close(b(a(x).relu()).detach(), second(first(x).relu()).detach(), 1e-6)
+    assert a.bias is None and a.weight.shape == (3, 3) and b.weight.shape == (4, 3)
+
+
+# Lines and planes
+
+def test_sharpness_has_all_rows_and_dense_curvatures(small):
+    table = sharpness(small.net, small.batches, tol=1e-8).set_index(["direction", "part"])
+    assert len(table) == 15
+    for part in ("whole", *PARTS):
+        P = small.projection(None if part == "whole" else part)
+        g = P @ small.g
+        close(table.curvature["gradient", part], g @ small.H @ g / (g @ g), 1e-10)
+        close(table.slope["gradient", part], g.norm(), 1e-10)
+        close(table.curvature["eigenvector", part], small.spectrum(None if part == "whole" else part)[-1], 1e-7)
+    assert "off_local" not in sharpness(Case(plain, "lcn").net, small.batches, tol=1e-2).part.values
+
+
+def test_nothing_is_changed():
+    case = Case(noisy, "fcn")
+    net, batches = case.net, case.batches
+    net[3].eval()                                                                 # flags of their own
+    before, flags = {k: v.clone() for k, v in net.state_dict().items()}, [m.training for m in net.modules()]
+    d = gradient(net, batches)
+    kept = {k: v.clone() for k, v in d.items()}
+    other = random_direction(net)
+    hessian_product(net, batches, d, "unshared"), top_eigenvalues(net, batches, vectors=True), trace(net, batches, probes=1), spectral_density(net, batches, steps=3, probes=1)
+    along(net, batches, d, [.1, -.1]), loss_slice(net, batches, d, other, .1, 2), sharpness(net, batches, tol=.1), gradient_shares(net, batches)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and all(torch.equal(v, kept[k]) for k, v in d.items())
+    assert flags == [m.training for m in net.modules()] and all(p.grad is None and p.requires_grad for p in net.parameters())
+    with pytest.raises(Exception): gradient(net, [(torch.randn(2, 5, 5), torch.zeros(2, dtype=torch.long))])
+    assert flags == [m.training for m in net.modules()]
+
+
+# What it refuses
+
+def zeros(case): return {name: torch.zeros_like(p) for name, p in case.like.items()}
+
+
+REFUSED = {
+    "no batches": (lambda c: gradient(c.net, []), "at least one sample"),
+    "empty batch": (lambda c: gradient(c.net, [(torch.zeros(0, 1, 4, 4), torch.zeros(0).long())]), "at least one sample"),
+    "a generator": (lambda c: trace(c.net, iter(c.batches)), "must be a list of"),
+    "a CNN": (lambda c: gradient_shares(c.cnn, c.batches), "embed a CNN first"),
+    "parts of a CNN": (lambda c: trace(c.cnn, c.batches, "other"), "embed a CNN first"),
+    "half precision": (lambda c: gradient(embed(c.cnn, (1, 4, 4)).bfloat16(), c.batches), "float32 or all in float64"),
+    "no parameters": (lambda c: gradient(nn.Flatten(), c.batches), "parameters are none"),
+    "unknown part": (lambda c: top_eigenvalues(c.net, c.batches, parts="local"), "parts must be some of"),
+    "no part": (lambda c: spectral_density(c.net, c.batches, parts=()), "parts must be some of"),
+    "empty part": (lambda c: trace(embed(c.cnn, (1, 4, 4), to="lcn"), c.batches, "off_local"), "no directions in the part off_local"),
+    "names": (lambda c: hessian_product(c.net, c.batches, {}), "see '0.bias'"),
+    "shapes": (lambda c: hessian_product(c.net, c.batches, zeros(c) | {"0.bias": torch.zeros(1)}), "see '0.bias'"),
+    "k": (lambda c: top_eigenvalues(c.net, c.batches, c.n), "k must lie between 1 and"),
+    "k of a part": (lambda c: top_eigenvalues(c.net, c.batches, 10, "convolutional"), "between 1 and 9"),
+    "k 0": (lambda c: top_eigenvalues(c.net, c.batches, 0), "k must lie between"),
+    "which": (lambda c: top_eigenvalues(c.net, c.batches, which="LM"), "'largest' or 'smallest'"),
+    "basis": (lambda c: top_eigenvalues(c.net, c.batches, 3, basis=3), "more than 3"),
+    "probes": (lambda c: trace(c.net, c.batches, probes=0), "must be 1 or more"),
+    "steps": (lambda c: spectral_density(c.net, c.batches, steps=0), "must be 1 or more"),
+    "width": (lambda c: smooth_density(spectral_density(c.net, c.batches, steps=2), [0.], -1), "width must be positive"),
+    "no length": (lambda c: along(c.net, c.batches, zeros(c), [0.]), "finite norm above zero"),
+    "parallel": (lambda c: loss_slice(c.net, c.batches, gradient(c.net, c.one), gradient(c.net, c.one), .1), "parallel"),
+    "points": (lambda c: loss_slice(c.net, c.batches, gradient(c.net, c.one), random_direction(c.net), .1, 1), "2 points or more"),
+    "slice radius": (lambda c: loss_slice(c.net, c.batches, gradient(c.net, c.one), random_direction(c.net), 0), "positive radius"),
+    "radius": (lambda c: sharpness(c.net, c.batches, radius=-1), "radius must be positive"),
+    "float32": (lambda c: minimise(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), c.batches), r"call \.double\(\)"),
+    "unit": (lambda c: split_unit(nn.Linear(3, 2), nn.Linear(2, 1), 2), "units 0 to 1"),
+    "negative unit": (lambda c: split_unit(nn.Linear(3, 2), nn.Linear(2, 1), -1), "units 0 to 1"),
+    "layers": (lambda c: split_unit(nn.Linear(3, 2), nn.Linear(3, 1), 0), "give two that follow"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(small, what):
+    call, sentence = REFUSED[what]
+    with pytest.raises(ValueError, match=sentence): call(small)
+
+
+def test_no_convergence_is_told(small):
+    with pytest.raises(RuntimeError, match="ARPACK did not find 5 largest eigenvalues"): top_eigenvalues(small.net, small.batches, 5, tol=1e-15, restarts=1)
+
+
+# Memory
+
+MEASURE = """
+import resource, sys, torch
+from torch import nn
+from efcn_nb import curvature
+from efcn_nb.embedding import embed
+torch.set_num_threads(1)
+
+def case(channels, size):
+    "A network of one big matrix, with two small batches."
+    net = embed(nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.Tanh(), nn.AvgPool2d(size//2), nn.Flatten(), nn.Linear(4*channels, 3)), (1, size, size))
+    return net, [(torch.randn(4, 1, size, size), torch.randint(3, (4,))) for _ in range(2)]
+
+parts = ("unshared", "off_local") if sys.argv[2] == "parts" else None
+call = dict(density=lambda net, batches: curvature.spectral_density(net, batches, parts, steps=5, probes=1), top=lambda net, batches: curvature.top_eigenvalues(net, batches, 1, parts, tol=.5))[sys.argv[1]]
+call(*case(1, 4))                                                 # libraries take their memory now
+net, batches = case(8, 32)
+with open("/proc/self/statm") as f: before = int(f.read().split()[1]) * resource.getpagesize()
+call(net, batches)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024 - before) / sum(p.numel()*4 for p in net.parameters()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("where", ["whole", "parts"])
+@pytest.mark.parametrize("what, most", [("density", 8), ("top", 17)])
+def test_memory(what, most, where):
+    "Peak beyond the network itself, in vectors of its size (8.4 million weights)."
+    done = subprocess.run([sys.executable, "-c", MEASURE, what, where], cwd=keep.ROOT, capture_output=True, text=True, check=True)
+    print(what, where, done.stdout)
+    assert float(done.stdout) < most

@@ -1,0 +1,196 @@
+"The instruments of subspaces and measures against plain loops and dense algebra."
+import copy
+import math
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import tiny
+from efcn_nb.data import Data, load_data
+from efcn_nb.embedding import convert, embed, reinitialize, release, tied_sum
+from efcn_nb.geometry import ConvGeometry
+from efcn_nb.measures import MEASURES, measured, one_seed, over_networks, slowed
+from efcn_nb.subspaces import (ablate, ablation, bias_spread, dimensions, off_local_rows, project, radial_profile, shares, split, squares,
+                               template_similarity, window_distances)
+
+CONVS = {
+    "plain": nn.Conv2d(2, 3, 3, padding=1), "strided": nn.Conv2d(2, 2, (3, 2), stride=2, padding=(0, 2), dilation=(1, 2)), "grouped": nn.Conv2d(4, 4, 3, groups=2),
+    "reflect": nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), "circular": nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"),
+    "transposed": nn.ConvTranspose2d(2, 2, 3, stride=2, padding=1), "1-d": nn.Conv1d(2, 3, 4, padding=3), "3-d": nn.Conv3d(1, 2, 2),
+}
+CASES = pytest.mark.parametrize("name", CONVS)
+
+
+def layer(name, seed=0, to="fcn"):
+    "A released layer in float64 with random weights."
+    torch.manual_seed(seed)
+    conv = copy.deepcopy(CONVS[name]).double()
+    found = release(conv, ConvGeometry.from_conv(conv, (5, 6, 4)[:len(conv.kernel_size)]), to)
+    found.reset_parameters()
+    return found
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    cnn = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 2, 3, stride=2), nn.Flatten(), nn.Linear(2*7*7, 10)).double()
+    return reinitialize(embed(cnn, (1, 16, 16)), seed)
+
+
+@CASES
+@pytest.mark.parametrize("to", ["fcn", "lcn"])
+def test_parts_are_orthogonal_and_add_up(name, to):
+    m = layer(name, to=to)
+    parts = split(m.weight, m.geometry)
+    assert torch.allclose(sum(parts.values()), m.weight, atol=1e-12)
+    names = list(parts)
+    for i, a in enumerate(names):
+        for b in names[:i]: assert abs((parts[a]*parts[b]).sum()) < 1e-10
+    for part, square in squares(m).items(): assert math.isclose(square, parts[part].square().sum().item(), abs_tol=1e-9)
+
+
+@CASES
+def test_the_convolutional_part_is_the_least_squares_fit(name):
+    "Against the matrix of the embedding, column by column, and numpy's pseudo-inverse."
+    m = layer(name)
+    g, n = m.geometry, math.prod(m.geometry.kernel_shape)
+    columns = []
+    for i in range(n):
+        conv = copy.deepcopy(CONVS[name]).double()
+        with torch.no_grad(): conv.weight.copy_(torch.eye(n, dtype=torch.float64)[i].view(conv.weight.shape))
+        columns.append(release(conv, g).weight.detach().flatten())
+    A = torch.stack(columns, 1)
+    fit = A @ torch.linalg.pinv(A) @ m.weight.detach().flatten()
+    assert torch.allclose(split(m.weight, g)["convolutional"].flatten(), fit, atol=1e-9)
+    assert torch.allclose(tied_sum(m.weight, g).flatten(), A.T @ m.weight.detach().flatten(), atol=1e-9)
+    assert dimensions(m).loc["", "convolutional"] == torch.linalg.matrix_rank(A) + (g.out_channels if m.bias is not None else 0)
+
+
+@CASES
+def test_a_profile_against_a_loop(name):
+    m, found = layer(name), {}
+    g = m.geometry
+    mask, sizes = g.mask, g.input_size
+    read = [[{p for p in row if p >= 0} for row in table.tolist()] for table in g.axes]
+    for unit in range(g.matrix_shape[0]):
+        i = unit % math.prod(g.output_size)
+        at = torch.unravel_index(torch.tensor(i), g.output_size)
+        for pixel in range(g.matrix_shape[1]):
+            p = torch.unravel_index(torch.tensor(pixel % math.prod(sizes)), sizes)
+            distance = max(min((abs(int(x) - q) for q in read[axis][int(at[axis])]), default=2**31) for axis, x in enumerate(p))
+            found.setdefault((bool(mask[unit, pixel]), distance), []).append(m.weight[unit, pixel].item()**2)
+    profile = radial_profile(m).set_index(["local", "distance"])
+    assert set(profile.index) == set(found)
+    for key, values in found.items():
+        assert profile.entries[key] == len(values)
+        assert math.isclose(profile.mean_square[key], sum(values)/len(values), rel_tol=1e-9, abs_tol=1e-12)
+    assert math.isclose(profile.share.sum(), 1)
+
+
+def test_distances_are_zero_in_the_window():
+    for name in CONVS: assert torch.equal(window_distances(layer(name).geometry) == 0, layer(name).geometry.window)
+
+
+def test_projections_of_a_vector_are_those_of_its_tensors():
+    model = net()
+    vector = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    shared = project(model, vector, ["convolutional", "other"])
+    other = copy.deepcopy(model)
+    for name, p in other.named_parameters(): p.data = vector[name]
+    fit = embed(convert(other, "cnn"), (1, 16, 16))
+    for name, p in fit.named_parameters(): assert torch.allclose(shared[name], p, atol=1e-12), name
+    assert dimensions(model).loc["all"].sum() == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("parts", [[], "local", ["convolutional", "conv"]])
+def test_parts_that_there_are_not(parts):
+    with pytest.raises(ValueError, match="parts must be some of convolutional, unshared, off_local, other"): project(net(), {}, parts)
+    with pytest.raises(ValueError, match="parts must be some of"): ablate(net(), parts)
+
+
+def test_ablation_leaves_the_network_alone_and_evaluates_what_is_left():
+    model, data = net(), tiny.DATA.test
+    before = copy.deepcopy(model.state_dict())
+    table = ablation(model.float(), data).set_index("kept")
+    assert all(torch.equal(p, q.float()) for p, q in zip(model.state_dict().values(), before.values()))
+    x, y = data.batch(range(len(data)))
+    for kept, row in table.iterrows():
+        with torch.no_grad(): right = (ablate(model, kept.split(" + "))(x).argmax(1) == y).float().mean()
+        assert math.isclose(row.accuracy, right, abs_tol=1e-6)
+    without = ablate(model, "convolutional")
+    assert shares(without).loc["all", "convolutional"] > 1 - 1e-6 and (bias_spread(without).spread < 1e-7).all()
+
+
+def test_templates_against_a_loop():
+    data = load_data("digits").train.thinned(60)
+    m = net()[0].float()
+    units = [3, 200, 301]
+    found = template_similarity(m, data, units, chunk=17)
+    x, y = data.batch(range(len(data)))
+    x, (rows, outside) = x - x.mean(0), off_local_rows(m, units)
+    means = {c: x[y == c].mean(0) for c in y.unique().tolist()}
+    cosine = lambda a, b: (a*b).sum() / (a.norm()*b.norm())
+    for i in range(3):
+        by_image = torch.stack([cosine(rows[i], image*outside[i]) for image in x])
+        by_class = {c: cosine(rows[i], mean*outside[i]) for c, mean in means.items()}
+        best = max(by_class, key=lambda c: abs(by_class[c]))
+        assert found.image[i] == by_image.abs().argmax() and math.isclose(found.image_similarity[i], by_image[found.image[i]], abs_tol=1e-5)
+        assert found.class_name[i] == data.classes[best] and math.isclose(found.class_similarity[i], by_class[best], abs_tol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    found = tiny.study(tmp_path_factory.mktemp("measures")/"study", keep_weights=True)
+    found.run(progress=False)
+    return found
+
+
+def test_each_measure_is_made_once(study, monkeypatch):
+    first = measured(study, "ablation")
+    monkeypatch.setitem(MEASURES, "ablation", lambda study: pytest.fail("computed again"))
+    pd.testing.assert_frame_equal(first, measured(study, "ablation"))
+    with pytest.raises(ValueError, match="unknown measure 'all'; known are ablation"): measured(study, "all")
+
+
+def test_networks_of_a_seed(study):
+    assert list(one_seed(study, 0)) == ["CNN", "FCN", "eFCN 0", "eFCN 1", "eFCN 2", "eLCN 1"]
+    ends = over_networks(study, lambda m: shares(m).loc[["all"]], ["relaxed", "lcn", "fcn"]).set_index(["network", "relax"]).off_local
+    table = study.measured().query("split == 'weights' and metric == 'off_local'").set_index(["phase", "relax", "epoch"]).value
+    assert math.isclose(ends["relaxed", 1], table["relaxed", 1, 3], rel_tol=1e-9) and ends["lcn", 1] == 0
+
+
+def test_without_kept_weights(tmp_path):
+    study = tiny.study(tmp_path/"study")
+    study.run(progress=False)
+    with pytest.raises(ValueError, match="keep_weights=True"): over_networks(study, shares)
+
+
+def test_a_diverged_network_is_left_out(study, monkeypatch):
+    "As if the one relaxed at 1 had diverged."
+    right = type(study).open_run
+    def open_run(self, phase, seed, relax=None):
+        run = right(self, phase, seed, relax)
+        if (phase, relax) == ("relaxed", 1): monkeypatch.setattr(type(run), "diverged", property(lambda r: "at step 3" if r.path == run.path else None), raising=False)
+        return run
+    monkeypatch.setattr(type(study), "open_run", open_run)
+    assert over_networks(study, lambda m: shares(m).loc[["all"]]).relax.tolist() == [0, 2]
+    assert "eFCN 1" not in one_seed(study, 0)
+
+
+def test_a_slowed_cnn_moves_as_its_embedding():
+    "Several layers, no padding: in the first step every kernel moves as the mean of its copies does."
+    torch.manual_seed(0)
+    cnn = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Conv2d(2, 3, 3, stride=2), nn.Flatten(), nn.Linear(3*6*6, 10)).double()
+    efcn, (x, y) = embed(cnn, (1, 16, 16)), tiny.DATA.train.batch(range(50))
+    for model, optimizer in (cnn, slowed(cnn, (1, 16, 16), .3)), (efcn, torch.optim.SGD(efcn.parameters(), .3)):
+        nn.functional.cross_entropy(model(x.double()), y).backward()
+        optimizer.step()
+    for p, q in zip(convert(efcn, "cnn").parameters(), cnn.parameters()): assert torch.allclose(p, q, atol=1e-12)
+
+
+def test_thinned_keeps_classes_in_proportion():
+    sorted_by_class = Data(*(tiny.DATA))._replace(train=load_data("digits").train).train
+    order = sorted_by_class.y.argsort(stable=True)
+    sorted_by_class = type(sorted_by_class)(sorted_by_class.x[order], sorted_by_class.y[order], sorted_by_class.classes, sorted_by_class.mean, sorted_by_class.std, "sorted")
+    assert sorted_by_class.thinned(100).y.bincount().min() >= 8
