@@ -29,11 +29,11 @@ def over_networks(
     phases=('relaxed',),# of 'relaxed', 'lcn', 'fcn'
     begin:bool=False    # measure the networks as they start instead of as they end
 )->pd.DataFrame:        # network, seed, relax, and the columns of `measure`
-    "What `measure` finds in every network of the study that did not diverge. Raises `ValueError` if weights were not kept."
+    "What `measure` finds in every network of the study, at their ends in those that did not diverge. Raises `ValueError` if weights were not kept."
     tables = []
     for run in study.plan():
         key = run['phase'], run['seed'], run['relax']
-        if run['phase'] not in phases or study.open_run(*key).diverged: continue
+        if run['phase'] not in phases or (study.open_run(*key).diverged and not begin): continue
         found = measure(study.start(*key) if begin else study.network(*key))
         tables.append(found.assign(network=key[0], seed=key[1], relax=key[2]))
     if not tables: raise ValueError(f'the study has no network to measure among {", ".join(phases)}')
