@@ -118,22 +118,37 @@ def _relax(args, command):
           f'everything is written to {study.out}, at most {study.disk_needed(args.workers)/1e6:,.0f} MB at a time', flush=True)
     new = bool(study.unfinished())
     table = _run(study, args.workers)
-    found = {name: measured(study, name) for name in args.measure}
-    tables = dict(summary=summary(table)) | (dict(claims=claims(table, found.get('ablation'), found.get('control'), 1/len(data.train.classes))) if _can_judge(table) else {})
+    found, failed = _measure(study, args.measure)
+    tables = dict(summary=summary(table)) | (dict(claims=claims(table, found.get('ablation'), found.get('control'), _chance(data.test))) if _can_judge(table) else {})
     where = '\n'.join(study.environments())
     with held(study.out, wait=True):
         clear_away(study.out)
         for name, t in (found | tables).items(): write_atomic(study.out/f'{name}.csv', t.to_csv(index=False))
-        if args.measure: publish(study.out/'rows.npz', lambda beside: _write_rows(study, beside))
         if new: write_atomic(study.out/'command.txt', f'{command}\n{where}\n')
         figure = plot_study(table, title=f'{study.config["data"]}, {study.model_name}')
         publish(study.out/'figure.png', lambda beside: figure.savefig(beside, format='png', metadata={'Software': None}))
         plt.close(figure)
     _report(tables, study, where)
+    for name, why in failed.items(): print(f'not measured: {name}: {why}')
 
 def _write_rows(study, path):
     "Write what `first_rows` finds."
     with open(path, 'wb') as f: np.savez_compressed(f, **first_rows(study))
+
+def _measure(study, names):
+    "Tables of the measures that are asked for, and why others could not be made; the rows as images go to the study's folder."
+    found, failed = {}, {}
+    for name in names:
+        try: found[name] = measured(study, name)
+        except (ValueError, RuntimeError) as e: failed[name] = e
+    if names:
+        try: publish(study.out/'rows.npz', lambda beside: _write_rows(study, beside))
+        except ValueError as e: failed['rows as images'] = e
+    return found, failed
+
+def _chance(test):
+    "Accuracy of always naming the most frequent class."
+    return torch.bincount(test.y).max().item()/len(test)
 
 def _can_judge(table):
     "Whether there is a seed of which FCN and a relaxed network came to their ends."

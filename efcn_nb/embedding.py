@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HUGE', 'BATCHNORMS', 'matrix_from_kernel', 'local_from_kernel', 'matrix_from_local', 'local_from_matrix',
-           'kernel_from_local', 'kernel_from_matrix', 'tied_sum', 'release', 'nearest_conv', 'process_blank',
-           'conv_geometries', 'released_weights', 'free_memory', 'require_memory', 'give_back_memory',
+           'kernel_from_local', 'kernel_from_matrix', 'tied_sum', 'kernel_from_tied_sum', 'release', 'nearest_conv',
+           'process_blank', 'conv_geometries', 'released_weights', 'free_memory', 'require_memory', 'give_back_memory',
            'use_little_memory', 'merge_batchnorm', 'embed', 'convert', 'nearest_cnn', 'reinitialize']
 
 # %% ../nbs/02_embedding.ipynb #6418a7e3
@@ -202,6 +202,14 @@ def tied_sum(
 )->torch.Tensor:    # of `g.kernel_shape`
     "For each tap of the kernel, the sum of `W` over its copies: the adjoint of `matrix_from_kernel` and `local_from_kernel`."
     return _aligned(_sum_of_copies(W.contiguous(), g).to(W.dtype), g).contiguous()
+
+@torch.no_grad()
+def kernel_from_tied_sum(
+    total:torch.Tensor, # of `g.kernel_shape`
+    g:ConvGeometry
+)->torch.Tensor:        # of `g.kernel_shape`
+    "The kernel nearest to any matrix whose `tied_sum` is `total`: for zero padding, each tap's sum over its number of copies."
+    return _aligned(_solve_for_taps(_aligned(total, g), g), g).contiguous()
 
 # %% ../nbs/02_embedding.ipynb #de16751a
 @torch.no_grad()

@@ -181,7 +181,7 @@ def plot_parts(
     "Shares of a squared norm as stacked bars, a bar for each row; returns the axes."
     ax = ax or plt.subplots(figsize=(5, .35*len(table) + .9), layout='constrained')[1]
     table[[part for part in PART_COLOURS if part in table]].plot.barh(stacked=True, color=PART_COLOURS, ax=ax, width=.75)
-    ax.set(xlim=(0, 1), xlabel='share of the squared norm')
+    ax.set(xlim=(0, 1), xlabel='share of the squared norm', ylabel='')
     ax.invert_yaxis()
     _legend(ax)
     return ax

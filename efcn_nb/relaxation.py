@@ -336,6 +336,12 @@ def _impossible(self:Study, run):
     return bool(cnn.diverged) and cnn.table.epoch.max() <= run['relax']
 
 @patch
+def lost(self:Study, phase:str, seed:int, relax:int=None)->bool:
+    "Whether this run diverged, or could not be begun because its CNN did."
+    run = next(r for r in self.plan() if (r['phase'], r['seed'], r['relax']) == (phase, seed, relax))
+    return self._impossible(run) or bool(self._store(run).diverged)
+
+@patch
 def unfinished(self:Study)->list:
     "The runs of the plan that are still to be done, or to be finished."
     return [r for r in self.plan() if not self._done(r) and not self._impossible(r)]
@@ -615,8 +621,9 @@ def _gains_over_slowed(table, control):
     "Final accuracy of each relaxed network less that of the CNN after as many epochs, or of its `control` if that is better; a row for each seed, a column for each relax time."
     f, c = final_values(table), control[(control.split == 'test') & (control.metric == 'accuracy')]
     last = c[c.groupby(['seed', 'relax']).epoch.transform('max') == c.epoch].set_index(['seed', 'relax']).value
-    over = (f[f.network == 'relaxed'].set_index(['seed', 'relax']).value - last).unstack('relax').dropna(axis=1, how='all')
-    return over.where(over < _gains(table, 'cnn+'), _gains(table, 'cnn+'))[over.columns]
+    over = (f[f.network == 'relaxed'].set_index(['seed', 'relax']).value - last).unstack('relax')
+    over, cnn = over.align(_gains(table, 'cnn+'), join='inner')
+    return over.where(over.isna() | (over < cnn), cnn).dropna(axis=1, how='all')
 
 # %% ../nbs/22_relaxation.ipynb #647f23b2
 def claims(
@@ -633,7 +640,7 @@ def claims(
     for claim, gains in [('2a  some intermediate eFCN ends above the CNN', _gains(table, 'cnn')), ('2b  ... and above the CNN after as many epochs', _gains(table, 'cnn+')),
                          *([('2c  ... and above that CNN slowed as its embedding is', _gains_over_slowed(table, control))] if control is not None else [])]:
         between = gains[[t for t in gains if 0 < t < E]]
-        rows.append(_above(between, False, claim) if len(between.columns) else _not_judged(claim, 'no intermediate relax time'))
+        rows.append(_above(between, False, claim) if len(between.columns) else _not_judged(claim, 'no intermediate relax time with both'))
     template = '4  off-local templates help only with the features'
     rows += [_stays_near(table), _not_judged(template, 'not in these numbers; needs an ablation') if ablation is None else _help_together(ablation, chance, template), _far_is_fcn(table)]
     return _without_diverged(pd.DataFrame(rows), table)

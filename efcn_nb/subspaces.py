@@ -91,7 +91,7 @@ def squares(
     if layer.weight.numel() < 2**20 and layer.geometry.padding_mode == 'zeros': return _small_squares(layer.weight, layer.geometry)
     for a, b, g in _channels(layer.geometry):                                 # some at a time, to save memory
         W = layer.weight.unflatten(0, (layer.geometry.out_channels, -1))[a:b].flatten(0, 1) if dense else layer.weight[:,a:b]
-        L = local_from_matrix(W, g) if dense else W
+        L = local_from_matrix(W, g) if dense else W*(g.reads >= 0)[:,None,:,None].to(W.device) # what no pixel fills is no part
         shared = local_from_kernel(kernel_from_local(L, g), g)
         for part, square in zip(total, [_square(shared), _square(L - shared), _off_local_square(W, g) if dense else 0.]): total[part] += square
     return total
@@ -105,13 +105,19 @@ def released_layers(
     if not found: raise ValueError(f'{type(model).__name__} has no released layer to measure; embed a CNN first')
     return found
 
+def _untied(model):
+    "Names of the released layers, of those that share a weight the first alone."
+    first = {}
+    for name, m in released_layers(model).items(): first.setdefault(id(m.weight), name)
+    return list(first.values())
+
 # %% ../nbs/30_subspaces.ipynb #7a64980b
 def shares(
     model:nn.Module # an embedded network
 )->pd.DataFrame:    # index: layer names and 'all'; columns: convolutional, unshared, off_local (they add up to 1), norm
     "Shares of the squared norm of the weights in each subspace, by layer and for all released layers. Raises `ValueError` if there is none."
     rows = {name: squares(m) for name, m in released_layers(model).items()}
-    rows['all'] = {part: sum(row[part] for row in rows.values()) for part in PARTS[:3]}
+    rows['all'] = {part: sum(rows[name][part] for name in _untied(model)) for part in PARTS[:3]}                   # tied weights count once
     totals = {name: sum(row.values()) for name, row in rows.items()}
     return pd.DataFrame.from_dict({name: {part: square/totals[name] if totals[name] else math.nan for part, square in row.items()} | dict(norm=totals[name]**.5) for name, row in rows.items()}, orient='index')
 
@@ -127,7 +133,7 @@ def residuals(
         apart = bias - bias[:,:1]                                                   # exactly zero where biases are shared
         rows[name] = dict(lcn=parts['off_local'], cnn=parts['off_local'] + parts['unshared'] + _square(apart - apart.mean(1, keepdim=True)))
     table = pd.DataFrame.from_dict(rows, orient='index')
-    table.loc['all'] = table.sum()
+    table.loc['all'] = table.loc[_untied(model)].sum()
     return table**.5
 
 # %% ../nbs/30_subspaces.ipynb #2e6da119
@@ -136,7 +142,8 @@ def split(
     weight:torch.Tensor, # (output units, input units), or local weights (positions, out channels, slots, in channels of a group)
     g:ConvGeometry
 )->dict:                 # part: tensor of the same shape
-    "The convolutional, the unshared and the off-local part of a weight, or of anything else of its shape, such as a gradient."
+    "The convolutional, the unshared and the off-local part of a weight, or of anything else of its shape, such as a gradient. Raises `ValueError` for another shape."
+    if tuple(weight.shape) not in (g.matrix_shape, g.local_shape): raise ValueError(f'the weight must be a matrix {g.matrix_shape} or local weights {g.local_shape}, not {tuple(weight.shape)}')
     dense = weight.dim() == 2
     L = local_from_matrix(weight, g) if dense else weight * (g.reads >= 0)[:,None,:,None].to(weight.device)
     shared = local_from_kernel(kernel_from_local(L, g), g)
@@ -144,11 +151,11 @@ def split(
     return dict(convolutional=up(shared), unshared=up(L - shared), off_local=weight - up(L) if dense else torch.zeros_like(weight))
 
 # %% ../nbs/30_subspaces.ipynb #660bb9ab
-def _chosen_parts(parts):
-    "A tuple of names in `PARTS`; raises `ValueError` for any other."
-    parts = (parts,) if isinstance(parts, str) else tuple(parts)
-    unknown = [p for p in parts if p not in PARTS]
-    if unknown or not parts: raise ValueError(f'parts must be some of {", ".join(PARTS)}, not {unknown[0] if unknown else "none"!r}')
+def _chosen_parts(parts, known=PARTS):
+    "A tuple of names in `known`, each once; raises `ValueError` for any other."
+    parts = (parts,) if isinstance(parts, str) else tuple(dict.fromkeys(parts))
+    unknown = [p for p in parts if p not in known]
+    if unknown or not parts: raise ValueError(f'parts must be some of {", ".join(known)}, not {unknown[0] if unknown else "none"!r}')
     return parts
 
 def _split_bias(bias, g):
@@ -198,8 +205,17 @@ def dimensions(
     own = sum(p.numel() for name, p in model.named_parameters() if name.rpartition('.')[0] not in layers)
     rows['others'] = dict(convolutional=0, unshared=0, off_local=0, other=own)
     table = pd.DataFrame.from_dict(rows, orient='index')
-    table.loc['all'] = table.sum()
+    table.loc['all'] = table.loc[[*_untied(model), 'others']].sum()
     return table
+
+# %% ../nbs/30_subspaces.ipynb #84ed1edc
+def _keep_parts(weight, g, keep, most=2**20):
+    "Remove all but some parts of `weight` in place, about `most` entries of a matrix at a time to save memory."
+    if weight.dim() == 4 or g.groups > 1: pieces = [(weight, g)]
+    else: pieces = [(some.flatten(0, 1), replace(g, out_channels=len(some))) for some in weight.unflatten(0, (g.out_channels, -1)).split(max(1, most*g.out_channels//weight.numel()))]
+    for piece, own in pieces:
+        parts = split(piece, own)
+        piece.copy_(sum((parts[p] for p in keep if p in parts), start=torch.zeros_like(piece)))
 
 # %% ../nbs/30_subspaces.ipynb #afda293f
 @torch.no_grad()
@@ -207,11 +223,10 @@ def ablate(
     model:nn.Module, # an embedded network; left untouched
     keep             # one, or several, of 'convolutional', 'unshared', 'off_local'
 )->nn.Module:        # a new network
-    "The network with only some parts of its released weights. Raises `ValueError` for unknown parts, or without a released layer."
-    keep, ablated = _chosen_parts(keep), copy.deepcopy(model)
+    "The network with only some parts of its released weights. Biases keep their mean over positions in any case, and what differs from it with 'unshared'. Raises `ValueError` for unknown parts, or without a released layer."
+    keep, ablated = _chosen_parts(keep, PARTS[:3]), copy.deepcopy(model)
     for m in released_layers(ablated).values():
-        parts = split(m.weight, m.geometry)
-        m.weight.copy_(sum((parts[p] for p in keep if p in parts), start=torch.zeros_like(m.weight)))
+        _keep_parts(m.weight, m.geometry, keep)
         if m.bias is not None and 'unshared' not in keep: m.bias.copy_(_split_bias(m.bias, m.geometry)['convolutional'])
     return ablated
 
@@ -222,17 +237,18 @@ def ablation(
     batch_size:int=250,
     precision:str='fp32'
 )->pd.DataFrame:     # kept, accuracy, loss
-    "Accuracy and loss (nats) with each choice of parts of the released weights. Raises `ValueError` without a released layer."
+    "Accuracy and loss (nats) with each choice of parts of the released weights; BatchNorm keeps its running statistics. Raises `ValueError` without a released layer, or for another type than float32."
     dense = any(isinstance(m, FullyConnected) for m in released_layers(model).values())
     own = PARTS[:3] if dense else PARTS[:2]
     choices = [keep for n in range(len(own), 0, -1) for keep in itertools.combinations(own, n)]
-    return pd.DataFrame([dict(kept=' + '.join(keep)) | evaluate(model if keep == own else ablate(model, keep), data, batch_size, precision) for keep in choices])
+    if next(model.parameters()).dtype != torch.float32: raise ValueError('an ablation evaluates float32 networks: call .float() first')
+    return pd.DataFrame([dict(kept=' + '.join(keep)) | evaluate(ablate(model, keep), data, batch_size, precision) for keep in choices])
 
 # %% ../nbs/30_subspaces.ipynb #e2666513
 def window_distances(
     g:ConvGeometry
 )->torch.Tensor: # int64 (output positions, input positions)
-    "Distance of each input position from the window of each output position, the largest over the axes of those to the nearest that a tap reads; 0 in the window. An output that reads nothing on an axis is infinitely far: 2**31."
+    "Distance of each input position from the window of each output position, the largest over the axes of those to the nearest that a tap reads; 0 in the window; circular padding does not shorten the way round. An output that reads nothing on an axis is infinitely far: 2**31."
     joint = torch.zeros(1, 1, dtype=torch.long)
     for size, table in zip(g.input_size, g.axes):
         away = (table[:,:,None] - torch.arange(size)).abs().masked_fill((table < 0)[:,:,None], 2**31).amin(1)
@@ -261,7 +277,7 @@ def radial_profile(
     for local, square, count in (True, inside, own), (False, every - inside, pairs - own):
         for distance in far.unique().tolist():
             n, s = count[far == distance].sum().item(), square[far == distance].sum().item()
-            if n: rows.append(dict(local=local, distance=distance, entries=n, mean_square=s/n, share=s/total))
+            if n: rows.append(dict(local=local, distance=distance, entries=n, mean_square=s/n, share=s/total if total else math.nan))
     return pd.DataFrame(rows)
 
 # %% ../nbs/30_subspaces.ipynb #6b536474
@@ -284,10 +300,11 @@ def off_local_rows(
     layer:nn.Module, # `FullyConnected`, most often the first
     units            # flat indices of output units, int64 (n,)
 )->tuple:            # rows (n, *in_shape) with zeros in the window, and bool (n, *in_shape): True outside it
-    "The off-local parts of some rows of a layer's matrix as images. Raises `ValueError` for units that there are not."
-    g, units = layer.geometry, torch.as_tensor(units)
+    "The off-local parts of some rows of a layer's matrix as images. Raises `ValueError` for units that there are not, or another kind of layer."
+    if not isinstance(layer, FullyConnected): raise ValueError(f'rows outside a window need a fully-connected layer, not {type(layer).__name__}')
+    g, units = layer.geometry, torch.as_tensor(units).cpu()
     n = math.prod(g.out_shape)
-    if not len(units) or units.min() < 0 or units.max() >= n: raise ValueError(f'units must be some of 0 to {n-1}, not {units.tolist()}')
+    if units.dim() != 1 or units.dtype != torch.int64 or not len(units) or units.min() < 0 or units.max() >= n: raise ValueError(f'units must be a list of some of 0 to {n-1}, not {units.tolist()}')
     channel, position = units // math.prod(g.output_size), units % math.prod(g.output_size)
     same = (channel*g.groups//g.out_channels)[:,None] == torch.arange(g.in_channels)*g.groups//g.in_channels
     outside = ~(same[:,:,None] & g.window[position][:,None]).view(-1, *g.in_shape)
@@ -296,7 +313,7 @@ def off_local_rows(
 # %% ../nbs/30_subspaces.ipynb #85e12127
 def _cosines(rows, outside, images):
     "Cosine of each of `rows` (n, d) with each of `images` (m, d) on the pixels `outside` (n, d); 0 where either vanishes."
-    norm = rows.norm(dim=1)[:,None] * (outside.to(images.dtype) @ images.square().T).clamp(min=0).sqrt()
+    norm = rows.norm(dim=1)[:,None] * (outside @ images.square().T).clamp(min=0).sqrt()
     return (rows @ images.T / norm).where(norm > 0, 0.)
 
 @torch.no_grad()
@@ -306,11 +323,12 @@ def template_similarity(
     units=None,      # flat indices of output units; None for at most 200, evenly spread
     chunk:int=2000   # images at a time
 )->pd.DataFrame:     # unit, class_name, class_similarity, image, image_similarity
-    "For the off-local part of each row, the class mean and the training image that are most like it, with the cosine (its sign shows whether it is the negative). Raises `ValueError` if images do not fit the layer."
+    "For the off-local part of each row, the class mean and the training image that are most like it, less the mean over all images, with the cosine (its sign shows whether it is the negative); 0 for a row without off-local part. Raises `ValueError` if images do not fit the layer, or there are none."
     if layer.geometry.in_shape != data.shape: raise ValueError(f'the layer sees inputs of shape {layer.geometry.in_shape}, the images have {data.shape}; take the first layer')
+    if not len(data): raise ValueError('there must be images to compare with, not none')
     n = math.prod(layer.geometry.out_shape)
-    units = torch.arange(0, n, max(1, math.ceil(n/200))) if units is None else torch.as_tensor(units)
-    rows, outside = (t.flatten(1) for t in off_local_rows(layer, units))
+    units = torch.linspace(0, n-1, min(n, 200), dtype=torch.float64).round().long() if units is None else units
+    rows, outside = (t.flatten(1).float() for t in off_local_rows(layer, units))
     sums, count = torch.zeros(len(data.classes), rows.shape[1]), torch.bincount(data.y.cpu(), minlength=len(data.classes))
     for x, y in data.batches(chunk): sums.index_add_(0, y.cpu(), x.flatten(1).cpu())
     mean, present = sums.sum(0)/len(data), count.nonzero().flatten()
@@ -322,5 +340,5 @@ def template_similarity(
         value = found.gather(1, at[:,None]).squeeze(1)
         better = value.abs() > best.abs()
         best, image = best.where(~better, value), image.where(~better, i*chunk + at)
-    return pd.DataFrame(dict(unit=units.tolist(), class_name=[data.classes[c] for c in present[best_class].tolist()],
+    return pd.DataFrame(dict(unit=torch.as_tensor(units).tolist(), class_name=[data.classes[c] for c in present[best_class].tolist()],
         class_similarity=by_class.gather(1, best_class[:,None]).squeeze(1).tolist(), image=image.tolist(), image_similarity=best.tolist()))

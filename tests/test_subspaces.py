@@ -194,3 +194,57 @@ def test_thinned_keeps_classes_in_proportion():
     order = sorted_by_class.y.argsort(stable=True)
     sorted_by_class = type(sorted_by_class)(sorted_by_class.x[order], sorted_by_class.y[order], sorted_by_class.classes, sorted_by_class.mean, sorted_by_class.std, "sorted")
     assert sorted_by_class.thinned(100).y.bincount().min() >= 8
+
+
+@pytest.mark.parametrize("conv", [nn.Conv2d(1, 3, 5, padding=2, stride=2), nn.ConvTranspose2d(1, 2, 2, stride=2), nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect")])
+def test_a_slowed_cnn_with_padding(conv):
+    cnn = nn.Sequential(copy.deepcopy(conv), nn.Tanh(), nn.Flatten(), nn.LazyLinear(10)).double()
+    x, y = tiny.DATA.train.batch(range(20))
+    cnn(x.double())
+    efcn = embed(cnn, (1, 16, 16))
+    for model, optimizer in (cnn, slowed(cnn, (1, 16, 16), .3, .9, .01)), (efcn, torch.optim.SGD(efcn.parameters(), .3, .9, weight_decay=.01)):
+        nn.functional.cross_entropy(model(x.double()), y).backward()
+        optimizer.step()
+    for p, q in zip(convert(efcn, "cnn").parameters(), cnn.parameters()): assert torch.allclose(p, q, atol=1e-12)
+
+
+def test_tied_layers_count_once():
+    torch.manual_seed(0)
+    a, b = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+    b.weight, b.bias = a.weight, a.bias
+    model = embed(nn.Sequential(a, nn.ReLU(), b, nn.Flatten(), nn.Linear(32, 3)), (2, 4, 4))
+    assert dimensions(model).loc["all"].sum() == sum(p.numel() for p in model.parameters())
+    assert math.isclose(shares(model).loc["all", "norm"], model[0].weight.norm(), rel_tol=1e-6)
+
+
+def test_empty_slots_are_no_part():
+    for conv in (nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)):
+        m = embed(conv, (conv.in_channels, 16, 16), to="lcn")
+        before = squares(m)
+        with torch.no_grad(): m.weight.add_(7*(m.geometry.reads < 0)[:, None, :, None])
+        assert squares(m) == before
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (lambda m: off_local_rows(m, 5), "units must be a list of some of 0 to 511"), (lambda m: off_local_rows(m, [.5]), "units must be a list"),
+    (lambda m: off_local_rows(embed(nn.Conv2d(1, 2, 3), (1, 16, 16), to="lcn"), [1]), "need a fully-connected layer, not LocallyConnected"),
+    (lambda m: split(torch.zeros(3, 3), m.geometry), "the weight must be a matrix"), (lambda m: ablate(net(), "other"), "parts must be some of convolutional, unshared, off_local, not 'other'"),
+    (lambda m: ablation(net(), tiny.DATA.test), "call .float"), (lambda m: template_similarity(m, tiny.DATA.train.thinned(1).__class__(tiny.DATA.train.x[:0], tiny.DATA.train.y[:0],
+        tiny.DATA.train.classes, tiny.DATA.train.mean, tiny.DATA.train.std, "nothing")), "there must be images")])
+def test_bad_input_gets_a_sentence(wrong, words):
+    with pytest.raises(ValueError, match=words): wrong(net()[0])
+
+
+def test_repeated_parts_count_once():
+    model = net()
+    vector = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    once, twice = project(model, vector, "unshared"), project(model, vector, ["unshared", "unshared"])
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+def test_a_cnn_that_diverged_early_spoils_no_measure(study, monkeypatch):
+    "As if the CNN had diverged before it could be relaxed at 1 or later: those networks never were."
+    monkeypatch.setattr(type(study), "_impossible", lambda self, run: run["phase"] in ("relaxed", "lcn") and run["relax"] > 0)
+    assert over_networks(study, lambda m: shares(m).loc[["all"]]).relax.tolist() == [0]
+    assert over_networks(study, lambda m: shares(m).loc[["all"]], begin=True).relax.tolist() == [0]
+    assert MEASURES["control"](study).relax.unique().tolist() == [0] and MEASURES["paths"](study).relax.unique().tolist() == [0]
