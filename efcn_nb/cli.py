@@ -106,6 +106,26 @@ def _run(study, workers, tries=3):
             if not left: raise
             print(f'{e}: it goes on', file=sys.stderr)
 
+# %% ../nbs/24_cli.ipynb #2dae57d2
+def _write_rows(study, path):
+    "Write what `first_rows` finds."
+    with open(path, 'wb') as f: np.savez_compressed(f, **first_rows(study))
+
+def _measure(study, names):
+    "Tables of the measures that are asked for, and why others could not be made; the rows as images go to the study's folder."
+    found, failed = {}, {}
+    for name in names:
+        try: found[name] = measured(study, name)
+        except (ValueError, RuntimeError) as e: failed[name] = e
+    if names:
+        try: publish(study.out/'rows.npz', lambda beside: _write_rows(study, beside))
+        except ValueError as e: failed['rows as images'] = e
+    return found, failed
+
+def _chance(test):
+    "Accuracy of always naming the most frequent class."
+    return torch.bincount(test.y).max().item()/len(test)
+
 # %% ../nbs/24_cli.ipynb #7c95e166
 def _relax(args, command):
     "Run the study that `args` describe, print its tables, and write them with the figure."
@@ -130,25 +150,6 @@ def _relax(args, command):
         plt.close(figure)
     _report(tables, study, where)
     for name, why in failed.items(): print(f'not measured: {name}: {why}')
-
-def _write_rows(study, path):
-    "Write what `first_rows` finds."
-    with open(path, 'wb') as f: np.savez_compressed(f, **first_rows(study))
-
-def _measure(study, names):
-    "Tables of the measures that are asked for, and why others could not be made; the rows as images go to the study's folder."
-    found, failed = {}, {}
-    for name in names:
-        try: found[name] = measured(study, name)
-        except (ValueError, RuntimeError) as e: failed[name] = e
-    if names:
-        try: publish(study.out/'rows.npz', lambda beside: _write_rows(study, beside))
-        except ValueError as e: failed['rows as images'] = e
-    return found, failed
-
-def _chance(test):
-    "Accuracy of always naming the most frequent class."
-    return torch.bincount(test.y).max().item()/len(test)
 
 def _can_judge(table):
     "Whether there is a seed of which FCN and a relaxed network came to their ends."

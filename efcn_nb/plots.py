@@ -196,6 +196,7 @@ def plot_matrix(
     ax = ax or plt.subplots(figsize=(.62*len(matrix) + 1.8, .5*len(matrix) + 1), layout='constrained')[1]
     sns.heatmap(matrix, annot=True, fmt='.2g', cmap='viridis', annot_kws=dict(fontsize=7), cbar_kws=dict(label=label), ax=ax)
     ax.tick_params(axis='x', rotation=45)
+    ax.set(xlabel='', ylabel='')
     return ax
 
 def plot_paths(
