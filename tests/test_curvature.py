@@ -351,7 +351,7 @@ def test_no_convergence_is_told(small):
 # Memory
 
 MEASURE = """
-import resource, sys, torch
+import re, sys, torch
 from torch import nn
 from efcn_nb import curvature
 from efcn_nb.embedding import embed
@@ -366,9 +366,11 @@ parts = ("unshared", "off_local") if sys.argv[2] == "parts" else None
 call = dict(density=lambda net, batches: curvature.spectral_density(net, batches, parts, steps=5, probes=1), top=lambda net, batches: curvature.top_eigenvalues(net, batches, 1, parts, tol=.5))[sys.argv[1]]
 call(*case(1, 4))                                                 # libraries take their memory now
 net, batches = case(8, 32)
-with open("/proc/self/statm") as f: before = int(f.read().split()[1]) * resource.getpagesize()
+def kib(name):                                                    # not ru_maxrss: a child inherits its parent's
+    with open("/proc/self/status") as f: return int(re.search(name + r":\\s+(\\d+)", f.read())[1])
+before = kib("VmRSS")
 call(net, batches)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024 - before) / sum(p.numel()*4 for p in net.parameters()))
+print((kib("VmHWM") - before)*1024 / sum(p.numel()*4 for p in net.parameters()))
 """
 
 
