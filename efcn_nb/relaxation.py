@@ -6,7 +6,7 @@
 __all__ = ['PAPER_TIMES', 'PROTOCOLS', 'Study', 'suited', 'WorkerLost', 'relax', 'final_values', 'summary', 'claims']
 
 # %% ../nbs/22_relaxation.ipynb #867b33e4
-import hashlib, json, math, numbers, re, secrets, shutil, sys, textwrap, threading, time, warnings
+import hashlib, json, math, numbers, re, secrets, shutil, textwrap, threading, time, warnings
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +16,14 @@ import torch
 from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from scipy import stats
 from tqdm import tqdm
 
 from .data import Data, Dataset, load_data
+from .effects import claim_row, interval, judge, not_judged
 from .embedding import conv_geometries, embed, give_back_memory, process_blank, reinitialize, released_weights, require_memory, use_little_memory
 from .fused import FusedSGD
 from .models import make_model
-from .runs import Run, clear_away, held, publish, resume_optimizer, run_id, write_atomic
+from .runs import Run, clear_away, held, is_watched, publish, resume_optimizer, run_id, write_atomic
 from .subspaces import shares
 from .training import Diverged, check_precision, evaluate, find_device, train
 
@@ -308,10 +308,6 @@ def _recover(self:Study, seed, epoch):
         else: store.save(0, model, store.table[store.table.epoch <= 0])
 
 # %% ../nbs/22_relaxation.ipynb #6e71c15f
-def _live():
-    "Whether somebody watches: a terminal or a notebook."
-    return sys.stderr.isatty() or 'ipykernel' in sys.modules
-
 @patch
 def _cost(self:Study, run):
     "Roughly the time of one step of a run, an eFCN's being 1."
@@ -455,7 +451,7 @@ def run(self:Study,
     executor=None       # of the kind of `concurrent.futures`, to do the runs in parallel; None to do them here, one after the other
 )->pd.DataFrame:        # tidy: data, model, seed, phase, relax, epoch, step, split, metric, value
     "Do all runs, or what is left of them. Runs that diverge end early, see `diverged`; raises `Diverged` if all do, `OSError` before any work if the disk is too small, `Busy` if another process is at work, `WorkerLost` if one dies."
-    progress = _live() if progress is None else progress
+    progress = is_watched() if progress is None else progress
     if self.unfinished():
         with held(self.out):
             clear_away(self.out)
@@ -534,17 +530,6 @@ def summary(
     return result.iloc[(order*1000 + result.relax.fillna(0)).argsort(kind='stable')][columns].rename(columns=dict(epoch='epochs')).reset_index(drop=True)
 
 # %% ../nbs/22_relaxation.ipynb #2070813b
-def _interval(d, tries=1):
-    "Mean, standard deviation and half width of the 95 % interval (after Bonferroni over `tries`) of the mean of `d`; infinite if `d` does not vary."
-    d = d.dropna()
-    n, spread = len(d), d.std()
-    half = stats.t.ppf(1 - .025/tries, n-1) * spread/n**.5 if n > 1 and spread > 0 else math.inf
-    return d.mean(), spread, half
-
-def _points(x):
-    "A number of percentage points as text, empty if it is not finite."
-    return f'{100*x:.1f} points' if math.isfinite(x) else ''
-
 def _gains(table, over):
     "Final accuracy of each relaxed network less that of network `over` ('cnn+': after as many epochs), a row for each seed, a column for each relax time."
     f = final_values(table)
@@ -555,30 +540,11 @@ def _gains(table, over):
     else: values = relaxed.value.values - relaxed.seed.map(f[f.network == over].set_index('seed').value).values
     return relaxed.assign(value=values).pivot(index='seed', columns='relax', values='value').dropna(axis=1, how='all')
 
-def _verdict(low, high):
-    "Of an effect that should be positive, by its interval."
-    return 'holds' if low > 0 else 'fails' if high < 0 else 'undecided'
-
-# %% ../nbs/22_relaxation.ipynb #2a791c55
-def _judge(by_time, every):
-    "Deciding relax time, mean, spread, half width and verdict of effects that should be positive; `by_time` has a row for each seed, a column for each relax time."
-    m = len(by_time.columns)
-    holds, fails = [{t: _interval(by_time[t], tries) for t in by_time} for tries in ((1, m) if every else (m, 1))]
-    low = lambda t: (holds[t][0] - holds[t][2], holds[t][0])
-    decides = (min if every else max)(by_time.columns, key=low)
-    highs = [mean + half for mean, _, half in fails.values()]
-    mean, spread, half = holds[decides]
-    return decides, mean, spread, half, _verdict(mean - half, min(highs) if every else max(highs))
-
-def _row(claim, effect, spread, half, n, verdict):
-    "One line of the table of claims; `spread` and `half` in shares of one."
-    return dict(claim=claim, effect=effect, spread=_points(spread), interval=f'±{100*half:.1f}' if math.isfinite(half) else '', n=n, verdict=verdict)
-
 # %% ../nbs/22_relaxation.ipynb #5374e036
 def _above(gains, every, claim):
     "The row of claim 1 (`every`) or 2: is the relaxed network above another?"
-    t, mean, spread, half, verdict = _judge(gains, every)
-    return _row(claim, f'{100*mean:+.1f} points at relax time {t:g}', spread, half, gains[t].count(), verdict)
+    t, mean, spread, half, verdict = judge(gains, every)
+    return claim_row(claim, f'{100*mean:+.1f} points at relax time {t:g}', spread, half, gains[t].count(), verdict)
 
 def _ends_at(table, metric):
     "Final `metric` of the weights of relaxed networks, a row for each seed, a column for each relax time."
@@ -588,24 +554,20 @@ def _ends_at(table, metric):
 def _stays_near(table, small=.1):
     "The row of claim 3: are all off-local shares under `small`?"
     off, unshared = _ends_at(table, 'off_local'), _ends_at(table, 'unshared')
-    t, margin, spread, half, verdict = _judge(small - off, every=True)
+    t, margin, spread, half, verdict = judge(small - off, every=True)
     fcn = final_values(table, 'off_local', 'weights').query("network == 'fcn'").value.mean()
     effect = f'off-local share {100*(small-margin):.1f} % at relax time {t:g}, unshared {100*unshared[t].mean():.1f} % (FCN: off-local {100*fcn:.1f} %)'
-    return _row('3  the deviation stays small', effect, spread, half, off[t].count(), verdict)
+    return claim_row('3  the deviation stays small', effect, spread, half, off[t].count(), verdict)
 
 # %% ../nbs/22_relaxation.ipynb #8db2bcc2
 def _far_is_fcn(table, margin=.02):
     "The row of claim 5: is the relaxed network that went furthest less than `margin` above the FCN?"
     gains = _gains(table, 'fcn')
     far = _ends_at(table, 'off_local').mean()[gains.columns]
-    mean, spread, half = _interval(gains[far.idxmax()])
+    mean, spread, half = interval(gains[far.idxmax()])
     verdict = 'not reached' if mean - half > 0 else 'holds' if mean + half < margin else 'undecided'
     effect = f'{100*mean:+.1f} points above the FCN at off-local share {100*far.max():.1f} % (relax time {far.idxmax():g})'
-    return _row('5  far away it is an FCN', effect, spread, half, gains[far.idxmax()].count(), verdict)
-
-def _not_judged(claim, why):
-    "A row without a judgement."
-    return _row(claim, why, math.nan, math.nan, 0, 'not judged')
+    return claim_row('5  far away it is an FCN', effect, spread, half, gains[far.idxmax()].count(), verdict)
 
 # %% ../nbs/22_relaxation.ipynb #dd2cb168
 def _help_together(ablation, chance, claim):
@@ -613,9 +575,9 @@ def _help_together(ablation, chance, claim):
     t = ablation[ablation.network == 'relaxed'].pivot(index=['seed', 'relax'], columns='kept', values='accuracy')
     cost = t['convolutional + unshared + off_local'] - t['convolutional + unshared']
     alone = t['off_local'] - chance
-    at, mean, spread, half, verdict = _judge((cost - alone.clip(lower=0)).unstack('relax'), every=False)
+    at, mean, spread, half, verdict = judge((cost - alone.clip(lower=0)).unstack('relax'), every=False)
     effect = f'removing them costs {100*cost.xs(at, level="relax").mean():.1f} points, alone they are {100*alone.xs(at, level="relax").mean():+.1f} points from chance, at relax time {at:g}'
-    return _row(claim, effect, spread, half, cost.xs(at, level='relax').count(), verdict)
+    return claim_row(claim, effect, spread, half, cost.xs(at, level='relax').count(), verdict)
 
 def _gains_over_slowed(table, control):
     "Final accuracy of each relaxed network less that of the CNN after as many epochs, or of its `control` if that is better; a row for each seed, a column for each relax time."
@@ -640,9 +602,9 @@ def claims(
     for claim, gains in [('2a  some intermediate eFCN ends above the CNN', _gains(table, 'cnn')), ('2b  ... and above the CNN after as many epochs', _gains(table, 'cnn+')),
                          *([('2c  ... and above that CNN slowed as its embedding is', _gains_over_slowed(table, control))] if control is not None else [])]:
         between = gains[[t for t in gains if 0 < t < E]]
-        rows.append(_above(between, False, claim) if len(between.columns) else _not_judged(claim, 'no intermediate relax time with both'))
+        rows.append(_above(between, False, claim) if len(between.columns) else not_judged(claim, 'no intermediate relax time with both'))
     template = '4  off-local templates help only with the features'
-    rows += [_stays_near(table), _not_judged(template, 'not in these numbers; needs an ablation') if ablation is None else _help_together(ablation, chance, template), _far_is_fcn(table)]
+    rows += [_stays_near(table), not_judged(template, 'not in these numbers; needs an ablation') if ablation is None else _help_together(ablation, chance, template), _far_is_fcn(table)]
     return _without_diverged(pd.DataFrame(rows), table)
 
 # %% ../nbs/22_relaxation.ipynb #b8fd70d4

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['run_id', 'environment', 'publish', 'write_atomic', 'clear_away', 'Run', 'Busy', 'held', 'Checkpoint',
-           'resume_optimizer']
+           'resume_optimizer', 'is_watched', 'sweep']
 
 # %% ../nbs/21_runs.ipynb #2e952d62
-import datetime, hashlib, json, os, platform, secrets, warnings
+import datetime, hashlib, json, os, platform, secrets, sys, warnings
 from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from tqdm import tqdm
 
 from . import __version__
 
@@ -283,3 +284,34 @@ def table(self:Run)->pd.DataFrame:
     "What the run has measured so far; empty for a new one."
     metrics = self.path/'metrics.csv'
     return _read_table(metrics.read_text()) if metrics.exists() else pd.DataFrame()
+
+# %% ../nbs/21_runs.ipynb #7eaf412f
+def is_watched()->bool:
+    "Whether somebody sees a progress bar: on a terminal or in a live notebook."
+    return sys.stderr.isatty() or 'ipykernel' in sys.modules
+
+def _cell(compute, config, folder, label):
+    "The table that `compute` makes of `config`, from `folder` if it is there."
+    if folder is None: return pd.DataFrame(compute(**config))
+    run = Run(folder, config, label)
+    if not run.finished:
+        with run.hold(wait=True):
+            if run.finished: return run.table    # another process was faster
+            run.begin()
+            run.finish(pd.DataFrame(compute(**config)))
+    return run.table
+
+def sweep(
+    compute,            # a function that makes a table, or a list of dicts, of keyword arguments
+    configs,            # dicts of keyword arguments: numbers, strings, lists, None
+    folder=None,        # where tables are kept; None not to keep any
+    label:str='run',    # readable start of their directories' names; one for each kind of `compute`
+    progress:bool=None  # show a bar; None where somebody watches
+)->pd.DataFrame:        # the tables below each other, with arguments that are no list as columns
+    "All tables of a study. Those in `folder` are read; delete them where `compute` has changed."
+    rows, live = [], is_watched() if progress is None else progress
+    for config in tqdm(list(configs), desc=label, disable=not live, leave=False):
+        table = _cell(compute, config, folder, label)
+        given = {k: v for k, v in config.items() if k not in table and not isinstance(v, (list, dict))}
+        rows += table.assign(**given).to_dict('records')
+    return pd.DataFrame(rows)
