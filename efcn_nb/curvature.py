@@ -9,7 +9,6 @@ __all__ = ['gradient', 'gradient_shares', 'hessian_product', 'minimise', 'split_
 # %% ../nbs/32_curvature.ipynb #6c30e144
 import math
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -22,7 +21,7 @@ from torch import nn
 from torch.func import functional_call
 
 from .layers import FullyConnected
-from .subspaces import PARTS, dimensions, project, released_layers, shares, split
+from .subspaces import PARTS, dimensions, keep_parts, project, released_layers, shares
 
 # %% ../nbs/32_curvature.ipynb #49f7ae6b
 @contextmanager
@@ -118,16 +117,12 @@ def _projected(model, vector, parts):
 
 @torch.no_grad()
 def _restrict(model, vector, parts, most=2**20):
-    "`project` in place, about `most` weights of a matrix at a time to save memory; returns the vector."
+    "`project` in place, to save memory; returns the vector."
     layers, names = released_layers(model) if parts is not None else {}, (parts,) if isinstance(parts, str) else parts
     for name, v in vector.items() if parts is not None else ():
         g = layers[name[:-7]].geometry if name.endswith('.weight') and isinstance(layers.get(name[:-7]), FullyConnected) else None
         if g is None or g.groups > 1: v.copy_(project(model, {name: v}, parts)[name])
-        else:
-            rows = v.unflatten(0, (g.out_channels, -1)).split(max(1, most*g.out_channels//v.numel()))
-            for some in rows:
-                own = split(some.flatten(0, 1), replace(g, out_channels=len(some)))
-                some.copy_(sum((own[p] for p in own if p in names), start=torch.zeros_like(own['off_local'])).view_as(some))
+        else: keep_parts(v, g, names, most)
     return vector
 
 def _checked(model, vector):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'project_lcn', 'project_cnn', 'squares', 'released_layers', 'shares', 'residuals', 'split', 'project',
-           'dimensions', 'ablate', 'ablation', 'window_distances', 'radial_profile', 'bias_spread', 'off_local_rows',
-           'template_similarity']
+           'dimensions', 'keep_parts', 'ablate', 'ablation', 'window_distances', 'radial_profile', 'bias_spread',
+           'off_local_rows', 'template_similarity']
 
 # %% ../nbs/30_subspaces.ipynb #f6d38253
 import copy, functools, itertools, math
@@ -209,8 +209,13 @@ def dimensions(
     return table
 
 # %% ../nbs/30_subspaces.ipynb #84ed1edc
-def _keep_parts(weight, g, keep, most=2**20):
-    "Remove all but some parts of `weight` in place, about `most` entries of a matrix at a time to save memory."
+def keep_parts(
+    weight:torch.Tensor, # of a released layer, or a direction of that shape; changed in place
+    g:ConvGeometry,
+    keep,                # names of parts
+    most:int=2**20       # entries of a matrix at a time, to save memory
+):
+    "Remove all parts of `weight` but those in `keep`."
     if weight.dim() == 4 or g.groups > 1: pieces = [(weight, g)]
     else: pieces = [(some.flatten(0, 1), replace(g, out_channels=len(some))) for some in weight.unflatten(0, (g.out_channels, -1)).split(max(1, most*g.out_channels//weight.numel()))]
     for piece, own in pieces:
@@ -226,7 +231,7 @@ def ablate(
     "The network with only some parts of its released weights. Biases keep their mean over positions in any case, and what differs from it with 'unshared'. Raises `ValueError` for unknown parts, or without a released layer."
     keep, ablated = _chosen_parts(keep, PARTS[:3]), copy.deepcopy(model)
     for m in released_layers(ablated).values():
-        _keep_parts(m.weight, m.geometry, keep)
+        keep_parts(m.weight, m.geometry, keep)
         if m.bias is not None and 'unshared' not in keep: m.bias.copy_(_split_bias(m.bias, m.geometry)['convolutional'])
     return ablated
 
