@@ -7,7 +7,7 @@ __all__ = ['run_id', 'environment', 'publish', 'write_atomic', 'clear_away', 'Ru
            'resume_optimizer', 'is_watched', 'sweep']
 
 # %% ../nbs/21_runs.ipynb #2e952d62
-import datetime, hashlib, json, os, platform, secrets, sys, warnings
+import datetime, hashlib, inspect, json, os, platform, secrets, sys, warnings
 from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
@@ -290,10 +290,14 @@ def is_watched()->bool:
     "Whether somebody sees a progress bar: on a terminal or in a live notebook."
     return sys.stderr.isatty() or 'ipykernel' in sys.modules
 
+def _defaults(compute):
+    "The keyword arguments of `compute` that are numbers, strings, tuples or None unless given."
+    return {p.name: p.default for p in inspect.signature(compute).parameters.values() if isinstance(p.default, (int, float, str, tuple, list, type(None)))}
+
 def _cell(compute, config, folder, label):
     "The table that `compute` makes of `config`, from `folder` if it is there."
     if folder is None: return pd.DataFrame(compute(**config))
-    run = Run(folder, config, label)
+    run = Run(folder, _defaults(compute) | config, label)
     if not run.finished:
         with run.hold(wait=True):
             if run.finished: return run.table    # another process was faster
@@ -308,7 +312,7 @@ def sweep(
     label:str='run',    # readable start of their directories' names; one for each kind of `compute`
     progress:bool=None  # show a bar; None where somebody watches
 )->pd.DataFrame:        # the tables below each other, with arguments that are no list as columns
-    "All tables of a study. Those in `folder` are read; delete them where `compute` has changed."
+    "All tables of a study. Those in `folder` are read: a table is known by its arguments, defaults included; delete it if `compute` has changed otherwise."
     rows, live = [], is_watched() if progress is None else progress
     for config in tqdm(list(configs), desc=label, disable=not live, leave=False):
         table = _cell(compute, config, folder, label)

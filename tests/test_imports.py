@@ -23,6 +23,8 @@ ALLOWED = {
     "paths": {"embedding", "layers", "geometry", "training"},
     "curvature": {"layers", "subspaces"},
     "measures": {"data", "embedding", "relaxation", "subspaces", "paths", "curvature", "runs", "training"},
+    "infinite_width": {"geometry", "layers", "embedding"},
+    "studies.separation": {"data", "effects", "embedding", "models", "subspaces", "training"},
     "plots": set(),
 }
 FOREIGN = {"plots": {"torch", "torchvision"}}  # what a module must not import from others

@@ -1,0 +1,416 @@
+"Patterns, networks, gradients at the start and rows of digits, against products, loops, autograd and closed forms."
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from efcn_nb.layers import FullyConnected, LocallyConnected
+from efcn_nb.models import count_weights
+from efcn_nb.runs import sweep
+from efcn_nb.studies.separation import (BITS, DIGIT_KINDS, KINDS, KPattern, Reorder, all_inputs, by_seed, claim_above, consecutive_bits, degree_masses, digit_rows, digit_scans,
+                                        digit_slots, final_rows, follow, gradient_bounds, gradient_law, hinge, learn_digits, learn_pattern, make_digit_net, make_local_net,
+                                        make_pattern, mean_gradient, parity_table, pattern_batches, pattern_gradient, random_order, scattered_bits, sign_accuracy, sure_interval,
+                                        walsh_hadamard, width_within)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    "Networks of this size are not worth sharing out."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def signs(count, n, seed=0): return torch.randint(0, 2, (count, 1, n), generator=torch.Generator().manual_seed(seed)).float()*2 - 1
+
+
+def with_readout(net, seed=0):
+    "`net` without gradients and with a readout that is not zero."
+    nn.init.normal_(net[-1].weight, generator=torch.Generator().manual_seed(seed))
+    return net.requires_grad_(False)
+
+
+# Patterns
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_labels_are_looked_up_where_the_bits_say(data):
+    n = data.draw(st.integers(1, 9))
+    bits = data.draw(st.permutations(range(n)))[:data.draw(st.integers(1, min(n, 5)))]
+    table = data.draw(st.lists(st.sampled_from([-1, 1]), min_size=2**len(bits), max_size=2**len(bits)))
+    x = all_inputs(n)
+    expected = [table[sum(2**u for u, b in enumerate(bits) if row[b] > 0)] for row in x[:, 0]]
+    assert KPattern(n, bits, table).labels(x).tolist() == expected
+    assert torch.equal(KPattern(n, bits).labels(x), x[:, 0, bits].prod(1))
+
+
+def test_labels_take_inputs_without_channel():
+    x, pattern = signs(50, 7), KPattern(7, (2, 3))
+    assert torch.equal(pattern.labels(x), pattern.labels(x[:, 0]))
+
+
+def test_pattern_of_all_bits():
+    assert KPattern(3, range(3)).labels(-torch.ones(1, 1, 3)).item() == -1
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda: KPattern(4, range(5)), r"k = 5 bits does not fit into n = 4; take k from 1 to 4"),
+    (lambda: KPattern(4, ()), r"k = 0 bits does not fit"),
+    (lambda: KPattern(4, (0, 0)), r"different positions from 0 to 3, not \(0, 0\)"),
+    (lambda: KPattern(4, (-1, 0)), r"different positions from 0 to 3"),
+    (lambda: KPattern(4, (0, 1), [1, 1, -1, -1, 1]), r"2\^2 = 4 labels, not 5"),
+    (lambda: KPattern(4, (0, 1), torch.ones(2, 2)), r"2\^2 = 4 labels"),
+    (lambda: KPattern(4, (0, 1), [1, 1, -1, 2]), r"\+1 or -1, not 2"),
+    (lambda: KPattern(4, (0, 1), [1, 1, -1, math.nan]), r"\+1 or -1, not nan"),
+    (lambda: KPattern(64, range(30)), r"take k from 1 to 20"),
+    (lambda: parity_table(0), r"take k from 1 to 20"),
+    (lambda: consecutive_bits(64, 5, 60), r"5 neighbours that start at 60 do not fit into n = 64; start from 0 to 59"),
+    (lambda: consecutive_bits(64, 5, -1), r"start from 0 to 59"),
+    (lambda: consecutive_bits(4, 5), r"k = 5 bits does not fit into n = 4"),
+    (lambda: scattered_bits(9, 5), r"take k from 2 to 4"),
+    (lambda: scattered_bits(9, 1), r"take k from 2 to 4"),
+    (lambda: make_pattern(9, 2, "far"), r"unknown bits 'far'; known are consecutive, scattered, ordered"),
+    (lambda: make_pattern(9, 2, "ordered"), r"set reorder"),
+])
+def test_impossible_patterns(make, said):
+    with pytest.raises(ValueError, match=said): make()
+
+
+@pytest.mark.parametrize("n, k", [(10, 5), (11, 5), (64, 5), (7, 2), (100, 3)])
+def test_scattered_bits_share_no_window(n, k):
+    bits = scattered_bits(n, k)
+    assert len(bits) == k and 0 <= min(bits) and max(bits) < n and min(np.diff(bits)) >= 2
+    assert max(bits) - min(bits) >= k
+
+
+def test_ordered_bits_come_to_the_middle():
+    order = random_order(12, 4)
+    x, pattern = signs(100, 12), make_pattern(12, 3, "ordered", order)
+    assert torch.equal(pattern.labels(x), make_pattern(12, 3).labels(Reorder(order)(x)))
+
+
+def test_batches_are_fresh_and_repeatable():
+    pattern = KPattern(6, (1, 2))
+    first, again = (list(pattern_batches(pattern, 8, 3, seed=5)) for _ in range(2))
+    assert all(torch.equal(x, z) and torch.equal(y, w) for (x, y), (z, w) in zip(first, again, strict=True))
+    assert len(first) == 3 and not torch.equal(first[0][0], first[1][0]) and not torch.equal(first[0][0], next(pattern_batches(pattern, 8, 1, seed=6))[0])
+
+
+# Networks
+
+def by_hand(kind, net, x, k):
+    "The hidden units of a network, by loops over places."
+    x, n = x[:, 0], x.shape[-1]
+    layer = next(m for m in net if hasattr(m, "weight"))
+    b = layer.bias if kind in ("cnn", "wide") else layer.bias.view(-1, n-k+1)
+    out = []
+    for i in range(n-k+1):
+        if kind in ("fcn", "efcn"): out.append(x @ layer.weight.view(-1, n-k+1, n)[:, i].T + b[:, i])
+        elif kind == "wide": out.append(x.roll(-i, 1) @ layer.weight[:, 0].T + b)
+        elif kind == "cnn": out.append(x[:, i:i+k] @ layer.weight[:, 0].T + b)
+        else: out.append(x[:, i:i+k] @ layer.weight[i, :, :, 0].T + b[:, i])
+    return torch.stack(out, 2).relu().flatten(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n, k", [(9, 3), (8, 3), (5, 1), (4, 4)])
+def test_networks_compute_what_they_say(kind, n, k):
+    net, x = with_readout(make_local_net(kind, n, k, width=3, seed=2)), signs(40, n)
+    hidden = by_hand(kind, net, x, k)
+    torch.testing.assert_close(net(x)[:, 0], hidden @ net[-1].weight[0], rtol=1e-4, atol=1e-5)
+
+
+def test_kinds_start_from_the_same_or_other_weights():
+    nets = {kind: make_local_net(kind, 12, 4, seed=3) for kind in KINDS}
+    dense = nets["efcn"][0].weight.view(16, 9, 12)
+    for i in range(9): assert torch.equal(dense[:, i, i:i+4], nets["cnn"][0].weight[:, 0])
+    assert (dense != 0).sum() == 16*9*4                                              # nothing off-local
+    assert (nets["fcn"][0].weight != 0).all() and nets["fcn"][0].weight.abs().max() <= 12**-.5
+    assert len(nets["lcn"][0].weight.unique()) == nets["lcn"][0].weight.numel()      # nothing shared
+    for net in nets.values(): assert not net[-1].weight.any() and not net[-1].bias.any()
+
+
+def test_seeds_make_networks_and_leave_the_global_state_alone():
+    before = torch.get_rng_state()
+    a, b, c = (make_local_net("lcn", 8, 3, seed=seed)[0].weight for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_width_meets_the_budget(kind):
+    for budget in (300, 301, 5000):
+        width = width_within(kind, 13, 4, budget)
+        assert count_weights(make_local_net(kind, 13, 4, width)) <= budget < count_weights(make_local_net(kind, 13, 4, width+1))
+
+
+def test_width_of_exactly_the_budget():
+    assert width_within("lcn", 13, 4, count_weights(make_local_net("lcn", 13, 4, 7))) == 7
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda: make_local_net("transformer", 8, 3), r"unknown architecture 'transformer'; known are cnn, lcn, wide, fcn, elcn, efcn"),
+    (lambda: width_within("mlp", 8, 3, 100), r"unknown architecture 'mlp'"),
+    (lambda: learn_pattern("mlp", 8, 3), r"unknown architecture 'mlp'"),
+    (lambda: make_local_net("cnn", 3, 4), r"window of k = 4 does not fit into n = 3"),
+    (lambda: make_local_net("cnn", 3, 0), r"window of k = 0"),
+    (lambda: make_local_net("cnn", 8, 3, width=0), r"width must be 1 or more, not 0"),
+    (lambda: width_within("fcn", 64, 5, 3960), r"no width meets a budget of 3,960 weights: the narrowest fcn has 3,961"),
+    (lambda: learn_pattern("cnn", 4, 5), r"k = 5 bits does not fit into n = 4"),
+    (lambda: learn_pattern("lcn", 16, 3, relax=5), r"for elcn and efcn"),
+    (lambda: learn_pattern("cnn", 16, 3, optimizer="lbfgs"), r"unknown optimizer 'lbfgs'; known are adam, sgd"),
+    (lambda: learn_digits("wide", 5), r"known are cnn, lcn, fcn, elcn, efcn"),
+    (lambda: learn_digits("cnn", 6), r"odd number of digits.*not 6"),
+    (lambda: learn_digits("cnn", 1), r"3 or more"),
+    (lambda: learn_digits("cnn", 3, "scattered"), r"take 5 or more"),
+    (lambda: make_digit_net("cnn", 4), r"odd number of digits"),
+])
+def test_impossible_networks_and_runs(call, said):
+    with pytest.raises(ValueError, match=said): call()
+
+
+# Training
+
+def test_hinge_and_accuracy():
+    scores, y = torch.randn(30, 1, generator=torch.Generator().manual_seed(0)), signs(30, 1)[:, 0, 0]
+    assert hinge(scores, y).item() == pytest.approx(np.mean([max(0, 1 - a*b) for a, b in zip(scores[:, 0].tolist(), y.tolist())]), rel=1e-5)
+    assert sign_accuracy(nn.Identity(), scores, y) == pytest.approx(np.mean([a*b > 0 for a, b in zip(scores[:, 0].tolist(), y.tolist())]))
+
+
+def test_follow_equals_a_plain_loop():
+    pattern = KPattern(8, (3, 4))
+    test = next(pattern_batches(pattern, 200, 1, 9))
+    net, other = (make_local_net("fcn", 8, 2, width=4, seed=1) for _ in range(2))
+    rows = follow(net, pattern_batches(pattern, 16, 7, 3), test, lr=.05, optimizer="sgd", every=3, stop=False)
+    losses = []
+    for x, y in pattern_batches(pattern, 16, 7, 3):
+        loss = F.relu(1 - y*other(x)[:, 0]).mean()
+        other.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for p in other.parameters(): p -= .05*p.grad
+        losses.append(loss.item())
+    for a, b in zip(net.parameters(), other.parameters()): torch.testing.assert_close(a, b)
+    assert [row["step"] for row in rows] == [3, 6, 7]
+    assert [row["loss"] for row in rows] == pytest.approx([np.mean(losses[:3]), np.mean(losses[3:6]), losses[6]], rel=1e-5)
+    assert rows[-1]["accuracy"] == sign_accuracy(other, *test)
+
+
+def test_follow_stops_when_nothing_is_left():
+    "All is right from the start, so it stops at the second measurement."
+    x = signs(64, 4)
+    net = with_readout(nn.Sequential(nn.Flatten(), nn.Linear(4, 1))).requires_grad_(True)
+    with torch.no_grad(): net[1].weight.copy_(torch.tensor([[5., 0, 0, 0]])), net[1].bias.zero_()
+    batches = lambda: ((x, x[:, 0, 0]) for _ in range(50))
+    assert [row["step"] for row in follow(net, batches(), (x, x[:, 0, 0]), lr=.1, every=10)] == [10, 20]
+    assert len(follow(net, batches(), (x, x[:, 0, 0]), lr=.1, every=10, stop=False)) == 5
+
+
+SMALL = dict(n=12, k=3, width=8, steps=400, lr=.01)
+
+
+def test_who_learns_what():
+    "The separation in small: windows that hold the bits learn them; windows that do not, do not."
+    last = {(kind, bits): learn_pattern(kind, bits=bits, **SMALL)[-1]["accuracy"] for kind in ("cnn", "lcn", "fcn", "efcn") for bits in BITS[:2]}
+    assert all(last[kind, "consecutive"] > .99 for kind in ("cnn", "lcn", "fcn", "efcn"))
+    assert all(last[kind, "scattered"] > .99 for kind in ("fcn", "efcn")) and all(last[kind, "scattered"] < .6 for kind in ("cnn", "lcn"))
+
+
+def test_reading_in_another_order_is_renaming_the_bits():
+    "A CNN that reads in an order, on its own bits, goes the way of the plain CNN on renamed inputs, step by step."
+    n, k, order = 10, 3, random_order(10, 2)
+    plain, mixed = make_pattern(n, k), make_pattern(n, k, "ordered", order)
+    renamed = ((x[..., order], y) for x, y in pattern_batches(mixed, 32, 60, 4))
+    x, y = next(pattern_batches(mixed, 500, 1, 5))
+    assert torch.equal(plain.labels(x[..., order]), y)
+    for kind in ("cnn", "efcn"):
+        a = follow(make_local_net(kind, n, k, seed=1, order=order), pattern_batches(mixed, 32, 60, 4), (x, y), lr=.01, every=20)
+        b = follow(make_local_net(kind, n, k, seed=1), ((x[..., order], y) for x, y in pattern_batches(mixed, 32, 60, 4)), (x[..., order], y), lr=.01, every=20)
+        assert [r["accuracy"] for r in a] == [r["accuracy"] for r in b] and [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-4)
+
+
+def test_relaxed_network_is_the_cnn_until_then():
+    options = dict(n=12, k=3, width=8, steps=120, every=20, seed=1)
+    cnn, relaxed = learn_pattern("cnn", **options), learn_pattern("efcn", relax=40, **options)
+    assert relaxed[:2] == cnn[:2] and [row["step"] for row in relaxed] == [20, 40, 60, 80, 100, 120]
+    assert relaxed[2] != cnn[2] and 0 < relaxed[-1]["off_local"] < .3 and math.isnan(cnn[-1]["off_local"])
+
+
+def test_relaxed_at_the_end_is_still_convolutional():
+    rows = learn_pattern("efcn", 12, 3, width=4, steps=40, relax=20, every=20, lr=1e-9, optimizer="sgd")
+    assert rows[-1]["off_local"] < 1e-10
+
+
+def test_whole_run_is_repeatable_and_seeds_differ():
+    one, two, other = (learn_pattern("fcn", 12, 3, width=4, steps=40, every=20, seed=seed) for seed in (1, 1, 2))
+    assert one == two and one != other
+
+
+def test_a_table_is_used():
+    first = [1 if line & 1 else -1 for line in range(8)]                              # the first of the three bits
+    assert learn_pattern("fcn", 12, 3, width=4, table=first, steps=200, lr=.01)[-1]["accuracy"] > .99
+    with pytest.raises(ValueError, match="8 labels, not 4"): learn_pattern("fcn", 12, 3, table=[1, 1, 1, -1])
+
+
+# Gradients at the start
+
+def test_walsh_hadamard_against_products():
+    f, x = torch.randn(3, 2**5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), all_inputs(5)[:, 0].double()
+    characters = torch.stack([x[:, [u for u in range(5) if T >> u & 1]].prod(1) for T in range(2**5)], 1)
+    torch.testing.assert_close(walsh_hadamard(f), f @ characters/2**5)
+    torch.testing.assert_close(walsh_hadamard(f) @ characters.T, f)                   # and back
+
+
+@pytest.mark.parametrize("n, k", [(6, 2), (7, 3), (6, 6), (6, 1)])
+def test_mean_gradient_is_the_mean_over_all_sets(n, k):
+    net = make_local_net("fcn", n, 2, width=1, seed=n)
+    masses = degree_masses(net[0].weight.detach(), net[0].bias.detach())
+    squares = [pattern_gradient(net, KPattern(n, S)).square().sum(1) for S in itertools.combinations(range(n), k)]
+    torch.testing.assert_close(torch.stack(squares).mean(0), mean_gradient(masses, k), rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_is_that_of_the_hinge_loss():
+    "With readouts +1/units and |h| < 1, autograd of the hinge loss on all inputs is the correlation's gradient."
+    n, pattern = 7, KPattern(7, (2, 3, 4))
+    net = make_local_net("fcn", n, 3, width=2, seed=4).double()
+    units = net[-1].in_features
+    with torch.no_grad():
+        nn.init.constant_(net[-1].weight, 1/units)
+        assert net(all_inputs(n).double()).abs().max() < 1
+    grad, = torch.autograd.grad(hinge(net(all_inputs(n).double()), pattern.labels(all_inputs(n)).double()), net[0].weight)
+    torch.testing.assert_close(grad*units, pattern_gradient(net, pattern), rtol=1e-9, atol=1e-12)
+
+
+def test_pattern_gradient_leaves_the_network_alone():
+    net = make_local_net("cnn", 6, 2)
+    pattern_gradient(net, KPattern(6, (2, 3)))
+    assert net[0].weight.dtype == torch.float32 and net[0].weight.grad is None and not net[-1].weight.any()
+
+
+def test_local_gradient_does_not_know_n():
+    norms = [pattern_gradient(make_local_net("cnn", n, 3, seed=0), KPattern(n, consecutive_bits(n, 3))).square().sum().item() for n in (5, 8, 11)]
+    assert norms == pytest.approx([norms[0]]*3, rel=1e-9)
+
+
+def test_local_gradient_vanishes_on_scattered_bits():
+    for kind in ("cnn", "lcn", "elcn"):
+        assert pattern_gradient(make_local_net(kind, 10, 3), KPattern(10, scattered_bits(10, 3))).abs().max() < 1e-12
+    assert pattern_gradient(make_local_net("fcn", 10, 3), KPattern(10, scattered_bits(10, 3))).abs().max() > 1e-6
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 8), st.integers(0, 10**6), st.floats(.1, 30))
+def test_bounds_hold_for_any_unit(n, seed, scale):
+    draw = torch.Generator().manual_seed(seed)
+    masses = degree_masses(torch.randn(2, n, generator=draw), scale*torch.randn(2, generator=draw))
+    for k in range(1, n):
+        bounds = gradient_bounds(n, k)
+        assert mean_gradient(masses, k).max() <= bounds["sharper"] + 1e-12 and bounds["sharper"] <= bounds["restated"]
+
+
+def test_sharper_bound_is_nearly_met():
+    "The largest possible: a step function that is one parity, all of its mass at one degree, meets the bound up to (n-k+1)/n."
+    n, k = 6, 3
+    masses = torch.zeros(1, n+1).double()
+    masses[0, k-1] = 1
+    assert mean_gradient(masses, k).item() == pytest.approx((n-k+1)/math.comb(n, k)) and mean_gradient(masses, k) < gradient_bounds(n, k)["sharper"]
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda: all_inputs(21), r"take n from 1 to 20"), (lambda: all_inputs(0), r"take n from 1 to 20"),
+    (lambda: pattern_gradient(make_local_net("cnn", 24, 3), KPattern(24, (0, 1, 2))), r"too many to enumerate"),
+    (lambda: mean_gradient(torch.zeros(1, 5), 5), r"k = 5 signs does not fit into n = 4"), (lambda: mean_gradient(torch.zeros(1, 5), 0), r"k = 0"),
+    (lambda: gradient_bounds(4, 4), r"from 1 to n-1 = 3, not 4"), (lambda: gradient_bounds(4, 0), r"not 0"),
+])
+def test_impossible_enumerations(call, said):
+    with pytest.raises(ValueError, match=said): call()
+
+
+def test_law_leaves_out_what_does_not_fit():
+    law = gradient_law([3, 5], [2, 4], units=4)
+    assert sorted({(row.n, row.k) for row in law.itertuples()}) == [(3, 2), (5, 2), (5, 4)]
+    assert law[law.net == "fcn"].restated.notna().all() and law.gradient.gt(0).all()
+
+
+# Rows of digits
+
+def test_scans_are_normalised_and_disjoint():
+    (x, y), (z, w) = digit_scans()
+    assert x.shape[1:] == z.shape[1:] == (8, 8) and len(y) + len(w) == 1797 and {*y.tolist()} == {*w.tolist()} == set(range(10))
+    assert not {s.numpy().tobytes() for s in x} & {s.numpy().tobytes() for s in z}
+    from sklearn.datasets import load_digits
+    scans = torch.cat([x, z]).double()
+    ink = (16*(scans - scans.min())/(scans.max() - scans.min())).round().flatten(1)   # 0 to 16, as scikit-learn has them
+    assert {tuple(scan) for scan in ink.tolist()} == {tuple(scan) for scan in load_digits().data.tolist()}
+
+
+@pytest.mark.parametrize("bits, n", [("consecutive", 3), ("consecutive", 7), ("scattered", 5)])
+def test_rows_and_labels(bits, n):
+    values = torch.arange(10)
+    scans = values.float()[:, None, None] + torch.arange(64).view(8, 8)/100, values  # a scan says which digit and which pixel
+    slots = digit_slots(n, bits)
+    (x, y), = digit_rows(scans, n, slots, 20, 1, seed=3)
+    for row, label in zip(x, y):
+        tiles = [row[0, :, 8*i:8*i+8] for i in range(n)]
+        digits = [int(tile[0, 0]) for tile in tiles]
+        for tile, digit in zip(tiles, digits): assert torch.equal(tile, scans[0][digit])
+        assert label == (1 if sum(digits[s] for s in slots) % 2 == 0 else -1)
+
+
+@pytest.mark.parametrize("kind", DIGIT_KINDS)
+def test_digit_windows(kind):
+    "Each place sees three digits, or, if dense, may see all; what is embedded starts as the CNN."
+    net = make_digit_net(kind, 5, width=2, hidden=3, seed=1)
+    x = torch.randn(4, 1, 8, 40, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for place in range(3):
+        seen = torch.autograd.grad(net[0](x)[:, :, 0, place].sum(), x)[0].abs().sum((0, 1, 2)).view(5, 8).sum(1) > 0
+        assert seen.tolist() == ([True]*5 if kind == "fcn" else [place <= d < place+3 for d in range(5)])
+    if kind.startswith("e"): torch.testing.assert_close(net(x), make_digit_net("cnn", 5, width=2, hidden=3, seed=1)(x), rtol=1e-4, atol=1e-5)
+    assert isinstance(net[0], {"cnn": nn.Conv2d, "lcn": LocallyConnected, "elcn": LocallyConnected}.get(kind, FullyConnected))
+
+
+def test_learn_digits_runs():
+    rows = learn_digits("efcn", 3, width=4, hidden=8, steps=40, every=20, relax=20)
+    assert [row["step"] for row in rows] == [20, 40] and rows[-1]["off_local"] == 0  # a window of all three digits leaves nothing outside
+
+
+# Tables and claims
+
+def test_final_rows_of_a_sweep(tmp_path):
+    configs = [dict(kind=kind, n=8, k=2, width=2, steps=40, every=20, seed=seed, relax=0) for kind in ("cnn", "efcn") for seed in (0, 1)]
+    table, again = (sweep(learn_pattern, configs, tmp_path) for _ in range(2))
+    ends = final_rows(table.sample(frac=1, random_state=0).sort_index())
+    assert len(ends) == 4 and (ends.step <= 40).all()
+    pd.testing.assert_frame_equal(final_rows(again), final_rows(table), check_dtype=False)
+    one = table[(table.kind == "cnn") & (table.seed == 1)]
+    assert by_seed(ends, kind="cnn")[1] == one.accuracy.iloc[-1]
+    with pytest.raises(ValueError, match="no run has kind=fcn"): by_seed(ends, kind="fcn")
+    with pytest.raises(ValueError, match="several runs have n=8 and one seed"): by_seed(ends, n=8)
+
+
+def test_missing_settings_are_asked_for_by_none():
+    ends = pd.DataFrame(dict(kind="cnn", seed=[0, 0], lr=[math.nan, .1], accuracy=[.5, .6]))
+    assert by_seed(ends, kind="cnn", lr=None).tolist() == [.5]
+
+
+def test_intervals_without_spread():
+    assert sure_interval(pd.Series([1., 1.]), tests=100) == (1, 0, .015)
+    assert math.isinf(sure_interval(pd.Series([1.]))[2])
+    mean, spread, half = sure_interval(pd.Series([.3, .3 + 1e-9, .3]), tests=100)
+    assert half == pytest.approx(.01)                                                 # not narrower than what was not tested
+
+
+def test_claims():
+    wide, none = pd.Series([.5, .4, .6]), pd.Series([.2, -.2, .1])
+    row = claim_above("c", {"a": wide, "b": none})
+    assert (row["verdict"], row["n"]) == ("undecided", 3) and "(b)" in row["effect"]
+    assert claim_above("c", {"a": wide})["verdict"] == "holds" and claim_above("c", {"a": -wide, "b": wide})["verdict"] == "fails"
+    near = pd.Series([-.10, -.12, -.08])                                              # below zero alone, not as one of many
+    assert claim_above("c", {"a": near})["verdict"] == "fails" and claim_above("c", {i: near for i in range(20)})["verdict"] == "undecided"
+    assert claim_above("c", {"a": pd.Series([0., 0., 0.])})["verdict"] == "undecided"
