@@ -24,6 +24,7 @@ ALLOWED = {
     "curvature": {"layers", "subspaces"},
     "measures": {"data", "embedding", "relaxation", "subspaces", "paths", "curvature", "runs", "training"},
     "infinite_width": {"geometry", "layers", "embedding"},
+    "studies.distillation": {"data", "effects", "embedding", "models", "runs", "training"},
     "studies.separation": {"data", "effects", "embedding", "models", "subspaces", "training"},
     "plots": set(),
 }
