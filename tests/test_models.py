@@ -20,5 +20,5 @@ def test_widest_of_all(base, each, most, budget):
 
 def test_of_a_real_network_without_making_it():
     before, width = torch.get_rng_state(), fit_width(lambda width: small(width=width), 50_000)
-    assert count_weights(small(width=width)) <= 50_000 < count_weights(small(width=width+1)) and torch.equal(before, torch.get_rng_state())
+    assert torch.equal(before, torch.get_rng_state()) and count_weights(small(width=width)) <= 50_000 < count_weights(small(width=width+1))
     assert fit_width(lambda width: nn.Linear(2**20, width, bias=False), 2**50) == 2**20, "terabytes, were they made"
