@@ -95,6 +95,17 @@ def test_scattered_bits_share_no_window(n, k):
     assert max(bits) - min(bits) >= k
 
 
+def test_scattered_bits_are_in_the_middle_of_equal_parts():
+    assert scattered_bits(10, 5) == (1, 3, 5, 7, 9) and scattered_bits(64, 5) == (6, 18, 30, 42, 54) and scattered_bits(100, 3) == (16, 49, 82)
+
+
+def test_inputs_are_uniform():
+    "Each of 16 inputs of four signs as often as the others: a chi-square test with 15 degrees of freedom."
+    from scipy.stats import chisquare
+    x = torch.cat([x for x, _ in pattern_batches(KPattern(4, (0,)), 1000, 4, seed=1)])
+    assert chisquare(np.bincount(((x[:, 0] > 0).long() @ 2**torch.arange(4)).numpy(), minlength=16)).pvalue > .001
+
+
 def test_ordered_bits_come_to_the_middle():
     order = random_order(12, 4)
     x, pattern = signs(100, 12), make_pattern(12, 3, "ordered", order)
