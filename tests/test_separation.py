@@ -1,6 +1,7 @@
 "Patterns, networks, gradients at the start and rows of digits, against products, loops, autograd and closed forms."
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from torch import nn
 from efcn_nb.layers import FullyConnected, LocallyConnected
 from efcn_nb.models import count_weights
 from efcn_nb.runs import sweep
+from efcn_nb.studies import separation
 from efcn_nb.studies.separation import (BITS, DIGIT_KINDS, KINDS, KPattern, Reorder, all_inputs, by_seed, claim_above, consecutive_bits, degree_masses, digit_rows, digit_scans,
                                         digit_slots, final_rows, follow, gradient_bounds, gradient_law, hinge, learn_digits, learn_pattern, make_digit_net, make_local_net,
                                         make_pattern, mean_gradient, parity_table, pattern_batches, pattern_gradient, random_order, scattered_bits, sign_accuracy, sure_interval,
@@ -281,6 +283,26 @@ def test_relaxed_network_is_the_cnn_until_then():
     cnn, relaxed = learn_pattern("cnn", **options), learn_pattern("efcn", relax=40, **options)
     assert relaxed[:2] == cnn[:2] and [row["step"] for row in relaxed] == [20, 40, 60, 80, 100, 120]
     assert relaxed[2] != cnn[2] and 0 < relaxed[-1]["off_local"] < .3 and math.isnan(cnn[-1]["off_local"])
+
+
+def test_a_cnn_that_is_done_early_is_relaxed_at_its_time():
+    steps = [row["step"] for row in learn_pattern("elcn", 4, 1, width=4, steps=120, relax=100, every=10, lr=.1)]
+    assert steps[:10] == [*range(10, 101, 10)] and steps[-1] > 100
+
+
+@pytest.mark.parametrize("learn, name", [(partial(learn_pattern, "cnn", 6, 2), "pattern_batches"), (partial(learn_digits, "cnn", 3), "digit_rows")])
+def test_tests_are_no_training_inputs(monkeypatch, learn, name):
+    "Training and test inputs of all seeds are drawn with seeds of their own; rows of digits from scans of their own."
+    drawn, scans, real = [], [], getattr(separation, name)
+    def draw(source, *rest):
+        drawn.append(rest[-1])
+        scans.append(source)
+        return real(source, *rest)
+    monkeypatch.setattr(separation, name, draw)
+    for seed in range(3): learn(width=1, steps=2, every=1, seed=seed)
+    assert len(drawn) == len({*drawn}) == 6
+    if name == "digit_rows":
+        for (train, _), (test, _) in zip(scans[::2], scans[1::2]): assert len(train) > len(test) and not {s.numpy().tobytes() for s in train} & {s.numpy().tobytes() for s in test}
 
 
 def test_relaxed_at_the_end_is_still_convolutional():
