@@ -132,6 +132,26 @@ def test_turned_the_convolution_does_not():
     assert sample_complexity("cnn", 16, 64, turned="rotation", test=2000)[0]["test"] < .6
 
 
+def test_the_dense_network_is_tested_on_inputs_turned_alike():
+    plain, turned = (sample_complexity("fcn", 8, 256, turned=turn, test=2000)[0]["test"] for turn in (None, "rotation"))
+    assert plain > .85 and turned == pytest.approx(plain, abs=.05)
+
+
+def test_training_is_that_of_steps_written_out():
+    "Momentum 0.9, a gradient of norm one at most, a rate that falls to zero in a straight line."
+    net, (x, y), (z, w) = norm_network("cnn", 8, 3), norm_difference(20, 8, 6), norm_difference(4000, 8, 7)
+    memory, clipped = [torch.zeros_like(p) for p in net.parameters()], 0
+    for step in range(30):
+        grads = torch.autograd.grad(torch.nn.functional.softplus((1 - 2*y)*net(x)[:,0]).mean(), [*net.parameters()])
+        norm = math.sqrt(sum(g.square().sum().item() for g in grads))
+        clipped += norm > 1
+        with torch.no_grad():
+            for p, m, g in zip(net.parameters(), memory, grads): p -= 5.*(1 - step/30)*m.mul_(.9).add_(g/max(norm, 1))
+    expected = ((net(z)[:,0] > 0) == (w > 0)).double().mean().item()
+    assert sample_complexity("cnn", 8, 20, 3, steps=30, lr=5., test=4000)[0]["test"] == pytest.approx(expected, abs=.002) and expected > .6
+    assert clipped, "or the test would not see it"
+
+
 def test_a_rate_of_zero_is_no_default():
     (still,), (moved,) = (sample_complexity("cnn", 16, 64, steps=100, lr=lr, test=1000) for lr in (0., None))
     net, (x, y) = norm_network("cnn", 16), norm_difference(1000, 16, 1)
