@@ -16,10 +16,10 @@ def interval(
     d:pd.Series, # an effect for each seed; missing ones are left out
     tries:int=1  # how many effects it was picked from (Bonferroni)
 )->tuple:
-    "Mean, standard deviation, and half width of Student's 95 % interval of the mean; infinite if `d` does not vary."
-    d = d.dropna()
+    "Mean, standard deviation, and half width of Student's 95 % interval of the mean; infinite if `d` does not vary, rounding apart."
+    d = pd.Series(d, dtype=float).dropna()
     n, spread = len(d), d.std()
-    half = stats.t.ppf(1 - .025/tries, n-1) * spread/n**.5 if n > 1 and spread > 0 else math.inf
+    half = stats.t.ppf(1 - .025/tries, n-1) * spread/n**.5 if n > 1 and spread > 1e-12*d.abs().max() else math.inf
     return d.mean(), spread, half
 
 # %% ../nbs/12_effects.ipynb #9eb419ed
@@ -34,12 +34,13 @@ def judge(
     by_case:pd.DataFrame, # effects that should be positive: a row for each seed, a column for each case
     every:bool            # whether the claim is about every case, or about some
 )->tuple:
-    "Deciding case, mean, standard deviation, half width and verdict."
+    "Deciding case, mean, standard deviation, half width and verdict. Raises `ValueError` without a case."
     m = len(by_case.columns)
+    if not m: raise ValueError('there is no case to judge: the table has no columns')
     holds, fails = [{t: interval(by_case[t], tries) for t in by_case} for tries in ((1, m) if every else (m, 1))]
-    low = lambda t: (holds[t][0] - holds[t][2], holds[t][0])
+    low = lambda t: (-math.inf, -math.inf) if math.isnan(holds[t][0]) else (holds[t][0] - holds[t][2], holds[t][0])
     decides = (min if every else max)(by_case.columns, key=low)
-    highs = [mean + half for mean, _, half in fails.values()]
+    highs = [math.inf if math.isnan(mean) else mean + half for mean, _, half in fails.values()]
     mean, spread, half = holds[decides]
     return decides, mean, spread, half, verdict(mean - half, min(highs) if every else max(highs))
 

@@ -9,6 +9,7 @@ __all__ = ['KINDS', 'Architecture', 'relu_covariance', 'nngp_variances', 'nngp_k
 # %% ../nbs/34_infinite_width.ipynb #c9bec198
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import pandas as pd
@@ -37,18 +38,18 @@ class Architecture:
 
     def __post_init__(self):
         if self.kind not in KINDS: raise ValueError(f'unknown architecture {self.kind!r}; known are {", ".join(KINDS)}')
-        if not isinstance(self.depth, int) or self.depth < 1: raise ValueError(f'depth is {self.depth}: there must be one hidden layer or more')
+        if not isinstance(self.depth, Integral) or self.depth < 1: raise ValueError(f'depth is {self.depth}: there must be one hidden layer or more')
         for name in ('weight_variance', 'bias_variance'):
             value = getattr(self, name)
-            if not 0 <= value < math.inf: raise ValueError(f'{name} is {value}: a variance is a finite number, zero or more')
+            if not isinstance(value, Real) or not 0 <= value < math.inf: raise ValueError(f'{name} is {value}: a variance is a finite number, zero or more')
 
 # %% ../nbs/34_infinite_width.ipynb #7dd9462b
 def _per_axis(value, axes, name, least):
     "`value`, a number or a tuple with one for each axis, as a tuple. Raises `ValueError` if it is neither."
-    values = (value,)*axes if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(values) != axes or not all(isinstance(v, int) and v >= least for v in values):
+    values = (value,)*axes if isinstance(value, Integral) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(values) != axes or not all(isinstance(v, Integral) and v >= least for v in values):
         raise ValueError(f'{name} is {value!r}: it must be a whole number, {least} or more, or a tuple of {axes}, one for each axis of the images')
-    return values
+    return tuple(map(int, values))
 
 @patch
 def geometries(self:Architecture,
@@ -56,6 +57,7 @@ def geometries(self:Architecture,
 )->list:       # of `ConvGeometry` with one channel
     "The map of each hidden layer of a CNN or LCN. Raises `ValueError` if kernels do not fit the images."
     axes, found, size = len(size), [], tuple(size)
+    if not 1 <= axes <= 3: raise ValueError(f'images of a {self.kind} have 1, 2 or 3 axes beside their channels, not {axes}')
     kernel, stride = _per_axis(self.kernel_size, axes, 'kernel_size', 1), _per_axis(self.stride, axes, 'stride', 1)
     if self.padding == 'same' and not all(k % 2 for k in kernel): raise ValueError(f"padding 'same' needs odd kernel sizes, not {kernel}; give the padding as numbers")
     padding = tuple(k//2 for k in kernel) if self.padding == 'same' else _per_axis(self.padding, axes, 'padding', 0)
@@ -100,6 +102,7 @@ def _as_maps(arch, x):
     "Images as (positions, N, channels), double precision; of a dense network every number is a channel of the only position. Raises `ValueError` if they are none."
     if x.dim() < 3 or not x.numel(): raise ValueError(f'images must be a tensor (N, channels, *size) with one image or more, not {tuple(x.shape)}')
     x = x.detach().double()
+    if not x.isfinite().all(): raise ValueError('images must be finite numbers')
     return (x.flatten(1)[...,None] if arch.kind == 'fcn' else x.flatten(2)).permute(2, 0, 1).contiguous()
 
 def _deviations(x, layers, arch):
@@ -277,7 +280,8 @@ def gp_posterior(
     n = len(k_train)
     if k_train.shape != (n, n) or k_cross.shape[1:] != (n,) or targets.dim() != 2 or len(targets) != n:
         raise ValueError(f'kernels (N, N), (M, N) and targets (N, targets) do not fit: {tuple(k_train.shape)}, {tuple(k_cross.shape)}, {tuple(targets.shape)}')
-    if not jitter >= 0: raise ValueError(f'jitter is {jitter}: it must be zero or more')
+    if variances is not None and variances.shape != k_cross.shape[:1]: raise ValueError(f'there must be {len(k_cross)} variances, one for each new image, not {tuple(variances.shape)}')
+    if not 0 <= jitter <= .1: raise ValueError(f'jitter is {jitter}: it must be from zero to a tenth')
     factor, jitter = _cholesky(k_train, jitter)
     mean = k_cross @ torch.cholesky_solve(targets.to(k_train), factor)
     if variances is None: return Posterior(mean, None, jitter)
@@ -293,8 +297,9 @@ def gp_classify(
     jitter:float=1e-8
 )->Tensor:          # int64 (M,)
     "The class with the largest posterior mean. Raises `ValueError` if shapes do not fit or the kernel is not positive definite."
+    if y.is_floating_point(): raise ValueError(f'classes must be whole numbers, not {y.dtype}')
     if len(y) and not 0 <= y.min() <= y.max() < classes: raise ValueError(f'classes run from {y.min()} to {y.max()}: they must lie between 0 and {classes-1}')
-    return gp_posterior(k_train, k_cross, F.one_hot(y, classes) - 1/classes, jitter=jitter).mean.argmax(1)
+    return gp_posterior(k_train, k_cross, F.one_hot(y.long(), classes) - 1/classes, jitter=jitter).mean.argmax(1)
 
 # %% ../nbs/34_infinite_width.ipynb #d7b2fd24
 def _one_split(x, y, arch, train, test, batch_size):
@@ -313,6 +318,7 @@ def gp_accuracies(
 )->pd.DataFrame:        # seed, kernel, pixels, train, test, accuracy
     "Test accuracy of each Gaussian process for natural and for permuted pixels. Raises `ValueError` if there are too few images, or fewer than one to train or test on."
     if min(train, test) < 1 or train + test > len(x): raise ValueError(f'{train} training and {test} test images: there must be one or more of each, and together no more than {len(x)}')
+    if len(x) != len(y): raise ValueError(f'{len(x)} images, but {len(y)} classes')
     rows = []
     for seed in seeds:
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)[:train+test]

@@ -124,5 +124,5 @@ def fit_width(
         with torch.device('meta'): return count_weights(make(width))
     if count(1) > budget: raise ValueError(f'no width meets a budget of {budget:,} weights: the narrowest network has {count(1):,}')
     low, high = 1, 2
-    while high < most and count(high) <= budget: low, high = high, 2*high
+    while high <= most and count(high) <= budget: low, high = high, 2*high
     return bisect_right(range(min(high, most + 1)), budget, lo=low, key=count) - 1

@@ -7,7 +7,7 @@ __all__ = ['run_id', 'environment', 'publish', 'write_atomic', 'clear_away', 'Ru
            'resume_optimizer', 'is_watched', 'sweep']
 
 # %% ../nbs/21_runs.ipynb #2e952d62
-import datetime, hashlib, inspect, json, os, platform, secrets, sys, warnings
+import datetime, functools, hashlib, inspect, json, os, platform, secrets, sys, warnings
 from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
@@ -204,7 +204,7 @@ class Checkpoint(NamedTuple):
 
 def _read_table(text):
     "The table that `DataFrame.to_csv` wrote, with every digit."
-    return pd.read_csv(StringIO(text), engine='python') if text.strip() else pd.DataFrame()
+    return pd.read_csv(StringIO(text), engine='python', keep_default_na=False, na_values=['']) if text.strip() else pd.DataFrame()
 
 def _read_checkpoint(path):
     "The checkpoint in the file, and the name of the run that it belongs to."
@@ -291,18 +291,36 @@ def is_watched()->bool:
     return sys.stderr.isatty() or 'ipykernel' in sys.modules
 
 def _defaults(compute):
-    "The keyword arguments of `compute` that are numbers, strings, tuples or None unless given."
-    return {p.name: p.default for p in inspect.signature(compute).parameters.values() if isinstance(p.default, (int, float, str, tuple, list, type(None)))}
+    "The arguments of `compute` that are numbers, strings, lists, dicts or None unless given; with those that a `partial` gives."
+    bound = inspect.signature(compute.func).bind_partial(*compute.args).arguments if isinstance(compute, functools.partial) else {}
+    given = bound | {p.name: p.default for p in inspect.signature(compute).parameters.values()}
+    return {k: v for k, v in given.items() if isinstance(v, (int, float, str, tuple, list, dict, type(None)))}
+
+def _check_configs(compute, configs, stored):
+    "Raise `ValueError` for arguments that `compute` does not take, or that cannot be stored."
+    for config in configs:
+        try: inspect.signature(compute).bind(**config)
+        except TypeError as e: raise ValueError(f'{config} does not fit the function: {e}') from None
+        for key, value in config.items() if stored else ():
+            try: json.dumps(value)
+            except (TypeError, ValueError): raise ValueError(f"{key} = {value!r} cannot be stored: take Python's own numbers, strings, lists or None") from None
+
+# %% ../nbs/21_runs.ipynb #b7d3f56c
+def _made(compute, config):
+    "The table that `compute` makes of `config`. Raises `ValueError` if it makes none."
+    found = compute(**config)
+    if not isinstance(found, (pd.DataFrame, list)): raise ValueError(f'the function must return a DataFrame or a list of dicts, not {type(found).__name__}')
+    return pd.DataFrame(found)
 
 def _cell(compute, config, folder, label):
     "The table that `compute` makes of `config`, from `folder` if it is there."
-    if folder is None: return pd.DataFrame(compute(**config))
+    if folder is None: return _read_table(_made(compute, config).to_csv(index=False)) # as it would come from a folder
     run = Run(folder, _defaults(compute) | config, label)
     if not run.finished:
         with run.hold(wait=True):
             if run.finished: return run.table    # another process was faster
             run.begin()
-            run.finish(pd.DataFrame(compute(**config)))
+            run.finish(_made(compute, config))
     return run.table
 
 def sweep(
@@ -312,10 +330,11 @@ def sweep(
     label:str='run',    # readable start of their directories' names; one for each kind of `compute`
     progress:bool=None  # show a bar; None where somebody watches
 )->pd.DataFrame:        # the tables below each other, with arguments that are no list as columns
-    "All tables of a study. Those in `folder` are read: a table is known by its arguments, defaults included; delete it if `compute` has changed otherwise."
-    rows, live = [], is_watched() if progress is None else progress
-    for config in tqdm(list(configs), desc=label, disable=not live, leave=False):
+    "All tables of a study. Those in `folder` are read: a table is known by its arguments, defaults included; delete it if `compute` has changed otherwise. Raises `ValueError`, before anything is computed, for arguments that do not fit."
+    rows, configs, live = [], list(configs), is_watched() if progress is None else progress
+    _check_configs(compute, configs, folder is not None)
+    for config in tqdm(configs, desc=label, disable=not live, leave=False):
         table = _cell(compute, config, folder, label)
-        given = {k: v for k, v in config.items() if k not in table and not isinstance(v, (list, dict))}
+        given = {k: v for k, v in config.items() if k not in table and pd.api.types.is_scalar(v)}
         rows += table.assign(**given).to_dict('records')
     return pd.DataFrame(rows)

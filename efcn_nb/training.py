@@ -81,7 +81,8 @@ def _epoch_seed(seed, epoch):
     return seed * 1_000_003 + epoch
 
 class Diverged(RuntimeError):
-    "The loss was no longer finite."
+    "The loss was no longer finite, at a step or as a sentence says."
+    def __str__(self): return f'the loss was not finite at step {self.args[0]}; try a smaller learning rate' if isinstance(self.args[0], int) else str(self.args[0])
 
 def train_steps(
     model:torch.nn.Module,   # trained in place

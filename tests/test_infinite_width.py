@@ -94,6 +94,44 @@ def test_one_layer_by_explicit_patches(kernel_size, stride, padding):
     np.testing.assert_allclose(nngp_variances(arch, x), by_patches(arch, x, x).diagonal(), rtol=1e-7)
 
 
+def by_covariances(arch, x, z):
+    "The kernel from full covariances between all positions of both images, with patches written out; `arch` has a tuple for each axis."
+    def patches(size):
+        out = [(n + 2*p - k)//s + 1 for n, k, s, p in zip(size, arch.kernel_size, arch.stride, arch.padding)]
+        def source(o, tap):
+            at = [o_*s - p + t for o_, s, p, t in zip(o, arch.stride, arch.padding, tap)]
+            return int(np.ravel_multi_index(at, size)) if all(0 <= a < n for a, n in zip(at, size)) else -1
+        return np.array([[source(o, tap) for tap in np.ndindex(*arch.kernel_size)] for o in np.ndindex(*out)]), tuple(out)
+    def relu(c, s, t):
+        st = np.sqrt(np.outer(s, t))
+        angle = np.arccos(np.clip(c/st, -1, 1))
+        return st*(np.sin(angle) + (np.pi - angle)*np.cos(angle))/(2*np.pi)
+    K, v, b = np.empty((len(x), len(z))), arch.weight_variance, arch.bias_variance
+    for i, j in np.ndindex(*K.shape):
+        f, g, size = x[i].flatten(1).numpy(), z[j].flatten(1).numpy(), tuple(x.shape[2:])
+        covariances = [p.T @ q/len(p) for p, q in ((f, g), (f, f), (g, g))]
+        for _ in range(arch.depth):
+            taps, size = patches(size)
+            padded = [np.pad(c, ((0, 1), (0, 1))) for c in covariances]                 # place -1 is the zero outside
+            c, s, t = (b + v*np.mean([p[np.ix_(tap, tap)] for tap in taps.T], 0) for p in padded)
+            covariances = [relu(c, s.diagonal(), t.diagonal()), relu(s, s.diagonal(), s.diagonal()), relu(t, t.diagonal(), t.diagonal())]
+        K[i,j] = b + v*covariances[0].diagonal().mean()
+    return K
+
+
+@pytest.mark.parametrize("shape, kernel_size, stride, padding", [((2, 9), (4,), (2,), (3,)), ((3, 5, 4), (3, 2), (2, 1), (2, 2)), ((1, 6, 3), (5, 1), (1, 1), (2, 0)), ((2, 4, 3, 5), (3, 1, 2), (1, 2, 2), (1, 0, 1)), ((2, 1, 1), (3, 3), (1, 1), (1, 1))])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_deep_kernels_by_full_covariances(shape, kernel_size, stride, padding, depth):
+    arch, x, z = Architecture("cnn", depth, kernel_size, stride, padding, 1.7, .2), images(3, shape), images(2, shape, seed=1)
+    np.testing.assert_allclose(nngp_kernel(arch, x, z, batch_size=2), by_covariances(arch, x, z), rtol=1e-12)
+    np.testing.assert_allclose(nngp_variances(arch, x), by_covariances(arch, x, x).diagonal(), rtol=1e-7)
+
+
+def test_numbers_of_numpy_will_do():
+    x = images(3)
+    assert torch.equal(nngp_kernel(Architecture(depth=np.int64(2), kernel_size=np.int64(3), stride=[np.int64(2), 1]), x), nngp_kernel(Architecture(kernel_size=3, stride=(2, 1)), x))
+
+
 def test_dense_kernel_is_the_recursion_on_dot_products():
     x, z = images(3), images(4, seed=1)
     arch = Architecture("fcn", 3, weight_variance=1.3, bias_variance=.4)
@@ -308,7 +346,8 @@ def test_accuracies_of_splits_and_permutations():
 @pytest.mark.parametrize("options, message", [
     (dict(kind="rnn"), "unknown architecture 'rnn'; known are fcn, cnn, lcn"), (dict(depth=0), "depth is 0"), (dict(depth=1.5), "depth is 1.5"),
     (dict(weight_variance=-1.), "weight_variance is -1.0"), (dict(bias_variance=-.1), "bias_variance is -0.1"), (dict(bias_variance=math.nan), "bias_variance is nan"),
-    (dict(weight_variance=math.inf), "weight_variance is inf")])
+    (dict(weight_variance=math.inf), "weight_variance is inf"),
+    (dict(weight_variance="2"), "weight_variance is 2: a variance is a finite number"), (dict(bias_variance=None), "bias_variance is None")])
 def test_impossible_architectures(options, message):
     with pytest.raises(ValueError, match=message): Architecture(**options)
 
@@ -335,4 +374,15 @@ def test_impossible_arguments():
     for width, outputs in [(0, 10), (5, 0)]:
         with pytest.raises(ValueError, match="both must be one or more"): finite_network(Architecture(), (2, 6, 5), width, outputs)
     with pytest.raises(ValueError, match="1 networks have no spread"): estimate_kernel(Architecture(), x, networks=1)
-    with pytest.raises(ValueError, match="jitter is -1: it must be zero or more"): gp_posterior(torch.eye(2), torch.eye(2), torch.ones(2, 1), jitter=-1)
+    with pytest.raises(ValueError, match="jitter is -1: it must be from zero to a tenth"): gp_posterior(torch.eye(2), torch.eye(2), torch.ones(2, 1), jitter=-1)
+    for jitter in (10., math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"jitter is {jitter}: it must be from zero to a tenth"): gp_posterior(torch.eye(2), torch.eye(2), torch.ones(2, 1), jitter=jitter)
+    for variances in (torch.ones(2, 1), torch.ones(3)):
+        with pytest.raises(ValueError, match="there must be 2 variances, one for each new image"): gp_posterior(torch.eye(2), torch.eye(2), torch.ones(2, 1), variances)
+    with pytest.raises(ValueError, match="classes must be whole numbers, not torch.float32"): gp_classify(torch.eye(2), torch.eye(2), torch.tensor([0., 1.]), 2)
+    assert gp_classify(torch.eye(2), torch.eye(2), torch.tensor([0, 1], dtype=torch.int32), 2).tolist() == [0, 1]
+    with pytest.raises(ValueError, match="images must be finite numbers"): nngp_kernel(Architecture(), x, x*math.nan)
+    with pytest.raises(ValueError, match="1, 2 or 3 axes beside their channels, not 4"): nngp_kernel(Architecture(), images(2, (1, 3, 3, 3, 3)))
+    for shape in ((36,), (1, 3, 3, 3, 3)):
+        with pytest.raises(ValueError, match=f"1, 2 or 3 axes beside their channels, not {len(shape) - 1}"): finite_network(Architecture(), shape)
+    with pytest.raises(ValueError, match="3 images, but 2 classes"): gp_accuracies(x, torch.zeros(2).long(), {}, train=1, test=1)

@@ -132,6 +132,32 @@ def test_turned_the_convolution_does_not():
     assert sample_complexity("cnn", 16, 64, turned="rotation", test=2000)[0]["test"] < .6
 
 
+def test_the_dense_network_is_tested_on_inputs_turned_alike():
+    plain, turned = (sample_complexity("fcn", 8, 256, turned=turn, test=2000)[0]["test"] for turn in (None, "rotation"))
+    assert plain > .85 and turned == pytest.approx(plain, abs=.05)
+
+
+def test_training_is_that_of_steps_written_out():
+    "Momentum 0.9, a gradient of norm one at most, a rate that falls to zero in a straight line."
+    net, (x, y), (z, w) = norm_network("cnn", 8, 3), norm_difference(20, 8, 6), norm_difference(4000, 8, 7)
+    memory, clipped = [torch.zeros_like(p) for p in net.parameters()], 0
+    for step in range(30):
+        grads = torch.autograd.grad(torch.nn.functional.softplus((1 - 2*y)*net(x)[:,0]).mean(), [*net.parameters()])
+        norm = math.sqrt(sum(g.square().sum().item() for g in grads))
+        clipped += norm > 1
+        with torch.no_grad():
+            for p, m, g in zip(net.parameters(), memory, grads): p -= 5.*(1 - step/30)*m.mul_(.9).add_(g/max(norm, 1))
+    expected = ((net(z)[:,0] > 0) == (w > 0)).double().mean().item()
+    assert sample_complexity("cnn", 8, 20, 3, steps=30, lr=5., test=4000)[0]["test"] == pytest.approx(expected, abs=.002) and expected > .6
+    assert clipped, "or the test would not see it"
+
+
+def test_a_rate_of_zero_is_no_default():
+    (still,), (moved,) = (sample_complexity("cnn", 16, 64, steps=100, lr=lr, test=1000) for lr in (0., None))
+    net, (x, y) = norm_network("cnn", 16), norm_difference(1000, 16, 1)
+    assert still["test"] == pytest.approx(((net(x)[:,0] > 0) == (y > 0)).double().mean().item()) and moved["test"] > still["test"] + .1
+
+
 def test_one_sample_is_enough_to_run():
     for name in NORM_NETWORKS: assert sample_complexity(name, 4, 1, steps=5, test=10)[0]["train"] in (0, 1)
 
@@ -180,6 +206,17 @@ def test_claims():
         assert sample_complexity_claims(power(dict(cnn=0., lcn=p, fcn=2.))).verdict[3] == found
     table = sample_complexity_claims(power(dict(cnn=0., lcn=1., fcn=2.)))
     assert table.n.eq(4).all() and table.effect[1] == "exponent 1.99 ± 0.02"
+
+
+@pytest.mark.parametrize("holes", [[("cnn", 32, 0)], [("cnn", 32, seed) for seed in range(4)], [("fcn", 8, 1)], [("fcn", 8, seed) for seed in range(4)], [("lcn", 16, 2)]])
+def test_claims_wait_for_seeds_that_did_not_get_there(holes):
+    "Seeds that reach the target are the better ones: a verdict on them alone would flatter."
+    needed = power(dict(cnn=0., lcn=1., fcn=2.))
+    for a, size, seed in holes: needed.loc[(needed.architecture == a) & (needed["size"] == size) & (needed.seed == seed), "samples"] = math.nan
+    claims, (name, _, _) = sample_complexity_claims(needed), holes[0]
+    touched = {"cnn": [0, 2, 3], "fcn": [0, 1, 3], "lcn": [3]}[name]
+    assert claims.verdict.tolist() == ["undecided" if i in touched else "holds" for i in range(4)]
+    assert all(claims.n[i] == 4 - len(holes) for i in touched if i != 0)
 
 
 # The symmetry
@@ -241,6 +278,8 @@ def test_bad_tables():
     for target in (.5, .3, 1.2, math.nan):
         with pytest.raises(ValueError, match=f"target is {target}: it must lie above chance"): samples_needed(curve([4, 8], [.5, .9]), target)
     with pytest.raises(ValueError, match="growth needs two sizes or more"): growth_exponents(power(dict(cnn=0., fcn=2.), sizes=(8,)))
+    with pytest.raises(ValueError, match="growth needs two sizes or more, fcn has one"): growth_exponents(pd.concat([power(dict(cnn=0.)), power(dict(fcn=2.), sizes=(8,))]))
+    with pytest.raises(ValueError, match="several rows have one architecture, size, seed and number of samples.*such as turned"): samples_needed(pd.concat([curve([4, 8], [.5, .9], turned=t) for t in ("a", "b")]))
     with pytest.raises(ValueError, match="both must be in the table"): sample_complexity_claims(power(dict(cnn=0., lcn=2.)))
 
 

@@ -1,6 +1,7 @@
 "Patterns, networks, gradients at the start and rows of digits, against products, loops, autograd and closed forms."
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -13,10 +14,12 @@ from torch import nn
 from efcn_nb.layers import FullyConnected, LocallyConnected
 from efcn_nb.models import count_weights
 from efcn_nb.runs import sweep
+from efcn_nb.studies import separation
 from efcn_nb.studies.separation import (BITS, DIGIT_KINDS, KINDS, KPattern, Reorder, all_inputs, by_seed, claim_above, consecutive_bits, degree_masses, digit_rows, digit_scans,
                                         digit_slots, final_rows, follow, gradient_bounds, gradient_law, hinge, learn_digits, learn_pattern, make_digit_net, make_local_net,
                                         make_pattern, mean_gradient, parity_table, pattern_batches, pattern_gradient, random_order, scattered_bits, sign_accuracy, sure_interval,
                                         walsh_hadamard, width_within)
+from efcn_nb.training import Diverged
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,6 +68,10 @@ def test_pattern_of_all_bits():
     (lambda: KPattern(4, ()), r"k = 0 bits does not fit"),
     (lambda: KPattern(4, (0, 0)), r"different positions from 0 to 3, not \(0, 0\)"),
     (lambda: KPattern(4, (-1, 0)), r"different positions from 0 to 3"),
+    (lambda: KPattern(4, (0, 1.5)), r"different positions from 0 to 3, not \(0, 1.5\)"),
+    (lambda: make_pattern(4, 5, "anywhere"), r"k = 5 bits does not fit into n = 4"),
+    (lambda: KPattern(4, (0, 1)).labels(torch.ones(4)), r"inputs \(N, 1, n\) or \(N, n\) of n = 4 signs, not \(4,\)"),
+    (lambda: KPattern(4, (0, 1)).labels(torch.ones(3, 2, 4)), r"not \(3, 2, 4\)"),
     (lambda: KPattern(4, (0, 1), [1, 1, -1, -1, 1]), r"2\^2 = 4 labels, not 5"),
     (lambda: KPattern(4, (0, 1), torch.ones(2, 2)), r"2\^2 = 4 labels"),
     (lambda: KPattern(4, (0, 1), [1, 1, -1, 2]), r"\+1 or -1, not 2"),
@@ -76,7 +83,7 @@ def test_pattern_of_all_bits():
     (lambda: consecutive_bits(4, 5), r"k = 5 bits does not fit into n = 4"),
     (lambda: scattered_bits(9, 5), r"take k from 2 to 4"),
     (lambda: scattered_bits(9, 1), r"take k from 2 to 4"),
-    (lambda: make_pattern(9, 2, "far"), r"unknown bits 'far'; known are consecutive, scattered, ordered"),
+    (lambda: make_pattern(9, 2, "far"), r"unknown bits 'far'; known are consecutive, scattered, ordered, anywhere"),
     (lambda: make_pattern(9, 2, "ordered"), r"set reorder"),
 ])
 def test_impossible_patterns(make, said):
@@ -90,10 +97,31 @@ def test_scattered_bits_share_no_window(n, k):
     assert max(bits) - min(bits) >= k
 
 
+def test_scattered_bits_are_in_the_middle_of_equal_parts():
+    assert scattered_bits(10, 5) == (1, 3, 5, 7, 9) and scattered_bits(64, 5) == (6, 18, 30, 42, 54) and scattered_bits(100, 3) == (16, 49, 82)
+
+
+def test_inputs_are_uniform():
+    "Each of 16 inputs of four signs as often as the others: a chi-square test with 15 degrees of freedom."
+    from scipy.stats import chisquare
+    x = torch.cat([x for x, _ in pattern_batches(KPattern(4, (0,)), 1000, 4, seed=1)])
+    assert chisquare(np.bincount(((x[:, 0] > 0).long() @ 2**torch.arange(4)).numpy(), minlength=16)).pvalue > .001
+
+
 def test_ordered_bits_come_to_the_middle():
     order = random_order(12, 4)
     x, pattern = signs(100, 12), make_pattern(12, 3, "ordered", order)
     assert torch.equal(pattern.labels(x), make_pattern(12, 3).labels(Reorder(order)(x)))
+
+
+def test_bits_anywhere_are_neighbours_from_everywhere():
+    found = [make_pattern(7, 3, "anywhere", seed=seed).bits for seed in range(60)]
+    assert {*found} == {(0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (4, 5, 6)} and make_pattern(7, 3, "anywhere", seed=5).bits == found[5]
+    assert make_pattern(3, 3, "anywhere").bits == (0, 1, 2)
+
+
+def test_networks_find_bits_anywhere():
+    for kind in ("cnn", "lcn"): assert all(learn_pattern(kind, 12, 3, "anywhere", width=8, steps=400, lr=.01, seed=seed)[-1]["accuracy"] > .99 for seed in (0, 1))
 
 
 def test_batches_are_fresh_and_repeatable():
@@ -165,6 +193,15 @@ def test_width_of_exactly_the_budget():
     (lambda: learn_pattern("cnn", 4, 5), r"k = 5 bits does not fit into n = 4"),
     (lambda: learn_pattern("lcn", 16, 3, relax=5), r"for elcn and efcn"),
     (lambda: learn_pattern("cnn", 16, 3, optimizer="lbfgs"), r"unknown optimizer 'lbfgs'; known are adam, sgd"),
+    (lambda: learn_pattern("cnn", 16, 3, steps=0), r"steps is 0: it must be 1 or more"),
+    (lambda: learn_pattern("cnn", 16, 3, every=-1), r"every is -1: it must be 1 or more"),
+    (lambda: learn_pattern("cnn", 16, 3, batch=0), r"batch is 0: it must be 1 or more"),
+    (lambda: learn_pattern("efcn", 16, 3, steps=10, relax=11), r"relax is 11: it must be from 0 to the 10 steps"),
+    (lambda: learn_pattern("efcn", 16, 3, relax=-1), r"relax is -1"),
+    (lambda: learn_digits("cnn", 5, steps=0), r"steps is 0"),
+    (lambda: learn_digits("efcn", 5, steps=10, relax=11), r"relax is 11"),
+    (lambda: make_digit_net("cnn", 5, width=0), r"1 or more, not 0 and 64"),
+    (lambda: make_digit_net("cnn", 5, hidden=0), r"1 or more, not 32 and 0"),
     (lambda: learn_digits("wide", 5), r"known are cnn, lcn, fcn, elcn, efcn"),
     (lambda: learn_digits("cnn", 6), r"odd number of digits.*not 6"),
     (lambda: learn_digits("cnn", 1), r"3 or more"),
@@ -200,6 +237,12 @@ def test_follow_equals_a_plain_loop():
     assert [row["step"] for row in rows] == [3, 6, 7]
     assert [row["loss"] for row in rows] == pytest.approx([np.mean(losses[:3]), np.mean(losses[3:6]), losses[6]], rel=1e-5)
     assert rows[-1]["accuracy"] == sign_accuracy(other, *test)
+
+
+def test_divergence_is_told_with_its_step():
+    pattern, inf = KPattern(8, (3, 4)), torch.full((4, 1, 8), math.inf)
+    batches = [*pattern_batches(pattern, 4, 7, 0), (inf, torch.ones(4))]
+    with pytest.raises(Diverged, match="not finite at step 108;"): follow(make_local_net("fcn", 8, 2), batches, next(pattern_batches(pattern, 4, 1, 0)), .01, every=5, first=100)
 
 
 def test_follow_stops_when_nothing_is_left():
@@ -240,6 +283,26 @@ def test_relaxed_network_is_the_cnn_until_then():
     cnn, relaxed = learn_pattern("cnn", **options), learn_pattern("efcn", relax=40, **options)
     assert relaxed[:2] == cnn[:2] and [row["step"] for row in relaxed] == [20, 40, 60, 80, 100, 120]
     assert relaxed[2] != cnn[2] and 0 < relaxed[-1]["off_local"] < .3 and math.isnan(cnn[-1]["off_local"])
+
+
+def test_a_cnn_that_is_done_early_is_relaxed_at_its_time():
+    steps = [row["step"] for row in learn_pattern("elcn", 4, 1, width=4, steps=120, relax=100, every=10, lr=.1)]
+    assert steps[:10] == [*range(10, 101, 10)] and steps[-1] > 100
+
+
+@pytest.mark.parametrize("learn, name", [(partial(learn_pattern, "cnn", 6, 2), "pattern_batches"), (partial(learn_digits, "cnn", 3), "digit_rows")])
+def test_tests_are_no_training_inputs(monkeypatch, learn, name):
+    "Training and test inputs of all seeds are drawn with seeds of their own; rows of digits from scans of their own."
+    drawn, scans, real = [], [], getattr(separation, name)
+    def draw(source, *rest):
+        drawn.append(rest[-1])
+        scans.append(source)
+        return real(source, *rest)
+    monkeypatch.setattr(separation, name, draw)
+    for seed in range(3): learn(width=1, steps=2, every=1, seed=seed)
+    assert len(drawn) == len({*drawn}) == 6
+    if name == "digit_rows":
+        for (train, _), (test, _) in zip(scans[::2], scans[1::2]): assert len(train) > len(test) and not {s.numpy().tobytes() for s in train} & {s.numpy().tobytes() for s in test}
 
 
 def test_relaxed_at_the_end_is_still_convolutional():
@@ -291,6 +354,8 @@ def test_pattern_gradient_leaves_the_network_alone():
     net = make_local_net("cnn", 6, 2)
     pattern_gradient(net, KPattern(6, (2, 3)))
     assert net[0].weight.dtype == torch.float32 and net[0].weight.grad is None and not net[-1].weight.any()
+    still = make_local_net("cnn", 6, 2).requires_grad_(False)
+    assert torch.equal(pattern_gradient(still, KPattern(6, (2, 3))), pattern_gradient(net, KPattern(6, (2, 3)))) and not still[0].weight.requires_grad
 
 
 def test_local_gradient_does_not_know_n():
@@ -394,6 +459,17 @@ def test_final_rows_of_a_sweep(tmp_path):
     with pytest.raises(ValueError, match="several runs have n=8 and one seed"): by_seed(ends, n=8)
 
 
+def test_runs_that_nothing_tells_apart():
+    "Tables of labels are lists, so a sweep has no column for them."
+    table = sweep(learn_pattern, [dict(kind="fcn", n=4, k=1, width=1, steps=2, every=1, seed=0, table=table) for table in ([1, -1], [1, 1])])
+    with pytest.raises(ValueError, match="several runs have the same settings"): final_rows(table)
+
+
+@pytest.mark.parametrize("asked", [dict(kid="cnn"), dict(column="acuracy", kind="cnn")])
+def test_unknown_columns(asked):
+    with pytest.raises(ValueError, match="the table has no column '(kid|acuracy)', only kind, seed, accuracy"): by_seed(pd.DataFrame(dict(kind=["cnn"], seed=[0], accuracy=[1.])), **asked)
+
+
 def test_missing_settings_are_asked_for_by_none():
     ends = pd.DataFrame(dict(kind="cnn", seed=[0, 0], lr=[math.nan, .1], accuracy=[.5, .6]))
     assert by_seed(ends, kind="cnn", lr=None).tolist() == [.5]
@@ -414,3 +490,7 @@ def test_claims():
     near = pd.Series([-.10, -.12, -.08])                                              # below zero alone, not as one of many
     assert claim_above("c", {"a": near})["verdict"] == "fails" and claim_above("c", {i: near for i in range(20)})["verdict"] == "undecided"
     assert claim_above("c", {"a": pd.Series([0., 0., 0.])})["verdict"] == "undecided"
+    unknown = pd.Series([math.nan]*3)
+    for gains in ({"a": unknown, "b": wide}, {"b": wide, "a": unknown}): assert claim_above("c", gains)["verdict"] == "undecided"
+    assert claim_above("c", {"b": -wide, "a": unknown})["verdict"] == claim_above("c", {"a": unknown, "b": -wide})["verdict"] == "fails" and claim_above("c", {"a": unknown})["verdict"] == "undecided"
+    with pytest.raises(ValueError, match="there is no case to judge"): claim_above("c", {})

@@ -14,7 +14,7 @@ from efcn_nb.data import Data, Dataset
 from efcn_nb.embedding import embed
 from efcn_nb.fused import FusedSGD
 from efcn_nb.models import make_model
-from efcn_nb.training import PRECISIONS, Diverged, evaluate, products, train, train_epoch
+from efcn_nb.training import PRECISIONS, Diverged, evaluate, products, train, train_epoch, train_steps
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 PLACES = [("fp32", "cpu"), ("bf16", "cpu")] + [pytest.param(p, "cuda", marks=needs_gpu) for p in PRECISIONS]
@@ -135,3 +135,35 @@ def test_memory_of_a_whole_run(tmp_path, precision, momentum, most):
     *peaks, stored = map(float, out.stdout.split() or pytest.fail(out.stderr))
     if any(p != p for p in peaks): pytest.skip("this system does not tell the peak of memory")
     assert stored == 1 and max(peaks) < most, peaks
+
+
+# Steps on any loss
+
+def test_steps_are_those_of_a_plain_loop():
+    draw = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(4, 3, generator=draw), torch.randn(4, 2, generator=draw)) for _ in range(6)]
+    net, other, calls = nn.Linear(3, 2), nn.Linear(3, 2), []
+    other.load_state_dict(net.state_dict())
+    losses, expected = train_steps(net, torch.optim.SGD(net.parameters(), .1), iter(batches), F.l1_loss, after_step=lambda: calls.append(1)), []
+    for x, y in batches:
+        loss = (other(x) - y).abs().mean()
+        grads = torch.autograd.grad(loss, [*other.parameters()])
+        with torch.no_grad():
+            for p, g in zip(other.parameters(), grads): p -= .1*g
+        expected.append(loss.item())
+    torch.testing.assert_close(losses, torch.tensor(expected))
+    torch.testing.assert_close(net.weight, other.weight)
+    assert len(calls) == 6 and not losses.requires_grad and not len(train_steps(net, None, []))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_keep_double_precision(dtype):
+    net = nn.Linear(3, 2).to(dtype)
+    assert train_steps(net, torch.optim.SGD(net.parameters(), .1), [(torch.ones(4, 3, dtype=dtype), torch.ones(4, 2, dtype=dtype))], F.mse_loss).dtype == dtype
+
+
+def test_the_step_that_diverged():
+    net, x = nn.Linear(3, 2), torch.ones(1, 3)
+    batches = [(x, torch.zeros(1, 2)), (x*float("inf"), torch.zeros(1, 2)), (x, torch.zeros(1, 2))]
+    with pytest.raises(Diverged, match="^the loss was not finite at step 2; try a smaller learning rate$") as error: train_steps(net, torch.optim.SGD(net.parameters(), .1), batches, F.mse_loss)
+    assert error.value.args == (2,) and str(Diverged("a sentence")) == "a sentence"

@@ -28,7 +28,7 @@ from ..effects import claim_row, interval, judge, verdict
 from ..embedding import embed, reinitialize
 from ..models import count_weights
 from ..subspaces import shares
-from ..training import train_steps
+from ..training import Diverged, train_steps
 
 # %% ../../nbs/studies/50_separation.ipynb #60f7669d
 MOST_BITS = 20 # tables and enumerations have 2^20 lines at most
@@ -50,10 +50,10 @@ class KPattern:
     table:object=None # 2^k labels, +1 or -1; None for the parity
 
     def __post_init__(self):
-        n, k = self.n, len(self.bits)
+        n, k, bits = self.n, len(self.bits), self.bits
         if not 1 <= k <= n: raise ValueError(f'a pattern of k = {k} bits does not fit into n = {n}; take k from 1 to {n}')
         self.bits = tuple(map(int, self.bits))
-        if len({*self.bits}) < k or not all(0 <= b < n for b in self.bits): raise ValueError(f'the bits of a pattern must be different positions from 0 to {n-1}, not {self.bits}')
+        if len({*self.bits}) < k or not all(0 <= b < n and b == given for b, given in zip(self.bits, bits)): raise ValueError(f'the bits of a pattern must be different positions from 0 to {n-1}, not {tuple(bits)}')
         self.table = parity_table(k) if self.table is None else torch.as_tensor(self.table, dtype=torch.float32)
         if self.table.shape != (2**k,): raise ValueError(f'a table for k = {k} bits has 2^{k} = {2**k} labels, not {self.table.numel()}')
         wrong = self.table[self.table.abs() != 1].tolist()
@@ -63,7 +63,7 @@ class KPattern:
         x:torch.Tensor # signs (N, 1, n) or (N, n)
     )->torch.Tensor:   # float32 (N,)
         "The label of each input. Raises `ValueError` for inputs of another length."
-        if x.shape[-1] != self.n: raise ValueError(f'this pattern labels inputs of {self.n} signs, not {x.shape[-1]}')
+        if x.dim() < 2 or math.prod(x.shape[1:]) != self.n: raise ValueError(f'this pattern labels inputs (N, 1, n) or (N, n) of n = {self.n} signs, not {tuple(x.shape)}')
         line = (x.flatten(1)[:,list(self.bits)] > 0).long() @ (2**torch.arange(len(self.bits)))
         return self.table[line]
 
@@ -185,6 +185,11 @@ def sign_accuracy(model, x, y)->float:
 # %% ../../nbs/studies/50_separation.ipynb #d584541e
 OPTIMIZERS = dict(adam=functools.partial(torch.optim.Adam, fused=True), sgd=torch.optim.SGD)
 
+def _steps(model, optimizer, batches, first):
+    "Losses of steps on `batches`. Raises `Diverged` with the step, counted from `first`."
+    try: return train_steps(model, optimizer, batches, hinge)
+    except Diverged as e: raise Diverged(first + e.args[0]) from None
+
 def follow(
     model:nn.Module, # trained in place
     batches,         # an iterator of inputs and labels
@@ -195,29 +200,36 @@ def follow(
     first:int=0,     # steps that are over already
     stop:bool=True   # when all of `test` is right twice in a row
 )->list:             # dicts: step, loss (mean since the last), accuracy
-    "Train on `batches` with the hinge loss and measure on the way. Raises `ValueError` for an unknown optimizer."
+    "Train on `batches` with the hinge loss and measure on the way. Raises `ValueError` for an unknown optimizer, `Diverged` if the loss stops being finite."
     if optimizer not in OPTIMIZERS: raise ValueError(f'unknown optimizer {optimizer!r}; known are {", ".join(OPTIMIZERS)}')
     optimizer, batches, rows, step = OPTIMIZERS[optimizer](model.parameters(), lr), iter(batches), [], first
-    while len(losses := train_steps(model, optimizer, islice(batches, every), hinge)):
+    while len(losses := _steps(model, optimizer, islice(batches, every), step)):
         step += len(losses)
         rows.append(dict(step=step, loss=losses.mean().item(), accuracy=sign_accuracy(model, *test)))
         if stop and [row['accuracy'] for row in rows[-2:]] == [1, 1]: break
     return rows
 
 # %% ../../nbs/studies/50_separation.ipynb #608323de
-BITS = ('consecutive', 'scattered', 'ordered')
+BITS = ('consecutive', 'scattered', 'ordered', 'anywhere')
 
 def make_pattern(
     n:int, k:int,
-    bits:str='consecutive', # 'scattered', or 'ordered': what `order` brings to the middle
+    bits:str='consecutive', # in the middle; 'scattered'; 'ordered': what `order` brings to the middle; 'anywhere': consecutive from a position drawn with `seed`
     order=None,             # positions
-    table=None              # 2^k labels; None for the parity
+    table=None,             # 2^k labels; None for the parity
+    seed:int=0
 )->KPattern:
     "The pattern called `bits`. Raises `ValueError` for an unknown name, or for 'ordered' without an order."
     if bits not in BITS: raise ValueError(f'unknown bits {bits!r}; known are {", ".join(BITS)}')
     if bits == 'ordered' and order is None: raise ValueError("'ordered' bits are those that the network's order makes neighbours; set reorder")
-    places = scattered_bits(n, k) if bits == 'scattered' else consecutive_bits(n, k)
+    places = scattered_bits(n, k) if bits == 'scattered' else consecutive_bits(n, k, random_order(n-k+1, seed)[0] if bits == 'anywhere' and k <= n else None)
     return KPattern(n, tuple(order[p] for p in places) if bits == 'ordered' else places, table)
+
+def _check_counts(relax, steps, **counts):
+    "Raise `ValueError` unless all are numbers of something, and `relax` is one of the steps."
+    for what, n in dict(steps=steps, **counts).items():
+        if n < 1: raise ValueError(f'{what} is {n}: it must be 1 or more')
+    if not 0 <= relax <= steps: raise ValueError(f'relax is {relax}: it must be from 0 to the {steps} steps that there are')
 
 def _trained(make, kind, shape, batches, test, seed, relax, how):
     "Rows of `follow` for a network of `kind`; if `relax` is not 0, for a CNN up to there and for the embedded one from there on. And the network."
@@ -239,7 +251,7 @@ TEST_INPUTS = 4096
 def learn_pattern(
     kind:str,               # a key of `KINDS`
     n:int, k:int=5,
-    bits:str='consecutive', # 'scattered', or 'ordered'
+    bits:str='consecutive', # one of `BITS`, see `make_pattern`
     width:int=16,           # hidden units a place
     seed:int=0,             # of weights and inputs
     reorder:bool=False,     # whether the network reads the positions in a random order, drawn with `seed`
@@ -248,8 +260,9 @@ def learn_pattern(
     steps:int=1000, batch:int=128, lr:float=.006, optimizer:str='adam', every:int=50 # see `follow`
 )->list:                    # dicts: step, loss, accuracy, and off_local in the last
     "Train one network on fresh samples of a k-pattern, measure on 4,096 others. Raises `ValueError` for whatever does not fit."
+    _check_counts(relax, steps, batch=batch, every=every)
     order = random_order(n, seed) if reorder else None
-    pattern = make_pattern(n, k, bits, order, table)
+    pattern = make_pattern(n, k, bits, order, table, seed)
     make = functools.partial(make_local_net, n=n, k=k, width=width, seed=seed, order=order)
     batches, test = pattern_batches(pattern, batch, steps, 3*seed + 1), next(pattern_batches(pattern, TEST_INPUTS, 1, 3*seed + 2))
     return _with_deviation(*_trained(make, kind, (1, n), batches, test, seed, relax, dict(lr=lr, optimizer=optimizer, every=every)), kind)
@@ -267,7 +280,7 @@ def pattern_gradient(
     pattern:KPattern
 )->torch.Tensor:     # float64, of the shape of the first layer's weights
     "Exact gradient of -E[y h(x)] with respect to the first layer's weights, all readouts set to one; by enumeration in double precision. Raises `ValueError` for more than 20 signs."
-    x, model = all_inputs(pattern.n), copy.deepcopy(model).double()
+    x, model = all_inputs(pattern.n), copy.deepcopy(model).double().requires_grad_(True)
     nn.init.ones_(model[-1].weight)
     weight = next(model.parameters())
     grad = torch.zeros_like(weight)
@@ -378,6 +391,7 @@ def make_digit_net(
     "Windows of three digits, a hidden layer, and a readout, all with PyTorch's default at the start. Raises `ValueError` for an unknown architecture or an impossible row."
     check_kind(kind, DIGIT_KINDS)
     digit_slots(n)
+    if min(width, hidden) < 1: raise ValueError(f'width and hidden must be 1 or more, not {width} and {hidden}')
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Conv2d(1, width, (8, 24), stride=8), nn.ReLU(), nn.Flatten(), nn.Linear(width*(n-2), hidden), nn.ReLU(), nn.Linear(hidden, 1))
@@ -393,6 +407,7 @@ def learn_digits(
     steps:int=1000, batch:int=128, lr:float=.001, optimizer:str='adam', every:int=100 # see `follow`
 )->list:                    # dicts: step, loss, accuracy, and off_local in the last
     "Train one network on fresh rows of training scans, measure on 4,096 rows of held-out scans. Raises `ValueError` for an impossible row."
+    _check_counts(relax, steps, batch=batch, every=every)
     slots, (train, test) = digit_slots(n, bits), digit_scans(seed)
     make = functools.partial(make_digit_net, n=n, width=width, hidden=hidden, seed=seed)
     batches, test = digit_rows(train, n, slots, batch, steps, 3*seed + 1), next(digit_rows(test, n, slots, TEST_INPUTS, 1, 3*seed + 2))
@@ -404,8 +419,9 @@ MEASURED = ('step', 'loss', 'accuracy', 'off_local')
 def final_rows(
     table:pd.DataFrame # as `runs.sweep` returns it for `learn_pattern` or `learn_digits`
 )->pd.DataFrame:
-    "The last row of each run."
+    "The last row of each run. Raises `ValueError` for runs that nothing tells apart (lists, such as `table`, are no columns of a sweep)."
     run = [column for column in table if column not in MEASURED]
+    if table.duplicated([*run, 'step']).any(): raise ValueError('several runs have the same settings; give each a column of its own, or take them one by one')
     return table.sort_values('step', kind='stable').groupby(run, dropna=False, sort=False).tail(1).sort_index()
 
 def by_seed(
@@ -413,7 +429,8 @@ def by_seed(
     column:str='accuracy',
     **cell             # what its rows have in common; None for what is missing
 )->pd.Series:          # index: seed
-    "The values of one cell of a study. Raises `ValueError` if there is none, or if several rows have one seed."
+    "The values of one cell of a study. Raises `ValueError` for an unknown column, or if there is none, or if several rows have one seed."
+    if unknown := [k for k in (*cell, column) if k not in ends]: raise ValueError(f'the table has no column {unknown[0]!r}, only {", ".join(ends)}')
     chosen = functools.reduce(lambda t, kv: t[t[kv[0]].isna() if kv[1] is None else t[kv[0]] == kv[1]], cell.items(), ends)
     said = ', '.join(f'{k}={v}' for k, v in cell.items())
     if chosen.empty: raise ValueError(f'no run has {said}')
@@ -436,11 +453,12 @@ def claim_above(
     gains:dict,        # name of the case: paired effects that should be positive, one for each seed; all must be
     tests:int=TEST_INPUTS
 )->dict:               # a row of a table of claims
-    "A claim about every case: it holds if the weakest does, and fails if one does after Bonferroni's correction."
+    "A claim about every case: it holds if the weakest does, and fails if one does after Bonferroni's correction. Raises `ValueError` without a case."
+    if not gains: raise ValueError('there is no case to judge')
     found = {case: sure_interval(d, tests) for case, d in gains.items()}
-    decides = min(found, key=lambda case: found[case][0] - found[case][2])
+    decides = min(found, key=lambda case: -math.inf if math.isnan(found[case][0]) else found[case][0] - found[case][2])
     mean, spread, half = found[decides]
-    said = verdict(mean - half, min(m + h for m, _, h in (sure_interval(d, tests, len(gains)) for d in gains.values())))
+    said = verdict(mean - half, min((m + h for m, _, h in (sure_interval(d, tests, len(gains)) for d in gains.values() if d.count())), default=math.inf))
     return claim_row(claim, f'{100*mean:+.1f} points ({decides})', spread, half, gains[decides].count(), said)
 
 # %% ../../nbs/studies/50_separation.ipynb #dbd1117a
@@ -539,7 +557,7 @@ def sample_complexity(
         if n < 1: raise ValueError(f'{what}: {n}; there must be one or more')
     net = norm_network(architecture, size, seed)
     x, y = norm_difference(samples, size, 2*seed, turned)
-    optimizer = torch.optim.SGD(net.parameters(), lr or NORM_LEARNING_RATES[architecture], momentum=.9)
+    optimizer = torch.optim.SGD(net.parameters(), NORM_LEARNING_RATES[architecture] if lr is None else lr, momentum=.9)
     optimizer.register_step_pre_hook(_clip_gradient)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1., 0., steps)
     train_steps(net, optimizer, _norm_batches(x, y, batch_size, steps, seed), F.binary_cross_entropy_with_logits, after_step=decay.step)
@@ -559,8 +577,9 @@ def samples_needed(
     table:pd.DataFrame, # architecture, size, seed, samples, test
     target:float=.75    # accuracy
 )->pd.DataFrame:        # architecture, size, seed, samples (nan where it is never reached)
-    "Training samples that the target takes. Raises `ValueError` for a target that is no accuracy above chance."
+    "Training samples that the target takes. Raises `ValueError` for a target that is no accuracy above chance, or several rows for one number of samples."
     if not .5 < target <= 1: raise ValueError(f'target is {target}: it must lie above chance, 0.5, and not above 1')
+    if table.duplicated(['architecture', 'size', 'seed', 'samples']).any(): raise ValueError('several rows have one architecture, size, seed and number of samples; keep those with one value of what else differs, such as turned')
     rows = []
     for (architecture, size, seed), part in table.sort_values('samples').groupby(['architecture', 'size', 'seed']):
         rows.append(dict(architecture=architecture, size=size, seed=seed, samples=_first_crossing(part.samples.to_numpy(), part.test.to_numpy(), target)))
@@ -570,33 +589,39 @@ def samples_needed(
 def growth_exponents(
     needed:pd.DataFrame # as `samples_needed` returns it
 )->pd.DataFrame:        # seeds by architectures; nan where a target was not reached
-    "Exponent of growth with the size of inputs. Raises `ValueError` for fewer than two sizes."
-    if needed['size'].nunique() < 2: raise ValueError('growth needs two sizes or more')
+    "Exponent of growth with the size of inputs. Raises `ValueError` for fewer than two sizes of one of them."
+    sizes = needed.groupby('architecture')['size'].nunique()
+    if sizes.min() < 2: raise ValueError(f'growth needs two sizes or more, {sizes.idxmin()} has one')
     slope = lambda part: np.polyfit(np.log(part['size']), np.log(part.samples), 1)[0] if part.samples.notna().all() else math.nan
     groups = needed.groupby(['seed', 'architecture'])
     return pd.Series({key: slope(part) for key, part in groups}).unstack()
 
 # %% ../../nbs/studies/50_separation.ipynb #adf5dc3d
+def _if_reached(d, found):
+    "`found` if every seed reached the target in every case; 'undecided' if not, because those that did are the better ones."
+    return found if d.notna().to_numpy().all() else 'undecided'
+
 def _exponent_row(claim, exponents, low=-math.inf, high=math.inf):
     "The line of a claim that an exponent lies between `low` and `high`."
     mean, spread, half = interval(exponents)
     inside = verdict(mean - half - low, mean + half - low) if high == math.inf else verdict(high - mean - half, high - mean + half)
-    return claim_row(claim, f'exponent {mean:.2f} ± {half:.2f}', math.nan, math.nan, exponents.count(), inside)
+    return claim_row(claim, f'exponent {mean:.2f} ± {half:.2f}', math.nan, math.nan, exponents.count(), _if_reached(exponents, inside))
 
 def _between_row(claim, growth):
     "The line of a claim that the LCN's exponent lies above the CNN's and below the FCN's."
     gaps = pd.DataFrame({"above the CNN's": growth['lcn'] - growth['cnn'], "below the FCN's": growth['fcn'] - growth['lcn']})
     case, mean, spread, half, found = judge(gaps, every=True)
-    return claim_row(claim, f'exponent {growth["lcn"].mean():.2f}, {mean:.2f} ± {half:.2f} {case}', math.nan, math.nan, len(gaps), found)
+    return claim_row(claim, f'exponent {growth["lcn"].mean():.2f}, {mean:.2f} ± {half:.2f} {case}', math.nan, math.nan, gaps[case].count(), _if_reached(gaps, found))
 
 def sample_complexity_claims(
     needed:pd.DataFrame # as `samples_needed` returns it, with cnn and fcn, and lcn if there is one
 )->pd.DataFrame:        # claim, effect, spread, interval, n, verdict
-    "Li et al. 2020 on these numbers. Raises `ValueError` without CNN or FCN."
+    "Li et al. 2020 on these numbers; undecided where a seed did not reach the target. Raises `ValueError` without CNN or FCN."
     if not {'cnn', 'fcn'} <= {*needed.architecture}: raise ValueError('the claims compare cnn with fcn: both must be in the table')
     growth, by_size = growth_exponents(needed), needed.pivot(index='seed', columns=['architecture', 'size'], values='samples')
-    size, mean, spread, half, found = judge(np.log2(by_size['fcn']/by_size['cnn']), every=True)
-    rows = [claim_row('1  the CNN needs fewer samples than the FCN, at every size', f'at least 2^({mean:.1f} ± {half:.1f}) times fewer (size {size})', math.nan, math.nan, len(by_size), found),
+    times = np.log2(by_size['fcn']/by_size['cnn'])
+    size, mean, spread, half, found = judge(times, every=True)
+    rows = [claim_row('1  the CNN needs fewer samples than the FCN, at every size', f'at least 2^({mean:.1f} ± {half:.1f}) times fewer (size {size})', math.nan, math.nan, times[size].count(), _if_reached(times, found)),
             _exponent_row("2  the FCN's number grows like the square of the dimension (exponent above 1.5)", growth['fcn'], low=1.5),
             _exponent_row("3  the CNN's number does not grow (exponent below 0.5)", growth['cnn'], high=.5)]
     if 'lcn' in growth: rows.append(_between_row("4  without sharing, the LCN's number grows, but slower than the FCN's", growth))

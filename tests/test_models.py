@@ -1,0 +1,24 @@
+"Widths for a budget, against trying them all."
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from efcn_nb.models import count_weights, fit_width, small
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 9), st.integers(1, 9), st.integers(1, 40), st.integers(0, 400))
+def test_widest_of_all(base, each, most, budget):
+    "`most` included: powers of two are where doubling ends."
+    make = lambda width: nn.Embedding(1, base + each*width)
+    meet = [width for width in range(1, most+1) if base + each*width <= budget]
+    if meet: assert fit_width(make, budget, most) == meet[-1]
+    else:
+        with pytest.raises(ValueError, match=f"no width meets a budget of {budget} weights: the narrowest network has {base + each}"): fit_width(make, budget, most)
+
+
+def test_of_a_real_network_without_making_it():
+    before, width = torch.get_rng_state(), fit_width(lambda width: small(width=width), 50_000)
+    assert torch.equal(before, torch.get_rng_state()) and count_weights(small(width=width)) <= 50_000 < count_weights(small(width=width+1))
+    assert fit_width(lambda width: nn.Linear(2**20, width, bias=False), 2**50) == 2**20, "terabytes, were they made"
