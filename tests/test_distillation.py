@@ -306,6 +306,21 @@ def test_average_of_logits(small):
     with pytest.raises(ValueError, match="at least 8x8 pixels"): make_teacher((1, 16, 7), 10)
 
 
+def test_teachers_by_hand(small):
+    "Each is trained with its own seed on labels; logits are averaged, and the table tells validation from test images."
+    splits, transfer, table = small
+    nets = [make_teacher((1, 16, 16), 10, 4, seed) for seed in (0, 1)]
+    for net in nets: distil(net, transfer, 2, .01, target="labels")
+    answers = lambda x: [net.eval()(x).detach() for net in nets]
+    torch.testing.assert_close(transfer.logits, sum(answers(standardise(transfer.images.x)))/2, atol=1e-4, rtol=1e-4)
+    for column, part in dict(validation=splits.validation, accuracy=splits.test).items():
+        z = answers(part.x)
+        want = [(a.argmax(1) == part.y).double().mean().item() for a in (*z, z[0] + z[1])]
+        np.testing.assert_allclose(table[column], want, atol=1e-9)
+    names = "".join(type(m).__name__[0] for m in nets[0])
+    assert names == "CBRCMBR"*3 + "FL" and [m.out_channels for m in nets[0] if isinstance(m, nn.Conv2d)] == [4, 4, 8, 8, 16, 16]
+
+
 def test_teachers_answer_once(small, tmp_path, monkeypatch):
     splits, transfer, table = small
     bare, settings = replace(transfer, logits=None), dict(teachers=2, width=4, epochs=2, folder=tmp_path)
