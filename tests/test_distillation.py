@@ -561,6 +561,13 @@ def test_starts(small):
     for p in conv.parameters(): assert all(p.data_ptr() != q.data_ptr() for net in made.values() for q in net.parameters())
 
 
+def test_fresh_weights_are_the_seeds():
+    conv = student(2, 1, 900, (1, 16, 16), 10)
+    vector = lambda name, seed: nn.utils.parameters_to_vector(starting_network(name, conv, (1, 16, 16), 10, seed).parameters())
+    for name in ("fcn", "lcn", "mlp"): assert vector(name, 3).equal(vector(name, 3)) and not vector(name, 3).equal(vector(name, 4))
+    for name in ("conv", "efcn", "elcn"): assert vector(name, 3).equal(vector(name, 4))
+
+
 def test_embedded_students(small, tmp_path):
     splits, transfer, _ = small
     run = lambda: embedded_students(splits, transfer, budget=1_200, relax_times=[1], folder=tmp_path, **FAST)
