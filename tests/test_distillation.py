@@ -87,7 +87,28 @@ def test_validation_is_split_off_the_training_images():
     assert not split_validation(data, .2, seed=4).train.x.equal(splits.train.x)
 
 
+@pytest.mark.parametrize("scale", [1e-3, .05, 3.])
+def test_standardise_keeps_faint_images(scale):
+    x = torch.randn(6, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(standardise(scale*x), standardise(x), atol=1e-4, rtol=0)
+
+
 # Students
+
+def test_layers_of_the_deepest_student():
+    "Where it pools, by shape and values: the largest of four."
+    net = make_student(4, 1, 2, (1, 24, 16), 3)
+    assert [m.kernel_size for m in net if isinstance(m, nn.MaxPool2d)] == [2, 2, 2]
+    names = "".join(type(m).__name__[0] for m in net)
+    assert names == "CMRCMRCRCMRFLRL" and all(m.kernel_size == (5, 5) for m in net if isinstance(m, nn.Conv2d))
+    x = net[0](torch.randn(2, 1, 24, 16))
+    assert net[1](x).equal(x.unflatten(2, (12, 2)).unflatten(4, (8, 2)).amax((3, 5)))
+
+
+@pytest.mark.parametrize("build", [lambda: make_student(1, 1, 0, (1, 8, 8), 3), lambda: make_teacher((1, 8, 8), 3, 0)])
+def test_width_below_one(build):
+    with pytest.raises(ValueError, match="width of a (student|teacher) must be 1 or more, not 0"): build()
+
 
 @pytest.mark.parametrize("name", STUDENTS)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 11, 9)])
@@ -186,6 +207,34 @@ def test_shift_is_padding_and_cropping(fill):
     assert matches.any(0).sum() > 15                                                                 # of 25 places
 
 
+@pytest.mark.parametrize("fill", ["reflect", "constant"])
+def test_augmentation_image_by_image(fill):
+    "The same draws, one image after the other: down and to the right where they are positive."
+    x, s = noise(30, (3, 7, 9)).x, 2
+    got, draw = augment(x, torch.Generator().manual_seed(3), s, True, fill), torch.Generator().manual_seed(3)
+    down, right = torch.randint(-s, s + 1, (2, 30), generator=draw).tolist()
+    turned = (torch.rand(30, generator=draw) < .5).tolist()
+    assert {*down} == {*right} == {*range(-s, s + 1)}
+    for image, d, r, t, found in zip(x.numpy(), down, right, turned, got.numpy()):
+        padded = np.pad(image[:, :, ::-1] if t else image, [(0, 0), (s, s), (s, s)], mode=fill)
+        np.testing.assert_array_equal(found, padded[:, s - d:s - d + 7, s - r:s - r + 9])
+
+
+def test_copies_keep_their_labels():
+    images = noise(30)
+    transfer = transfer_set(images, 3, 1, seed=2)
+    assert transfer.images.y.equal(torch.cat([images.y]*3)) and transfer_set(images, 2).images.x.equal(torch.cat([images.x]*2))
+    draw = torch.Generator().manual_seed(2)
+    assert transfer.images.x.equal(torch.cat([augment(images.x, draw, 1) for _ in range(3)]))
+
+
+def test_order_is_the_seeds():
+    a, b = (torch.cat([x for x, _ in transfer_batches(taught(noise(30), seed=seed), 1)]) for seed in (0, 1))
+    assert not a.equal(b)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    assert b.equal(standardise(noise(30).x[order]))
+
+
 def test_mirror_and_nothing():
     x = noise(200, (1, 3, 4)).x
     turned = augment(x, torch.Generator().manual_seed(0), mirror=True)
@@ -227,6 +276,9 @@ def test_logits_that_do_not_fit():
         with pytest.raises(ValueError, match="do not fit a transfer set of 12 images and 3 classes"): TransferSet(images, logits=torch.zeros(shape))
     with pytest.raises(ValueError, match="not finite"): TransferSet(images, logits=torch.full((12, 3), math.inf))
     with pytest.raises(ValueError, match="12 images cannot be 5 copies"): TransferSet(images, 5)
+    for copies in (0, -1):
+        with pytest.raises(ValueError, match=f"at least one copy of the images, not {copies}"): TransferSet(images, copies)
+    with pytest.raises(ValueError, match="not finite"): TransferSet(images, logits=torch.full((12, 3), math.nan))
 
 
 def test_digest_tells_everything():
@@ -244,11 +296,29 @@ def test_average_of_logits(small):
     nets, images = [make_teacher((1, 16, 16), 10, 2, s) for s in range(3)], small[0].test
     for net in nets: net(torch.randn(20, 1, 16, 16))
     want = sum(net.eval()(images.x) for net in nets)/3
+    bright = replace(images, x=30*images.x + 9)
+    torch.testing.assert_close(teacher_logits(nets, bright), want.detach(), atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="at least one teacher"): teacher_logits([], images)
     nets[1].train()
     torch.testing.assert_close(teacher_logits(nets, images, batch_size=7), want.detach(), atol=1e-5, rtol=0)
     assert nets[1].training and not nets[0].training
     with pytest.raises(ValueError, match="the same classes, not 10 and 4"): teacher_logits([nets[0], make_teacher((1, 16, 16), 4, 2)], images)
     with pytest.raises(ValueError, match="at least 8x8 pixels"): make_teacher((1, 16, 7), 10)
+
+
+def test_teachers_by_hand(small):
+    "Each is trained with its own seed on labels; logits are averaged, and the table tells validation from test images."
+    splits, transfer, table = small
+    nets = [make_teacher((1, 16, 16), 10, 4, seed) for seed in (0, 1)]
+    for net in nets: distil(net, transfer, 2, .01, target="labels")
+    answers = lambda x: [net.eval()(x).detach() for net in nets]
+    torch.testing.assert_close(transfer.logits, sum(answers(standardise(transfer.images.x)))/2, atol=1e-4, rtol=1e-4)
+    for column, part in dict(validation=splits.validation, accuracy=splits.test).items():
+        z = answers(part.x)
+        want = [(a.argmax(1) == part.y).double().mean().item() for a in (*z, z[0] + z[1])]
+        np.testing.assert_allclose(table[column], want, atol=1e-9)
+    names = "".join(type(m).__name__[0] for m in nets[0])
+    assert names == "CBRCMBR"*3 + "FL" and [m.out_channels for m in nets[0] if isinstance(m, nn.Conv2d)] == [4, 4, 8, 8, 16, 16]
 
 
 def test_teachers_answer_once(small, tmp_path, monkeypatch):
@@ -276,7 +346,56 @@ def test_stored_logits(tmp_path):
     with pytest.raises(ValueError, match="digest is wrong"): load_logits(path, "mine")
 
 
+def test_logits_where_no_file_can_be(small, tmp_path):
+    splits, transfer, _ = small
+    (tmp_path/"file").write_text("in the way")
+    for write in (lambda: store_logits(tmp_path/"file"/"z", dict(a=torch.zeros(2, 2)), "mine"), lambda: teach(splits, replace(transfer, logits=None), folder=tmp_path/"file"),
+                  lambda: distillation_grid(splits, transfer, ["mlp1"], [2_000], folder=tmp_path/"file", **FAST)):
+        with pytest.raises(OSError, match="file cannot be made a folder .*choose another"): write()
+    with pytest.raises(ValueError, match="is a folder, no file of logits"): load_logits(tmp_path, "mine")
+
+
 # Training
+
+def test_gradients_are_clipped():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    with torch.no_grad(): net[1].weight.mul_(100)
+    norm = lambda: torch.cat([p.grad.flatten() for p in net.parameters()]).norm().item()
+    for clip in (1., .3):
+        distil(net, taught(noise(20)), 1, 1e-4, clip=clip)
+        assert abs(norm() - clip) < 1e-4
+
+
+def test_precision_reaches_the_products():
+    transfer, seen = taught(noise(20)), []
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    net.register_forward_hook(lambda module, x, y: seen.append(y.dtype) if module.training else None)
+    for precision in ("fp32", "bf16"): distil(net, transfer, 1, .01, precision=precision)
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_products_of_the_backward_pass(monkeypatch):
+    "They have the precision of the forward pass: a GPU would use its own otherwise."
+    open_now, real = [], study.products
+    from contextlib import contextmanager
+    @contextmanager
+    def watched(*args):
+        open_now.append(args[0])
+        with real(*args): yield
+        open_now.pop()
+    monkeypatch.setattr(study, "products", watched)
+    net, seen = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), []
+    net[1].weight.register_hook(lambda g: seen.append([*open_now]))
+    distil(net, taught(noise(20)), 1, .01)
+    assert seen == [["fp32"]] and not open_now
+
+
+def test_training_of_a_broken_last_step(small):
+    "Weights that are not finite are no result, though every loss was."
+    net = student(0, 1, 2_000, (1, 16, 16), 10)
+    with torch.no_grad(): net[-1].weight.fill_(math.nan)
+    assert all(math.isnan(v) for v in study._score(lambda: net, small[0], ["validation", "test"]).values())
+
 
 def test_distil_is_adam_written_out():
     "The same steps with Adam's formulas, in double precision."
@@ -326,6 +445,12 @@ def test_classes_that_differ():
     with pytest.raises(ValueError, match="the student answers 4 classes, teacher and transfer set have 3"): distil(student(0, 1, 4_000, (1, 8, 8), 4), taught(noise(20)), 1, .1)
 
 
+def test_images_that_differ(small):
+    with pytest.raises(ValueError, match=r"does not take images of shape \(1, 8, 8\)"): distil(student(0, 1, 4_000, (1, 16, 16), 3).eval(), taught(noise(20)), 1, .1)
+    for grid in (distillation_grid, embedded_students):
+        with pytest.raises(ValueError, match=r"images of shape \(1, 8, 8\) and 3 classes, the splits have \(1, 16, 16\) and 10"): grid(small[0], taught(noise(20)), **FAST)
+
+
 # The grid
 
 def test_grid_is_training_by_hand(small):
@@ -363,6 +488,34 @@ def test_divergence_loses_the_search():
     with pytest.raises(Diverged, match="every learning rate diverged; try smaller ones than 0.01"): tuned(run, [dict(cell=1)], [.01, .1], [0], 1, 1, {})
 
 
+def test_rates_and_seeds_go_with_their_cells():
+    "Every cell has another best rate, and the rates come in any order."
+    best = dict(a=1e-3, b=1e-1, c=1e-2, d=1e-3)
+    def run(cell, lr, seed, epochs, parts, **_): return [{part: -abs(math.log10(lr/best[cell])) + (seed if part == "test" else 0) for part in parts}]
+    table = tuned(run, [dict(cell=c) for c in "abcd"], [1e-1, 1e-3, 1e-2], np.arange(2), 3, 7, {})
+    assert [*table.cell] == [*"aabbccdd"] and [*table.seed] == [0, 1]*4 and [*table.lr] == [best[c] for c in table.cell]
+    assert [*table.at_edge] == [c != "c" for c in table.cell] and (table.validation == 0).all() and (table.accuracy == table.seed).all()
+    level = lambda cell, lr, seed, epochs, parts, **_: [dict.fromkeys(parts, .5)]
+    assert (tuned(level, [dict(cell=1)], [.1, .01, .03], [0], 1, 1, {}).lr == .01).all(), "of equal rates, the smallest"
+    for cells, seeds in ([[], [0]], [[dict(cell=1)]*2, [0]], [[dict(cell=1)], []]):
+        with pytest.raises(ValueError, match="is empty|twice"): tuned(level, cells, [.1], seeds, 1, 1, {})
+
+
+def test_cells_are_known_by_all_that_determines_them(small):
+    splits, transfer, _ = small
+    common = lambda s=splits, t=transfer, b=100, p="fp32": run_id(study._common(s, t, b, p))
+    other = replace(splits.test, x=splits.test.x + 1)
+    assert len({common(), common(splits._replace(test=other)), common(splits._replace(validation=other)), common(t=replace(transfer, seed=7)), common(b=7), common(p="bf16")}) == 6
+
+
+def test_teachers_are_known_by_all_that_determines_them(small, tmp_path):
+    splits, bare = small[0], replace(small[1], logits=None)
+    other = replace(splits.test, x=splits.test.x + 1)
+    for s, t, more in [(splits, bare, {}), (splits._replace(test=other), bare, {}), (splits._replace(validation=other), bare, {}), (splits, replace(bare, seed=7), {}), (splits, bare, dict(batch_size=50)), (splits, bare, dict(lr=.02))]:
+        teach(s, t, **(dict(teachers=1, width=1, epochs=1, folder=tmp_path) | more))
+    assert len([*tmp_path.glob("teacher-*")]) == 6
+
+
 def test_diverged_seed_is_missing(small, monkeypatch):
     def broken(model, *rest): raise Diverged("the loss was not finite")
     monkeypatch.setattr(study, "distil", broken)
@@ -384,7 +537,10 @@ def test_grid_resumes(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(students=["mlp1", "mlp6"]), "unknown student 'mlp6'"), (dict(students=[]), "at least one student"), (dict(budgets=[10]), "no width meets a budget of 10 weights"),
+    (dict(students=["mlp1", "mlp6"]), "unknown student 'mlp6'"), (dict(students=[]), "students is empty"), (dict(seeds=[]), "seeds is empty"), (dict(targets=[]), "targets is empty"), (dict(students="mlp1"), r"must be a list, such as \['mlp1'\]"),
+    (dict(students=["mlp1", "conv1", "mlp1"]), "students holds 'mlp1' twice"), (dict(budgets=[2_000, 2_000]), "budgets holds 2000 twice"), (dict(seeds=[1, 1]), "seeds holds 1 twice"),
+    (dict(seeds=[study.SEARCH_SEED]), "which the search uses"), (dict(seeds=[.5]), "seeds must be whole numbers"), (dict(lrs=.1), "learning rates to try are a list"), (dict(lrs=["a"]), "must be positive numbers, not a"),
+    (dict(epochs=1.5), "must be whole numbers, not 1.5"), (dict(batch_size=2.5), "must be whole numbers"), (dict(budgets=[10]), "no width meets a budget of 10 weights"),
     (dict(lrs=[]), "at least one learning rate"), (dict(lrs=[.1, 0]), "learning rates must be positive"), (dict(epochs=0), "at least one epoch"), (dict(targets=["soft"]), "'teacher' or 'labels'")])
 def test_impossible_grids_cost_nothing(small, settings, words, tmp_path):
     with pytest.raises(ValueError, match=words): distillation_grid(*small[:2], **(FAST | dict(folder=tmp_path) | settings))
@@ -405,6 +561,13 @@ def test_starts(small):
     for p in conv.parameters(): assert all(p.data_ptr() != q.data_ptr() for net in made.values() for q in net.parameters())
 
 
+def test_fresh_weights_are_the_seeds():
+    conv = student(2, 1, 900, (1, 16, 16), 10)
+    vector = lambda name, seed: nn.utils.parameters_to_vector(starting_network(name, conv, (1, 16, 16), 10, seed).parameters())
+    for name in ("fcn", "lcn", "mlp"): assert vector(name, 3).equal(vector(name, 3)) and not vector(name, 3).equal(vector(name, 4))
+    for name in ("conv", "efcn", "elcn"): assert vector(name, 3).equal(vector(name, 4))
+
+
 def test_embedded_students(small, tmp_path):
     splits, transfer, _ = small
     run = lambda: embedded_students(splits, transfer, budget=1_200, relax_times=[1], folder=tmp_path, **FAST)
@@ -421,8 +584,31 @@ def test_embedded_students(small, tmp_path):
     assert at.accuracy["efcn", 1, 1] == evaluate(net, splits.test)["accuracy"]
 
 
+def test_relax_times_in_other_forms(small):
+    run = lambda **more: embedded_students(*small[:2], **(FAST | dict(budget=900, networks=["fcn"]) | more))
+    first = run(relax_times=1)
+    assert first.equals(run(relax_times=np.array([1]))) and set(zip(first.network, first.relax)) == {("conv", 0), ("fcn", 0)}
+    assert [*run(networks=["conv"], relax_times=[0]).network] == ["conv"]*2
+
+
+def test_diverged_convolution_is_missing(small, monkeypatch):
+    "It diverges with one seed, when taught for three epochs; nothing else is lost."
+    real = study.distil
+    def broken(model, transfer, epochs, *rest):
+        if epochs == 3 and model[0].weight.equal(second): raise Diverged("the loss was not finite")
+        return real(model, transfer, epochs, *rest)
+    second = student(2, 1, 900, (1, 16, 16), 10, seed=1)[0].weight.detach().clone()
+    monkeypatch.setattr(study, "distil", broken)
+    table = embedded_students(*small[:2], budget=900, relax_times=[3], networks=["conv", "efcn", "fcn"], **FAST)
+    lost = (table.relax == 3) & (table.seed == 1)
+    assert table.accuracy.isna().equals(lost) and table.start.isna().equals(lost) and (table.weights > 0).all()
+    parts = start_or_architecture(table).set_index(["relax", "part"])
+    assert [*parts.n[0]] == [2]*3 and [*parts.n[3]] == [1]*3
+    assert abs(parts.gap[3, "whole"] - parts.gap[3, "start"] - parts.gap[3, "constraint"]) < 1e-12
+
+
 @pytest.mark.parametrize("settings, words", [(dict(name="mlp3"), "mlp3 has no convolution to embed; choose one of conv1"), (dict(relax_times=[-2]), "whole numbers of epochs"), (dict(relax_times=[.5]), "whole numbers"),
-                                             (dict(networks=["conv", "vit"]), "unknown networks vit"), (dict(name="conv9"), "unknown student"), (dict(lrs=[]), "at least one learning rate"), (dict(budget=5), "no width meets")])
+                                             (dict(networks=["conv", "vit"]), "unknown networks vit"), (dict(networks=["fcn", "fcn"]), "networks holds 'fcn' twice"), (dict(seeds=[]), "seeds is empty"), (dict(name="conv9"), "unknown student"), (dict(lrs=[]), "at least one learning rate"), (dict(budget=5), "no width meets")])
 def test_impossible_embedded_students(small, settings, words):
     with pytest.raises(ValueError, match=words): embedded_students(*small[:2], **(FAST | settings))
 
@@ -458,6 +644,37 @@ def test_seed_that_is_missing_is_left_out():
     table = made_grid(lambda c, h, b, t: .3 + .2*(c > 0))
     table.loc[(table.student == "mlp1") & (table.seed == 0), "accuracy"] = math.nan
     assert distillation_claims(table).n[0] in (3, 4) and distillation_claims(table).verdict[0] == "holds"
+
+
+def test_missing_seeds_are_not_counted():
+    "Of the larger student one seed is missing; of those that are averaged, one."
+    table = made_grid(lambda c, h, b, t: .3 + .2*(c > 0) - .1*(h > 1) + .05*(t == "teacher"))
+    lost = (table.target == "teacher") & (table.seed == 2) & (table.student == "mlp1") & (table.budget == 10_000)
+    table.loc[lost, "accuracy"] = math.nan
+    found = distillation_claims(table).set_index("claim")
+    assert [*found.n.iloc[[4, 6, 7]]][:2] == [3, 3] and "over mlp1 of 10,000" in found.effect.iloc[4]
+
+
+def test_effects_by_hand():
+    "From the rows of a grid, without pivots: the pairs are those of equal seeds."
+    table = made_grid(lambda c, h, b, t: .3 + .2*(c > 0) + .01*h + .03*c + .05*(t == "teacher") + .01*math.log10(b), spread=.03).sample(frac=1, random_state=0)
+    A = {(r.student, r.budget, r.target, r.seed): r.accuracy for r in table.itertuples()}
+    found = distillation_claims(table).set_axis(VERDICTS)
+    sides = dict(zip(VERDICTS, [("conv4", "mlp5"), ("conv1", "mlp5"), ("mlp5", "mlp1"), ("conv4", "conv1")]))
+    for claim, (better, worse) in sides.items():
+        d = {b: np.array([A[better, b, "teacher", s] - A[worse, b, "teacher", s] for s in range(4)]) for b in (1_000, 10_000)}
+        text = [f"{100*d[b].mean():+.1f} points at {b:,} weights, {better} over {worse}" for b in d]
+        assert found.effect[claim] in text and found.spread[claim] in [f"{100*x.std(ddof=1):.1f} points" for x in d.values()]
+    small = [(np.mean([A["conv4", 1_000, "teacher", s] - A[k, 10_000, "teacher", s] for s in range(4)]), k) for k in MLPS]
+    assert found.effect["3a"] in [f"{100*m:+.1f} points, conv4 of 1,000 over {k} of 10,000 weights" for m, k in small]
+    each = [np.mean([A[k, b, "teacher", s] - A[k, b, "labels", s] for k in STUDENTS for b in (1_000, 10_000)]) for s in range(4)]
+    assert found.effect["4a"] == f"{100*np.mean(each):+.1f} points, mean of 18 students" and found.spread["4a"] == f"{100*np.std(each, ddof=1):.1f} points"
+
+
+def test_tables_without_rows():
+    assert [*gaps(made_grid(lambda c, h, b, t: .5).query("student == 'conv1'")).columns] == ["gap", "budget", "better", "worse", "seed", "difference"]
+    table = pd.DataFrame([dict(network=n, relax=t, seed=0, accuracy=.5) for n, t in [("conv", 0), ("efcn", 0), ("efcn", 4), ("fcn", 0)]])
+    assert set(start_or_architecture(table).relax) == {0} and not len(start_or_architecture(table[:1])) and "share" in start_or_architecture(table[:1])
 
 
 VERDICTS = ["1a", "1b", "2a", "2b", "3a", "3b", "4a", "4b"]
@@ -515,5 +732,11 @@ def test_study(tmp_path):
         (s, t, b): 2 for s, t, b in [("conv1", "labels", 1_500), ("conv1", "teacher", 1_500), ("mlp1", "labels", 1_500), ("mlp1", "teacher", 1_500), ("mlp1", "teacher", 3_000)]}
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path/"grid.csv"), tables["grid"], check_dtype=False)
     assert set(distillation_study(data, tmp_path, **(settings | dict(embedded=False)))) == {"teachers", "grid", "gaps", "claims"}
-    with pytest.raises(ValueError, match="no width meets"): distillation_study(data, tmp_path/"new", **(settings | dict(budgets=[9])))
+    rate = distillation_study(data, tmp_path, **(settings | dict(students=["mlp1"], embedded=dict(budget=1_000, name="conv1", networks=["fcn"], lrs=[5e-3], seeds=[4]))))["embedded"]
+    assert set(rate.lr) == {5e-3} and set(rate.seed) == {4}, "what is said of the embedded ones goes before what is said of all"
+    for wrong, words in [(dict(budgets=[9]), "no width meets"), (dict(budgets=[]), "budgets is empty"), (dict(students=[]), "students is empty"), (dict(larger_mlps=[1_500]), "budgets and larger_mlps holds 1500 twice"),
+                         (dict(larger_mlps=[9]), "no width meets"), (dict(lrs=[]), "at least one learning rate"), (dict(seeds=[]), "seeds is empty"), (dict(epochs=0), "at least one epoch"), (dict(device="nope"), "no device 'nope'"),
+                         (dict(embedded=dict(name="mlp1")), "no convolution to embed"), (dict(embedded=dict(networks=["vit"])), "unknown networks vit"), (dict(embedded=dict(budget=2)), "no width meets"), (dict(label_budgets=[9]), "no width meets")]:
+        with pytest.raises(ValueError, match=words): distillation_study(data, tmp_path/"new", **(settings | wrong))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nam'"): distillation_study(data, tmp_path/"new", **(settings | dict(embedded=dict(nam="conv1"))))
     assert not (tmp_path/"new").exists()

@@ -6,14 +6,15 @@
 __all__ = ['STUDENTS', 'POOLS', 'SEARCH_SEED', 'NETWORKS', 'MLPS', 'CONVS', 'GAPS', 'standardise', 'standardised', 'Splits',
            'split_validation', 'find_student', 'make_student', 'check_student', 'student_width', 'student',
            'merge_bottleneck', 'augment', 'TransferSet', 'tensor_digest', 'transfer_set', 'transfer_batches',
-           'check_settings', 'distil', 'make_teacher', 'teacher_logits', 'store_logits', 'load_logits', 'teach',
-           'tuned', 'distillation_grid', 'starting_network', 'embedded_students', 'start_or_architecture', 'gaps',
-           'distillation_claims', 'distillation_study']
+           'check_settings', 'distil', 'make_teacher', 'teacher_logits', 'make_folder', 'store_logits', 'load_logits',
+           'teach', 'check_lists', 'check_seeds', 'tuned', 'distillation_grid', 'starting_network', 'embedded_students',
+           'start_or_architecture', 'gaps', 'distillation_claims', 'distillation_study']
 
 # %% ../../nbs/studies/51_distillation.ipynb #66ccd476
 import copy, math
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from ..effects import claim_row, judge, judged, not_judged
 from ..embedding import embed, reinitialize
 from ..models import MaxPool2d, count_weights, fit_width
 from ..runs import publish, run_id, sweep
-from ..training import Diverged, check_precision, evaluate, products, train_steps
+from ..training import Diverged, check_precision, evaluate, find_device, products, train_steps
 
 # %% ../../nbs/studies/51_distillation.ipynb #13869acd
 def standardise(
@@ -86,8 +87,9 @@ def make_student(
     classes:int,
     bottleneck:bool=None # factorise the first dense layer; None does it in `mlp1` and `conv1`
 )->nn.Sequential:
-    "A student of given width with PyTorch's default weights. Raises `ValueError` for a depth that is not known, or images that are too small."
+    "A student of given width with PyTorch's default weights. Raises `ValueError` for a depth that is not known, a width below 1, or images that are too small."
     check_student(convs, hidden, input_shape)
+    if width < 1: raise ValueError(f'the width of a student must be 1 or more, not {width}')
     (channels, *size), layers, units = input_shape, [], 4*width if convs else width
     for pool in POOLS[convs]:
         layers += [nn.Conv2d(channels, width, 5, padding=2), *([MaxPool2d(pool)] if pool > 1 else []), nn.ReLU()]
@@ -182,6 +184,7 @@ class TransferSet:
 
     def __post_init__(self):
         want = len(self.images), len(self.images.classes)
+        if self.copies < 1: raise ValueError(f'there must be at least one copy of the images, not {self.copies}')
         if want[0] % self.copies: raise ValueError(f'{want[0]} images cannot be {self.copies} copies of equally many')
         if self.logits is None: return
         if tuple(self.logits.shape) != want: raise ValueError(f'logits of shape {tuple(self.logits.shape)} do not fit a transfer set of {want[0]} images and {want[1]} classes')
@@ -201,7 +204,7 @@ class TransferSet:
 def tensor_digest(
     t:torch.Tensor # floating-point, (N, k)
 )->str:
-    "Hexadecimal digest of type, shape and values."
+    "Hexadecimal digest of shape and of values, these as float32."
     k = t.shape[1]
     return Dataset(t.float().cpu(), torch.zeros(len(t), dtype=torch.int64), ['none'], torch.zeros(k), torch.ones(k), '').fingerprint
 
@@ -214,7 +217,8 @@ def transfer_set(
     "Augmented copies of the training images, made once. Raises `ValueError` for fewer than one copy."
     if copies < 1: raise ValueError(f'there must be at least one copy of the images, not {copies}')
     generator = torch.Generator().manual_seed(seed)
-    x = torch.cat([augment(data.x, generator, shift, mirror, fill) for _ in range(copies)])
+    x = data.x.new_empty(copies*len(data), *data.shape)
+    for part in x.split(len(data)): part.copy_(augment(data.x, generator, shift, mirror, fill)) # in place: the set may fill half of the memory
     return TransferSet(replace(data, x=x, y=data.y.repeat(copies)), copies, seed)
 
 # %% ../../nbs/studies/51_distillation.ipynb #c25723fe
@@ -244,19 +248,23 @@ def check_settings(
     epochs:int, batch_size:int, precision:str, device='cpu'
 ):
     "Raise `ValueError` for settings that nobody can train with."
+    if isinstance(lrs, (Real, str)): raise ValueError(f'learning rates to try are a list, such as [0.01], not {lrs!r}')
     if not len(lrs): raise ValueError('there must be at least one learning rate to try')
-    wrong = [lr for lr in lrs if not 0 < lr < math.inf]
+    wrong = [lr for lr in lrs if not isinstance(lr, Real) or not 0 < lr < math.inf]
     if wrong: raise ValueError(f'learning rates must be positive numbers, not {", ".join(map(str, wrong))}')
+    if not isinstance(epochs, Integral) or not isinstance(batch_size, Integral): raise ValueError(f'epochs and batch_size must be whole numbers, not {epochs} and {batch_size}')
     if epochs < 1: raise ValueError(f'there must be at least one epoch, not {epochs}')
     if batch_size < 1: raise ValueError(f'batch_size must be 1 or more, not {batch_size}')
     check_precision(precision, device)
 
 def _check_answers(model, transfer, target):
-    "Raise `ValueError` unless `model` answers as many classes as the transfer set has."
+    "Raise `ValueError` unless `model` takes the images of the transfer set and answers as many classes."
     _targets(transfer, target)
     was = model.training
-    with torch.no_grad(): answers = model.eval()(standardise(transfer.images.x[:1])).shape[1]
-    model.train(was)
+    try:
+        with torch.no_grad(): answers = model.eval()(standardise(transfer.images.x[:1])).shape[-1]
+    except RuntimeError as e: raise ValueError(f'the network does not take images of shape {transfer.images.shape}, which the transfer set has ({str(e).splitlines()[0]})') from e
+    finally: model.train(was)
     if answers != len(transfer.images.classes): raise ValueError(f'the student answers {answers} classes, teacher and transfer set have {len(transfer.images.classes)}')
 
 # %% ../../nbs/studies/51_distillation.ipynb #8b702c6d
@@ -280,7 +288,9 @@ def distil(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step/steps)
     loss, batches = F.mse_loss if target == 'teacher' else F.cross_entropy, transfer_batches(transfer, epochs, batch_size, target)
     model.train()
-    try: return train_steps(model, optimizer, batches, loss, precision, schedule.step)
+    try:
+        with products('fp32' if precision == 'bf16' else precision, transfer.images.x.device): # what a GPU does backwards, too
+            return train_steps(model, optimizer, batches, loss, precision, schedule.step)
     except Diverged as e: raise Diverged(f'the loss was not finite at step {e} of {steps}; try a smaller learning rate than {lr}') from None
 
 # %% ../../nbs/studies/51_distillation.ipynb #3ff43093
@@ -290,7 +300,8 @@ def make_teacher(
     width:int=16,      # channels of the first pair; the others have two and four times as many
     seed:int=0
 )->nn.Sequential:
-    "A teacher with PyTorch's default weights. Raises `ValueError` for images below 8x8 pixels."
+    "A teacher with PyTorch's default weights. Raises `ValueError` for images below 8x8 pixels, or a width below 1."
+    if width < 1: raise ValueError(f'the width of a teacher must be 1 or more, not {width}')
     if len(input_shape) != 3 or min(input_shape[1:]) < 8: raise ValueError(f'teachers look at images (channels, height, width) of at least 8x8 pixels, not at {tuple(input_shape)}')
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -309,8 +320,9 @@ def teacher_logits(
     batch_size:int=500,
     precision:str='fp32'
 )->torch.Tensor:          # float32 (images, classes)
-    "What the teachers answer. Raises `ValueError` if they answer different numbers of classes."
+    "What the teachers answer. Raises `ValueError` if there is none, or if they answer different numbers of classes."
     teachers = [teachers] if isinstance(teachers, nn.Module) else list(teachers)
+    if not teachers: raise ValueError('there must be at least one teacher')
     total = 0
     for model in teachers:
         was = model.training
@@ -325,6 +337,11 @@ def teacher_logits(
     return total/len(teachers)
 
 # %% ../../nbs/studies/51_distillation.ipynb #d2c2b13e
+def make_folder(path):
+    "Make the folder `path` where there is none. Raises `OSError` with one sentence if it cannot be made."
+    try: Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise OSError(f'{path} cannot be made a folder ({e.strerror}): choose another one') from e
+
 def store_logits(
     path,         # of the file
     logits:dict,  # name: tensor (images, classes)
@@ -332,7 +349,7 @@ def store_logits(
 ):
     "Write logits, whole or not at all. Raises `OSError` with one sentence if they cannot be written."
     about = dict(of=of, digest=run_id({name: tensor_digest(z) for name, z in logits.items()}))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
     publish(path, lambda beside: save_file({name: z.float().contiguous() for name, z in logits.items()}, beside, about))
 
 def load_logits(
@@ -341,6 +358,7 @@ def load_logits(
 )->dict:    # name: tensor (images, classes)
     "Read what `store_logits` wrote. Raises `ValueError` if the file is damaged or belongs to other images."
     remedy = 'delete it, and the teacher is asked again'
+    if Path(path).is_dir(): raise ValueError(f'{path} is a folder, no file of logits: {remedy}')
     try:
         with safe_open(path, 'pt') as f: logits, about = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
     except SafetensorError as e: raise ValueError(f'{path} is damaged ({e}): {remedy}') from e
@@ -366,6 +384,7 @@ def teach(
     "Train the teachers and let them answer the transfer set. Raises `ValueError` for no teacher or impossible settings."
     if teachers < 1: raise ValueError(f'there must be at least one teacher, not {teachers}')
     check_settings([lr], epochs, batch_size, precision, transfer.images.x.device)
+    if folder is not None: make_folder(folder)
     settings, members = dict(width=width, epochs=epochs, lr=lr, batch_size=batch_size, precision=precision), []
     for seed in range(teachers):
         of = run_id(settings | dict(seed=seed, transfer=replace(transfer, logits=None).digest, validation=splits.validation.fingerprint, test=splits.test.fingerprint))
@@ -386,7 +405,8 @@ def _score(train, splits, parts):
     "Accuracies on `parts` of the network that `train` returns; missing if it diverged."
     try: model = train()
     except Diverged: return {part: math.nan for part in parts}
-    return {part: evaluate(model, getattr(splits, part), 500)['accuracy'] for part in parts}
+    found = {part: evaluate(model, getattr(splits, part), 500) for part in parts}
+    return {part: f['accuracy'] if math.isfinite(f['loss']) else math.nan for part, f in found.items()} # the last step may have spoilt the weights
 
 def _best_lrs(found, cell):
     "For each cell of a search, the learning rate with the best validation accuracy, and whether it is the largest or smallest tried. Raises `Diverged` if all of a cell diverged."
@@ -398,6 +418,21 @@ def _best_lrs(found, cell):
     return rows
 
 # %% ../../nbs/studies/51_distillation.ipynb #3fc69002
+def check_lists(**lists):
+    "Raise `ValueError` if a list is empty, or a string, or holds something twice."
+    for name, given in lists.items():
+        if isinstance(given, str): raise ValueError(f'{name} must be a list, such as [{given!r}], not {given!r}')
+        given = list(given)
+        if not given: raise ValueError(f'{name} is empty: it needs at least one entry')
+        for i, entry in enumerate(given):
+            if entry in given[:i]: raise ValueError(f'{name} holds {entry!r} twice')
+
+def check_seeds(seeds):
+    "Raise `ValueError` unless `seeds` can be those of reported students."
+    check_lists(seeds=seeds)
+    wrong = [s for s in seeds if not isinstance(s, Integral) or s == SEARCH_SEED]
+    if wrong: raise ValueError(f'seeds must be whole numbers, and not {SEARCH_SEED}, which the search uses: not {wrong[0]!r}')
+
 def tuned(
     run,            # a function of a cell, lr, seed, epochs, parts (and anything of `common`): a list of one dict with the accuracy on each of parts
     cells:list,     # dicts: what distinguishes the rows of the table
@@ -405,7 +440,11 @@ def tuned(
     common:dict,    # what else determines the results
     folder=None, label:str='distil', progress:bool=None # see `runs.sweep`
 )->pd.DataFrame:    # a row for each cell and seed, with its learning rate and whether that lies at an edge of the search
-    "Choose a learning rate for each cell on validation images, then train all seeds with it."
+    "Choose a learning rate for each cell on validation images, then train all seeds with it. Raises `ValueError` if there is no cell or seed, or one twice."
+    check_lists(cells=cells)
+    check_seeds(seeds)
+    if folder is not None: make_folder(folder)
+    seeds = list(map(int, seeds))
     lrs, names = sorted(map(float, lrs)), list(cells[0])
     search = [cell | common | dict(lr=lr, seed=SEARCH_SEED, epochs=search_epochs, parts=['validation']) for cell in cells for lr in lrs]
     best = _best_lrs(sweep(run, search, folder, f'{label}-search', progress), names) if len(lrs) > 1 else [cell | dict(lr=lrs[0], at_edge=False) for cell in cells]
@@ -416,6 +455,19 @@ def tuned(
     return table[[*names, *[c for c in table if c not in names + last], *last]]
 
 # %% ../../nbs/studies/51_distillation.ipynb #f9b37ed6
+def _check_students(splits, students, budgets, seeds, lrs, epochs, search_epochs, batch_size, precision, device):
+    "Width by name and budget; raises `ValueError` unless all of these can be built and trained."
+    for n in (epochs, search_epochs): check_settings(lrs, n, batch_size, precision, device)
+    check_lists(students=students, budgets=budgets)
+    check_seeds(seeds)
+    return {(name, int(b)): student_width(*find_student(name), int(b), splits.train.shape, len(splits.train.classes)) for name in students for b in budgets}
+
+def _check_transfer(splits, transfer, target):
+    "Raise `ValueError` unless the transfer set goes with the splits and has such targets."
+    _targets(transfer, target)
+    ours, theirs = ((d.shape, len(d.classes)) for d in (splits.train, transfer.images))
+    if ours != theirs: raise ValueError(f'the transfer set has images of shape {theirs[0]} and {theirs[1]} classes, the splits have {ours[0]} and {ours[1]}')
+
 def _common(splits, transfer, batch_size, precision):
     "What determines the results beside the cell."
     return dict(transfer=transfer.digest, validation_set=splits.validation.fingerprint, test_set=splits.test.fingerprint, batch_size=batch_size, precision=precision)
@@ -432,11 +484,10 @@ def distillation_grid(
     folder=None, progress:bool=None # see `runs.sweep`
 )->pd.DataFrame:              # student, budget, target, convs, hidden, width, weights, seed, lr, at_edge, validation, accuracy (on test images)
     "Students of all kinds, budgets and targets. Raises `ValueError` before any work if one of them cannot be built or trained."
-    check_settings(lrs, min(epochs, search_epochs), batch_size, precision, splits.test.x.device)
+    width = _check_students(splits, students, budgets, seeds, lrs, epochs, search_epochs, batch_size, precision, splits.test.x.device)
+    check_lists(targets=targets)
+    for target in targets: _check_transfer(splits, transfer, target)
     shape, classes = splits.train.shape, len(splits.train.classes)
-    for target in targets: _targets(transfer, target)
-    if not students or not budgets or not len(seeds) or not targets: raise ValueError('a grid needs at least one student, budget, seed and target')
-    width = {(name, budget): student_width(*find_student(name), budget, shape, classes) for name in students for budget in budgets}
     build = student
     def run(student, budget, target, lr, seed, epochs, parts, batch_size, precision, **_):
         model = build(*find_student(student), budget, shape, classes, seed)
@@ -446,7 +497,7 @@ def distillation_grid(
         convs, hidden = find_student(student)
         return [dict(convs=convs, hidden=hidden, width=width[student, budget], weights=count_weights(model)) | _score(train, splits, parts)]
     cells = [dict(student=name, budget=int(budget), target=target) for target in targets for budget in budgets for name in students]
-    return tuned(run, cells, lrs, list(seeds), search_epochs, epochs, _common(splits, transfer, batch_size, precision), folder, 'distil', progress)
+    return tuned(run, cells, lrs, seeds, search_epochs, epochs, _common(splits, transfer, batch_size, precision), folder, 'distil', progress)
 
 # %% ../../nbs/studies/51_distillation.ipynb #5f11bc9f
 NETWORKS = ('conv', 'efcn', 'elcn', 'fcn', 'lcn', 'mlp')
@@ -466,15 +517,19 @@ def starting_network(
 
 # %% ../../nbs/studies/51_distillation.ipynb #4adb3c22
 def _embedded_run(splits, transfer, how, conv_lr):
-    "What `tuned` shall run: teach `network`, made of a convolutional student that was taught for `relax` epochs at `conv_lr`."
+    "What `tuned` shall run: teach `network`, made of a convolutional student that was taught for `relax` epochs at `conv_lr`; accuracies are missing if that one diverged."
     shape, classes = splits.train.shape, len(splits.train.classes)
     @cache
     def conv(name, budget, relax, seed):
         model = student(*find_student(name), budget, shape, classes, seed)
-        if relax: distil(model, transfer, relax, conv_lr, *how)
-        return model
+        try:
+            if relax: distil(model, transfer, relax, conv_lr, *how)
+        except Diverged: return model, False
+        return model, True
     def run(network, relax, lr, seed, epochs, parts, name, budget, **_):
-        model = starting_network(network, conv(name, budget, relax, seed), shape, classes, seed).to(splits.test.x.device)
+        taught, fine = conv(name, budget, relax, seed)
+        model = starting_network(network, taught, shape, classes, seed).to(splits.test.x.device)
+        if not fine: return [dict(weights=count_weights(model), start=math.nan) | dict.fromkeys(parts, math.nan)]
         start = evaluate(model, splits.test, 500)['accuracy'] if 'test' in parts else math.nan
         def train():
             distil(model, transfer, epochs, lr, *how)
@@ -483,6 +538,20 @@ def _embedded_run(splits, transfer, how, conv_lr):
     return run
 
 # %% ../../nbs/studies/51_distillation.ipynb #21e90824
+def _check_embedded(splits, seeds, lrs, epochs, search_epochs, batch_size, precision, device, name='conv2', budget=3_160, relax_times=None, networks=NETWORKS, folder=None, progress=None):
+    "Relax times, 0 among them; raises `ValueError` for settings that `embedded_students` can do nothing with."
+    convs, hidden = find_student(name)
+    if not convs: raise ValueError(f'{name} has no convolution to embed; choose one of {", ".join(k for k in STUDENTS if STUDENTS[k][0])}')
+    _check_students(splits, [name], [budget], seeds, lrs, epochs, search_epochs, batch_size, precision, device)
+    times = [epochs] if relax_times is None else [relax_times] if isinstance(relax_times, Real) else list(relax_times)
+    if not all(isinstance(t, Integral) and t >= 0 for t in times): raise ValueError(f'relax times are whole numbers of epochs from 0 on, not {times}')
+    shape, classes = splits.train.shape, len(splits.train.classes)
+    starting_network('mlp', student(convs, hidden, budget, shape, classes), shape, classes)
+    check_lists(networks=networks)
+    unknown = [n for n in networks if n not in NETWORKS]
+    if unknown: raise ValueError(f'unknown networks {", ".join(map(str, unknown))}; known are {", ".join(NETWORKS)}')
+    return sorted({0, *map(int, times)})
+
 def embedded_students(
     splits:Splits,
     transfer:TransferSet,     # taught
@@ -494,20 +563,14 @@ def embedded_students(
     folder=None, progress:bool=None
 )->pd.DataFrame:              # network, relax, weights, start (accuracy when its own epochs began), seed, lr, at_edge, validation, accuracy (on test images)
     "Teach a convolutional student and its embeddings. Raises `ValueError` before any work if something does not fit."
-    convs, hidden = find_student(name)
-    times = sorted({0, *([epochs] if relax_times is None else relax_times)})
-    check_settings(lrs, min(epochs, search_epochs), batch_size, precision, splits.test.x.device)
-    _targets(transfer, 'teacher')
-    if not convs: raise ValueError(f'{name} has no convolution to embed; choose one of {", ".join(k for k in STUDENTS if STUDENTS[k][0])}')
-    if times[0] < 0 or not all(isinstance(t, int) for t in times): raise ValueError(f'relax times are whole numbers of epochs from 0 on, not {times}')
-    shape, classes = splits.train.shape, len(splits.train.classes)
-    starting_network('mlp', student(convs, hidden, budget, shape, classes), shape, classes)
-    if set(networks) - set(NETWORKS): raise ValueError(f'unknown networks {", ".join(set(networks) - set(NETWORKS))}; known are {", ".join(NETWORKS)}')
+    times = _check_embedded(splits, seeds, lrs, epochs, search_epochs, batch_size, precision, splits.test.x.device, name, budget, relax_times, networks)
+    _check_transfer(splits, transfer, 'teacher')
     how, common = (batch_size, 'teacher', precision), _common(splits, transfer, batch_size, precision) | dict(name=name, budget=int(budget))
-    rest = lrs, list(seeds), search_epochs, epochs
+    rest = lrs, seeds, search_epochs, epochs
     first = tuned(_embedded_run(splits, transfer, how, None), [dict(network='conv', relax=0)], *rest, common, folder, 'distil-embedded', progress)
     lr = float(first.lr.iloc[0])
     cells = [dict(network=n, relax=t) for n in networks for t in times if (t or n != 'conv') and (not t or n in ('conv', 'efcn', 'elcn'))]
+    if not cells: return first
     later = tuned(_embedded_run(splits, transfer, how, lr), cells, *rest, common | dict(conv_lr=lr), folder, 'distil-embedded', progress)
     return pd.concat([first, later], ignore_index=True)
 
@@ -515,15 +578,18 @@ def embedded_students(
 def start_or_architecture(
     table:pd.DataFrame # as `embedded_students` returns it
 )->pd.DataFrame:       # space, relax, part, gap (mean over seeds), spread, n, share of the whole gap
-    "The gap between a convolutional student and its matrices freshly drawn, in parts."
+    "The gap between a convolutional student and its matrices freshly drawn, in parts, over the seeds that have all three; a relax time without `conv` is left out."
     A, rows = table.pivot(index='seed', columns=['network', 'relax'], values='accuracy'), []
+    columns = ['space', 'relax', 'part', 'gap', 'spread', 'n', 'share']
     for fresh, embedded in [('fcn', 'efcn'), ('lcn', 'elcn')]:
         if (fresh, 0) not in A: continue
-        for t in sorted(relax for network, relax in A if network == embedded):
-            whole = A['conv', t] - A[fresh, 0]
-            for part, d in dict(whole=whole, start=A[embedded, t] - A[fresh, 0], constraint=A['conv', t] - A[embedded, t]).items():
+        for t in sorted(relax for network, relax in A if network == embedded and ('conv', relax) in A):
+            three = ('conv', t), (embedded, t), (fresh, 0)
+            C, E, R = (A[list(three)].dropna()[k] for k in three)
+            whole = C - R
+            for part, d in dict(whole=whole, start=E - R, constraint=C - E).items():
                 rows.append(dict(space=fresh, relax=t, part=part, gap=d.mean(), spread=d.std(), n=d.count(), share=d.mean()/whole.mean() if whole.mean() else math.nan))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/studies/51_distillation.ipynb #9ab5d3cf
 MLPS, CONVS = [k for k in STUDENTS if k[:3] == 'mlp'], [k for k in STUDENTS if k[:4] == 'conv']
@@ -550,12 +616,12 @@ def gaps(
             if better is None or worse is None: continue
             d = accuracy[budget, better] - accuracy[budget, worse]
             rows += [dict(gap=name, budget=budget, better=better, worse=worse, seed=seed, difference=value) for seed, value in d.items()]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=['gap', 'budget', 'better', 'worse', 'seed', 'difference'])
 
 # %% ../../nbs/studies/51_distillation.ipynb #13d5c35e
 def _at_every_budget(claim, name, found):
     "The line of a claim that gap `name` is positive at every budget."
-    part = found[found.gap == name] if len(found) else found
+    part = found[found.gap == name]
     if not len(part): return not_judged(claim, 'needs students of both kinds')
     by_budget = part.pivot(index='seed', columns='budget', values='difference')
     budget, mean, spread, half, verdict = judge(by_budget, every=True)
@@ -569,8 +635,9 @@ def _small_beats_large(claim, table, small, large):
     if not least or not most or min(least.values()) >= max(most.values()): return not_judged(claim, 'needs students of both kinds and several budgets')
     b = min(least.values())
     name = _chosen([k for k in least if least[k] == b], b, validation)
-    other, mean, spread, half, verdict = judge(pd.DataFrame({k: accuracy[b, name] - accuracy[most[k], k] for k in most if most[k] > b}), every=True)
-    return claim_row(claim, f'{100*mean:+.1f} points, {name} of {b:,} over {other} of {most[other]:,} weights', spread, half, accuracy[b, name].count(), verdict)
+    d = pd.DataFrame({k: accuracy[b, name] - accuracy[most[k], k] for k in most if most[k] > b})
+    other, mean, spread, half, verdict = judge(d, every=True)
+    return claim_row(claim, f'{100*mean:+.1f} points, {name} of {b:,} over {other} of {most[other]:,} weights', spread, half, d[other].count(), verdict)
 
 # %% ../../nbs/studies/51_distillation.ipynb #2cb76b49
 def _teaching_helps(claim, table, every):
@@ -578,7 +645,8 @@ def _teaching_helps(claim, table, every):
     t, l = (_accuracies(table[table.target == target], target)[0] for target in ('teacher', 'labels'))
     if not len(t.columns.intersection(l.columns)): return not_judged(claim, "needs targets 'teacher' and 'labels'")
     d = (t - l)[t.columns.intersection(l.columns)]
-    if not every: return judged(claim, d.mean(axis=1), f'{100*d.mean(axis=1).mean():+.1f} points, mean of {len(d.columns)} students')
+    average = d.mean(axis=1, skipna=False) # seeds are compared over the same students
+    if not every: return judged(claim, average, f'{100*average.mean():+.1f} points, mean of {len(d.columns)} students')
     at, mean, spread, half, verdict = judge(d, every=True)
     return claim_row(claim, f'{100*mean:+.1f} points for {at[1]} of {at[0]:,} weights, the least of {len(d.columns)}', spread, half, d[at].count(), verdict)
 
@@ -605,20 +673,24 @@ def distillation_study(
     students=tuple(STUDENTS), budgets=(3_160, 10_000, 31_600), # see `distillation_grid`
     larger_mlps=(),             # further budgets, for the MLPs alone
     label_budgets=(10_000,),    # budgets at which all students are trained on labels, too
-    embedded=None,              # settings of `embedded_students`: dict; False to leave it out
+    embedded=None,              # settings of `embedded_students`, which go before those below: dict; False to leave it out
     seeds=(0, 1, 2), lrs=(1e-3, 3e-3, 1e-2), epochs:int=30, search_epochs:int=10, batch_size:int=100, precision:str='fp32', device='cpu', progress:bool=None
 )->dict:                        # tables by name: teachers, grid, gaps, claims, embedded, parts
-    "Teachers, grid, embedded students and claims; the tables are written to `out` as csv files. Raises what its parts raise."
+    "Teachers, grid, embedded students and claims; the tables are written to `out` as csv files. Raises what its parts raise, and `ValueError` for impossible settings before any work."
     shared = dict(seeds=seeds, lrs=lrs, epochs=epochs, search_epochs=search_epochs, batch_size=batch_size, precision=precision, folder=out, progress=progress)
-    splits = split_validation(data)
-    shape, classes = splits.train.shape, len(splits.train.classes)
+    splits, device, asked = split_validation(data), find_device(device), shared | (embedded or {})
     plan = [(students, budgets, 'teacher'), ([name for name in students if name in MLPS], larger_mlps, 'teacher'), (students, label_budgets, 'labels')]
-    for name in students: student_width(*find_student(name), min([*budgets, *label_budgets]), shape, classes)
+    check_lists(students=students, budgets=budgets)
+    check_lists(**{'budgets and larger_mlps': [*budgets, *larger_mlps]})
+    for names, b, _ in plan:
+        if len(names) and len(b): _check_students(splits, names, b, seeds, lrs, epochs, search_epochs, batch_size, precision, device)
+    if embedded is not False: _check_embedded(splits, device=device, **asked)
+    make_folder(out)
     bare, splits = transfer_set(splits.train, **(transfer or {})).to(device), splits.to(device)
     taught, teachers = teach(splits, bare, **(dict(batch_size=batch_size, precision=precision, folder=out) | (teacher or {})))
     grid = pd.concat([distillation_grid(splits, taught, names, b, targets=[target], **shared) for names, b, target in plan if len(names) and len(b)], ignore_index=True)
     tables = dict(teachers=teachers, grid=grid, gaps=gaps(grid), claims=distillation_claims(grid))
-    if embedded is not False: tables['embedded'] = embedded_students(splits, taught, **((embedded or {}) | shared))
+    if embedded is not False: tables['embedded'] = embedded_students(splits, taught, **asked)
     if embedded is not False: tables['parts'] = start_or_architecture(tables['embedded'])
     for name, table in tables.items(): publish(Path(out)/f'{name}.csv', lambda path: table.to_csv(path, index=False))
     return tables
