@@ -313,15 +313,15 @@ def _made(compute, config):
     return pd.DataFrame(found)
 
 def _cell(compute, config, folder, label):
-    "The table that `compute` makes of `config`, from `folder` if it is there."
-    if folder is None: return _read_table(_made(compute, config).to_csv(index=False)) # as it would come from a folder
+    "The table that `compute` makes of `config`, from `folder` if it is there; and where it was computed."
+    if folder is None: return _read_table(_made(compute, config).to_csv(index=False)), [environment()] # as it would come from a folder
     run = Run(folder, _defaults(compute) | config, label)
     if not run.finished:
         with run.hold(wait=True):
-            if run.finished: return run.table    # another process was faster
-            run.begin()
-            run.finish(_made(compute, config))
-    return run.table
+            if not run.finished: # no other process was faster
+                run.begin()
+                run.finish(_made(compute, config))
+    return run.table, run.environments
 
 def sweep(
     compute,            # a function that makes a table, or a list of dicts, of keyword arguments
@@ -329,12 +329,15 @@ def sweep(
     folder=None,        # where tables are kept; None not to keep any
     label:str='run',    # readable start of their directories' names; one for each kind of `compute`
     progress:bool=None  # show a bar; None where somebody watches
-)->pd.DataFrame:        # the tables below each other, with arguments that are no list as columns
+)->pd.DataFrame:        # the tables below each other, with arguments that are no list as columns; attrs['environments'] says where they were computed, a text for each place
     "All tables of a study. Those in `folder` are read: a table is known by its arguments, defaults included; delete it if `compute` has changed otherwise. Raises `ValueError`, before anything is computed, for arguments that do not fit."
-    rows, configs, live = [], list(configs), is_watched() if progress is None else progress
+    rows, places, configs, live = [], {}, list(configs), is_watched() if progress is None else progress
     _check_configs(compute, configs, folder is not None)
     for config in tqdm(configs, desc=label, disable=not live, leave=False):
-        table = _cell(compute, config, folder, label)
+        table, environments = _cell(compute, config, folder, label)
+        places |= dict.fromkeys(', '.join(f'{k} {v}' for k, v in e.items()) for e in environments)
         given = {k: v for k, v in config.items() if k not in table and pd.api.types.is_scalar(v)}
         rows += table.assign(**given).to_dict('records')
-    return pd.DataFrame(rows)
+    found = pd.DataFrame(rows)
+    found.attrs['environments'] = [*places]
+    return found

@@ -94,14 +94,15 @@ def train_steps(
 )->torch.Tensor:             # the loss at each step
     "A step on each of `batches`. Raises `Diverged` with the step at which the loss ceased to be finite."
     losses = []
-    for x, y in batches:
-        with products(precision, x.device): outputs = model(x)
-        value = loss(outputs if outputs.dtype == torch.float64 else outputs.float(), y)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        losses.append(value.detach())
-        if after_step: after_step()
+    with _switched(precision, next(model.parameters()).device):
+        for x, y in batches:
+            with products(precision, x.device): outputs = model(x)
+            value = loss(outputs if outputs.dtype == torch.float64 else outputs.float(), y)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            losses.append(value.detach())
+            if after_step: after_step()
     losses = torch.stack(losses).cpu() if losses else torch.zeros(0)
     if not losses.isfinite().all(): raise Diverged(int((~losses.isfinite()).nonzero()[0]) + 1)
     return losses

@@ -601,8 +601,8 @@ def _accuracies(table, target='teacher'):
     return t.pivot(index='seed', columns=['budget', 'student'], values='accuracy'), t.groupby(['budget', 'student']).validation.mean()
 
 def _chosen(names, budget, validation):
-    "Which of the students `names` is best on validation images at `budget`; None if there is none."
-    found = validation[budget].reindex(names).dropna()
+    "Which of the students `names` is best on validation images at `budget`, of equals the first; None if there is none."
+    found = validation[budget].reindex(names).dropna().round(12) # without the last bits of a mean
     return found.idxmax() if len(found) else None
 
 def gaps(
