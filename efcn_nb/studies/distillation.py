@@ -291,7 +291,7 @@ def distil(
     try:
         with products('fp32' if precision == 'bf16' else precision, transfer.images.x.device): # what a GPU does backwards, too
             return train_steps(model, optimizer, batches, loss, precision, schedule.step)
-    except Diverged as e: raise Diverged(f'the loss was not finite at step {e} of {steps}; try a smaller learning rate than {lr}') from None
+    except Diverged as e: raise Diverged(f'the loss was not finite at step {e.args[0]} of {steps}; try a smaller learning rate than {lr}') from None
 
 # %% ../../nbs/studies/51_distillation.ipynb #3ff43093
 def make_teacher(
