@@ -204,7 +204,7 @@ class Checkpoint(NamedTuple):
 
 def _read_table(text):
     "The table that `DataFrame.to_csv` wrote, with every digit."
-    return pd.read_csv(StringIO(text), engine='python', keep_default_na=False, na_values=['']) if text.strip() else pd.DataFrame()
+    return pd.read_csv(StringIO(text), engine='python', keep_default_na=False, na_values=[''], skip_blank_lines=False) if text.strip() else pd.DataFrame()
 
 def _read_checkpoint(path):
     "The checkpoint in the file, and the name of the run that it belongs to."

@@ -83,6 +83,13 @@ def test_tables_keep_every_digit(tmp_path_factory, values):
     assert run.load()[2].value.tolist() == values == run.table.value.tolist()
 
 
+@pytest.mark.parametrize("values", [[float("nan")], [1., float("nan"), 2.]])
+def test_rows_without_a_value_stay(run, values):
+    found = pd.DataFrame(dict(value=values))  # one column: its missing values are written as empty lines
+    run.finish(found)
+    assert run.table.equals(found) and sweep(lambda: found, [{}]).equals(found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_weights_come_back_bit_for_bit(run, dtype):
     model = net().to(dtype)
