@@ -138,7 +138,8 @@ def test_dask(serial, tmp_path, monkeypatch, dies):
 @pytest.fixture
 def command(tmp_path):
     "Starts `efcn_relax` in a process of its own."
-    (tmp_path/"command.py").write_text("from efcn_nb.cli import efcn_relax\nif __name__ == '__main__': efcn_relax()\n")
+    (tmp_path/"command.py").write_text("import signal\nfrom efcn_nb.cli import efcn_relax\nif __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)  # as on a terminal, also where tests run in the background\n    efcn_relax()\n")
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(Path(tiny.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
     started = []
     def start(*argv):
