@@ -2,6 +2,7 @@
 import os
 
 import pytest
+import torch
 
 try: import keep  # refuses fastcore 2 with a sentence that says what to do
 except SystemExit as error: raise pytest.UsageError(str(error)) from None
@@ -23,3 +24,12 @@ def pytest_collection_modifyitems(items):
 def project(tmp_path_factory):
     "A copy of the project in which tests may write."
     return keep.working_copy(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    "For networks that are too small to be worth sharing out."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

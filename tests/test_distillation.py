@@ -25,13 +25,7 @@ from efcn_nb.training import Diverged, evaluate
 FAST = dict(lrs=[1e-2], epochs=2, search_epochs=1, seeds=[0, 1])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Networks of this size are not worth sharing out."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def noise(n, shape=(1, 8, 8), classes=3, seed=0):

@@ -15,13 +15,7 @@ from efcn_nb.infinite_width import (KINDS, Architecture, estimate_kernel, finite
                                     permute_pixels, relu_covariance)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Networks of this size are not worth sharing out."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def images(n, shape=(2, 6, 5), seed=0): return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -19,13 +19,7 @@ from efcn_nb.training import Diverged, evaluate
 SHAPE = (1, 16, 16)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Networks of this size are not worth sharing out."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Doubles(Dataset):

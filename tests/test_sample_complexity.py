@@ -13,13 +13,7 @@ from efcn_nb.studies.separation import (NORM_NETWORKS, TURNS, growth_exponents, 
                                                sample_complexity_claims, samples_needed)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Networks of this size are not worth sharing out."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # The task

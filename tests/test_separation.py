@@ -22,13 +22,7 @@ from efcn_nb.studies.separation import (BITS, DIGIT_KINDS, KINDS, KPattern, Reor
 from efcn_nb.training import Diverged
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Networks of this size are not worth sharing out."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def signs(count, n, seed=0): return torch.randint(0, 2, (count, 1, n), generator=torch.Generator().manual_seed(seed)).float()*2 - 1
