@@ -10,6 +10,7 @@ ALLOWED = {
     "layers": {"geometry"},
     "fused": {"layers"},
     "sharding": {"layers"},
+    "parametrizations": set(),
     "embedding": {"geometry", "layers"},
     "data": set(),
     "models": set(),
