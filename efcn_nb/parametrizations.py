@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NULLS', 'FORMATS', 'SHUFFLES', 'check_density', 'check_mask', 'random_mask', 'erdos_renyi_density', 'magnitude_mask',
            'prune_mask', 'shuffle_mask', 'Masked', 'masks_of', 'hold_to_masks', 'release_masks', 'largest_rank',
-           'core_shapes', 'count_cores', 'compose', 'fit_rank', 'decompose', 'entry_order', 'LowRank', 'hold_to_rank']
+           'core_shapes', 'count_cores', 'compose', 'fit_rank', 'decompose', 'entry_order', 'LowRank', 'hold_to_rank',
+           'release_rank']
 
-# %% ../nbs/05_parametrizations.ipynb #31e288d9
+# %% ../nbs/05_parametrizations.ipynb #70dc1ae7
 import math
 from numbers import Integral, Real
 
@@ -17,7 +18,7 @@ from tensorly.decomposition import parafac, tensor_ring_als, tensor_train, tucke
 from torch import nn
 from torch.nn.utils import parametrize
 
-# %% ../nbs/05_parametrizations.ipynb #6fb5a888
+# %% ../nbs/05_parametrizations.ipynb #f4728a19
 def check_density(
     density:float,
     name:str='density' # how a message calls it
@@ -35,7 +36,7 @@ def check_mask(
     if mask.dtype != torch.bool or tuple(mask.shape) != tuple(shape): raise ValueError(f'{said}, not {str(mask.dtype).removeprefix("torch.")} of {tuple(mask.shape)}')
     if not mask.any(): raise ValueError('the mask leaves no weight: at least one entry must be true')
 
-# %% ../nbs/05_parametrizations.ipynb #e73a6ead
+# %% ../nbs/05_parametrizations.ipynb #941ae6f8
 def random_mask(
     shape:tuple,    # of the weight
     density:float,  # share of entries that are true; their number is rounded
@@ -50,7 +51,7 @@ def random_mask(
     mask[torch.randperm(size, generator=generator)[:count]] = True
     return mask.view(shape)
 
-# %% ../nbs/05_parametrizations.ipynb #f23eaf04
+# %% ../nbs/05_parametrizations.ipynb #370bc991
 def erdos_renyi_density(
     shape:tuple,   # (output units, input units)
     epsilon:float  # connections for each unit of both layers
@@ -59,7 +60,7 @@ def erdos_renyi_density(
     if not isinstance(epsilon, Real) or not 0 < epsilon < math.inf: raise ValueError(f'epsilon must be a positive number, not {epsilon!r}')
     return min(1., epsilon*sum(shape)/math.prod(shape))
 
-# %% ../nbs/05_parametrizations.ipynb #bddad527
+# %% ../nbs/05_parametrizations.ipynb #f9def5a9
 def _largest(score, count):
     "Mask of the `count` largest entries of `score`, of equals the first in memory."
     mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
@@ -76,7 +77,7 @@ def magnitude_mask(
     if not weight.isfinite().all(): raise ValueError('weights must be finite to be compared by magnitude')
     return _largest(weight.abs(), count)
 
-# %% ../nbs/05_parametrizations.ipynb #33a80c8e
+# %% ../nbs/05_parametrizations.ipynb #d7be9e10
 @torch.no_grad()
 def prune_mask(
     weight:torch.Tensor, # of any shape
@@ -92,7 +93,7 @@ def prune_mask(
     if not stay: raise ValueError(f'pruning {fraction} of {left} weights leaves none: choose a smaller fraction')
     return _largest(weight.abs().masked_fill(~mask, -1), stay)
 
-# %% ../nbs/05_parametrizations.ipynb #36f93d46
+# %% ../nbs/05_parametrizations.ipynb #2944eb42
 NULLS = ('density', 'inputs', 'units', 'both')
 
 def _permuted_rows(mask, generator):
@@ -125,7 +126,7 @@ def shuffle_mask(
     if keep == 'inputs': return _permuted_rows(mask.T, generator).T.contiguous()
     return _permuted_rows(mask, generator) if keep == 'units' else _traded(mask, generator, rounds)
 
-# %% ../nbs/05_parametrizations.ipynb #272b0fb6
+# %% ../nbs/05_parametrizations.ipynb #6dd526ce
 class Masked(nn.Module):
     "Parametrization that leaves of a weight what lies on `mask`."
     def __init__(self,
@@ -142,7 +143,7 @@ def _held(layer):
     found = layer.parametrizations.weight[0] if parametrize.is_parametrized(layer, 'weight') else None
     return found if isinstance(found, Masked) else None
 
-# %% ../nbs/05_parametrizations.ipynb #7852f103
+# %% ../nbs/05_parametrizations.ipynb #dc014a3f
 def masks_of(
     model:nn.Module
 )->dict: # name of a layer: bool tensor of the shape of its weight
@@ -167,14 +168,20 @@ def hold_to_masks(
             held.mask.copy_(mask)
             layer.parametrizations.weight.original.masked_fill_(~held.mask, 0)
 
-# %% ../nbs/05_parametrizations.ipynb #887aea34
+# %% ../nbs/05_parametrizations.ipynb #57b16b14
+def _make_plain(layer):
+    "Make the weight of a parametrized layer a plain parameter."
+    shared = type(layer)
+    layer.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+    parametrize.remove_parametrizations(layer, 'weight')
+
 def release_masks(
     model:nn.Module # changed in place
 ):
     "Make the weights of all held layers plain parameters again, zero outside their masks."
-    for layer in [m for m in model.modules() if not isinstance(m, parametrize.ParametrizationList) and _held(m)]: parametrize.remove_parametrizations(layer, 'weight')
+    for layer in [m for m in model.modules() if not isinstance(m, parametrize.ParametrizationList) and _held(m)]: _make_plain(layer)
 
-# %% ../nbs/05_parametrizations.ipynb #7802c0bc
+# %% ../nbs/05_parametrizations.ipynb #b6144072
 FORMATS = ('cp', 'tucker', 'tt', 'tr')
 
 def _bonds(shape):
@@ -188,7 +195,7 @@ def largest_rank(
     "The rank from which on every tensor of `shape` can be composed. Raises `ValueError` for an unknown format, or fewer axes."
     if format not in FORMATS: raise ValueError(f'unknown tensor format {format!r}; known are {", ".join(FORMATS)}')
     if len(shape) < 2 or min(shape) < 1: raise ValueError(f'a tensor to compose has two axes or more, none of them empty, not the shape {tuple(shape)}')
-    return math.prod(shape)//max(shape) if format == 'cp' else max(shape) if format == 'tucker' else max(_bonds(shape))
+    return math.prod(shape)//max(shape) if format == 'cp' else max(min(n, math.prod(shape)//n) for n in shape) if format == 'tucker' else max(_bonds(shape))
 
 def core_shapes(
     format:str,  # one of `FORMATS`
@@ -199,7 +206,9 @@ def core_shapes(
     most = largest_rank(format, shape)
     if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= rank <= most: raise ValueError(f'the rank of a {format} of shape {tuple(shape)} must be a whole number from 1 to {most}, not {rank!r}')
     if format == 'cp': return [(n, rank) for n in shape]
-    if format == 'tucker': return [tuple(min(n, rank) for n in shape), *((n, min(n, rank)) for n in shape)]
+    if format == 'tucker':
+        ranks = [min(rank, n, math.prod(shape)//n) for n in shape]
+        return [tuple(ranks), *zip(shape, ranks)]
     bonds = [1, *(min(b, rank) for b in _bonds(shape)), 1] if format == 'tt' else [rank]*(len(shape) + 1)
     return [(bonds[k], n, bonds[k+1]) for k, n in enumerate(shape)]
 
@@ -209,7 +218,7 @@ def count_cores(
     "How many numbers the cores hold."
     return sum(map(math.prod, core_shapes(format, shape, rank)))
 
-# %% ../nbs/05_parametrizations.ipynb #356892ac
+# %% ../nbs/05_parametrizations.ipynb #3d36cedf
 def compose(
     format:str, # one of `FORMATS`
     cores:list  # tensors, of shapes as `core_shapes` gives
@@ -227,7 +236,7 @@ def compose(
     for c in rest[:-1]: first = torch.tensordot(first, c, 1).flatten(1, 2)
     return torch.einsum('anb,bma->nm', first, rest[-1]).reshape(sizes)
 
-# %% ../nbs/05_parametrizations.ipynb #28b20091
+# %% ../nbs/05_parametrizations.ipynb #819a5519
 def fit_rank(
     format:str, shape:tuple, # see `core_shapes`
     ratio:float              # entries of the tensor for each number in the cores
@@ -242,7 +251,7 @@ def fit_rank(
         low, high = (middle, high) if count_cores(format, shape, middle)*ratio <= size else (low, middle - 1)
     return low
 
-# %% ../nbs/05_parametrizations.ipynb #f740614f
+# %% ../nbs/05_parametrizations.ipynb #743636bc
 def decompose(
     format:str,
     tensor:torch.Tensor, # any number of axes from 2 on
@@ -263,7 +272,7 @@ def decompose(
         else: cores = tensor_ring_als(x, [rank]*(x.ndim + 1), n_iter_max=steps, random_state=seed).factors
     return [torch.as_tensor(c.copy()).to(tensor) for c in cores]
 
-# %% ../nbs/05_parametrizations.ipynb #9622bcde
+# %% ../nbs/05_parametrizations.ipynb #d6b287e8
 SHUFFLES = ('none', 'window', 'channels', 'everything')
 
 def entry_order(
@@ -279,7 +288,7 @@ def entry_order(
     if shuffle == 'channels': return places[torch.randperm(len(places), generator=generator)].flatten()
     return places.gather(1, torch.rand(places.shape, generator=generator).argsort(1)).flatten()
 
-# %% ../nbs/05_parametrizations.ipynb #53fc9e91
+# %% ../nbs/05_parametrizations.ipynb #76daa767
 class _Reorder(torch.autograd.Function):
     "`x[order]` for a permutation, with its inverse at hand."
     @staticmethod
@@ -315,7 +324,7 @@ class LowRank(nn.Module):
 
     def extra_repr(self): return f'{self.format} of rank {self.rank}, {self.shape}' + ', shuffled'*self.shuffled
 
-# %% ../nbs/05_parametrizations.ipynb #e3c03db5
+# %% ../nbs/05_parametrizations.ipynb #e90188d1
 @torch.no_grad()
 def hold_to_rank(
     conv:nn.Module,      # a convolution, changed in place
@@ -337,3 +346,12 @@ def hold_to_rank(
         scale = (kernel.norm()/compose(format, cores).norm())**(1/len(cores))
         cores = [nn.Parameter(c*scale) for c in cores]
     parametrize.register_parametrization(conv, 'weight', LowRank(format, kernel.shape, rank, order.to(kernel.device), cores))
+
+# %% ../nbs/05_parametrizations.ipynb #4426c697
+def release_rank(
+    conv:nn.Module # changed in place
+):
+    "Make the kernel that `hold_to_rank` holds a plain parameter again. Raises `ValueError` if there is none."
+    held = parametrize.is_parametrized(conv, 'weight') and conv.parametrizations.weight[0]
+    if not isinstance(held, LowRank): raise ValueError(f'{type(conv).__name__} has no kernel that is held to a rank')
+    _make_plain(conv)

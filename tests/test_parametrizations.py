@@ -1,0 +1,508 @@
+"Masks, their nulls and held layers; tensor formats, orders and kernels of low rank: against loops, counts, dense algebra and PyTorch's own pruning."
+import copy
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from scipy.stats import chisquare
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import L1Unstructured
+
+from efcn_nb.embedding import embed
+from efcn_nb.fused import FusedSGD
+from efcn_nb.models import count_weights
+from efcn_nb.parametrizations import (FORMATS, NULLS, SHUFFLES, LowRank, Masked, check_density, check_mask, compose, core_shapes, count_cores, decompose, entry_order,
+                                      erdos_renyi_density, fit_rank, hold_to_masks, hold_to_rank, largest_rank, magnitude_mask, masks_of, prune_mask, random_mask,
+                                      release_masks, release_rank, shuffle_mask)
+from efcn_nb.training import train_steps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def draw(seed=0): return torch.Generator().manual_seed(seed)
+
+
+def batches(n, count=3): return [(torch.randn(8, n, generator=draw(i)), torch.arange(8) % 3) for i in range(count)]
+
+
+# Masks
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.floats(.01, 1), st.integers(0, 99))
+def test_random_masks_have_their_density(rows, columns, density, seed):
+    if not round(density*rows*columns): return
+    mask = random_mask((rows, columns), density, draw(seed))
+    assert mask.sum() == round(density*rows*columns) and mask.dtype == torch.bool and mask.shape == (rows, columns)
+    assert torch.equal(mask, random_mask((rows, columns), density, draw(seed)))
+
+
+def test_random_masks_are_uniform():
+    generator = draw()
+    found = [tuple(random_mask((2, 2), .5, generator).flatten().nonzero().flatten().tolist()) for _ in range(1200)]
+    counts = [found.count(pair) for pair in itertools.combinations(range(4), 2)]
+    assert sum(counts) == 1200 and chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("density", [0, -.1, 1.01, 30, float("nan"), "a tenth", None, True])
+def test_densities_outside_are_refused(density):
+    with pytest.raises(ValueError, match="density must be a number above 0 and at most 1, not"): random_mask((3, 3), density, draw())
+
+
+def test_density_that_leaves_nothing():
+    with pytest.raises(ValueError, match="a density of 0.001 leaves none of 9 weights"): random_mask((3, 3), .001, draw())
+
+
+@pytest.mark.parametrize("density", [1, 1., np.float64(.5), 1e-12])
+def test_densities_inside_are_not(density): check_density(density)
+
+
+@pytest.mark.parametrize("mask, said", [
+    (torch.ones(2, 3), "not float32 of"), (torch.ones(3, 2).bool(), r"not bool of \(3, 2\)"), (torch.ones(6).bool(), r"not bool of \(6,\)"),
+    ([[True]*3]*2, "not list"), (torch.zeros(2, 3).bool(), "the mask leaves no weight"), (None, "not NoneType")])
+def test_masks_that_do_not_fit(mask, said):
+    with pytest.raises(ValueError, match=said): check_mask(mask, (2, 3))
+    with pytest.raises(ValueError, match="layer '0': .*" + said): hold_to_masks(nn.Sequential(nn.Linear(3, 2)), {"0": mask})
+
+
+def test_erdos_renyi_density():
+    assert erdos_renyi_density((1000, 784), 13) == pytest.approx(13*1784/784_000)
+    assert erdos_renyi_density((2, 2), 5) == 1
+    for epsilon in (0, -1, math.inf, math.nan, "20"):
+        with pytest.raises(ValueError, match="epsilon must be a positive number"): erdos_renyi_density((2, 2), epsilon)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=20), st.data())
+def test_the_largest_stay(values, data):
+    weight, count = torch.tensor(values).float(), data.draw(st.integers(1, len(values)))
+    order = sorted(range(len(values)), key=lambda i: (-abs(values[i]), i))
+    assert magnitude_mask(weight, count).nonzero().flatten().tolist() == sorted(order[:count])
+
+
+def test_pruning_as_pytorch_prunes():
+    weight, mask = torch.randn(30, 40, generator=draw()), torch.ones(30, 40).bool()
+    reference = torch.ones(30, 40)
+    for _ in range(6):
+        left = int(reference.sum())
+        alive = reference.bool()
+        reference[alive] = L1Unstructured(amount=math.floor(.3*left)).compute_mask(weight[alive], torch.ones(left))
+        mask = prune_mask(weight, mask, .3)
+        assert torch.equal(mask, reference.bool())
+
+
+def test_pruning_does_not_look_outside_the_mask():
+    weight = torch.tensor([9., 1., 8., 2., math.nan])
+    assert prune_mask(weight, torch.tensor([False, True, False, True, False]), .5).tolist() == [False, False, False, True, False]
+
+
+def test_pruning_nothing_and_the_last():
+    weight = torch.randn(3, generator=draw())
+    mask = torch.tensor([True, False, True])
+    assert torch.equal(prune_mask(weight, mask, 0), mask) and torch.equal(prune_mask(weight, mask, .49), mask)
+    assert prune_mask(weight, mask, .5).sum() == 1
+    assert torch.equal(prune_mask(weight, torch.tensor([False, True, False]), .99), torch.tensor([False, True, False]))
+
+
+def test_a_third_of_three_is_one():
+    "0.1 of 30 is 3, though 0.1*30 is 3.0000000000000004 and 0.3*10 is 3 only after rounding."
+    for n, fraction, gone in [(30, .1, 3), (10, .3, 3), (100, .29, 29), (7, .3, 2)]: assert prune_mask(torch.arange(n).float(), torch.ones(n).bool(), fraction).sum() == n - gone
+
+
+@pytest.mark.parametrize("fraction", [1, 1.5, -.1, math.nan, "a third", True])
+def test_fractions_outside_are_refused(fraction):
+    with pytest.raises(ValueError, match="the fraction to prune must be a number from 0 to below 1, not"): prune_mask(torch.ones(4), torch.ones(4).bool(), fraction)
+
+
+def test_a_fraction_that_leaves_nothing():
+    with pytest.raises(ValueError, match="of 4 weights leaves none: choose a smaller fraction"): prune_mask(torch.ones(4), torch.ones(4).bool(), 1 - 1e-12)
+
+
+@pytest.mark.parametrize("call", [lambda w: magnitude_mask(w, 2), lambda w: prune_mask(w, torch.ones(3).bool(), .5)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite(call, bad):
+    with pytest.raises(ValueError, match="weights must be finite"): call(torch.tensor([1., bad, 2.]))
+
+
+@pytest.mark.parametrize("count", [0, 5, -1, 2.5, None])
+def test_counts_outside_are_refused(count):
+    with pytest.raises(ValueError, match="must be a whole number from 1 to 4, not"): magnitude_mask(torch.ones(4), count)
+
+
+# Nulls
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 999), st.floats(0, 1), st.sampled_from(NULLS))
+def test_nulls_keep_what_they_say(rows, columns, seed, density, keep):
+    mask = torch.rand(rows, columns, generator=draw(seed)) < density
+    found = shuffle_mask(mask, keep, draw(seed + 1))
+    assert found.dtype == torch.bool and found.shape == mask.shape and found.sum() == mask.sum()
+    if keep in ("inputs", "both"): assert torch.equal(found.sum(0), mask.sum(0))
+    if keep in ("units", "both"): assert torch.equal(found.sum(1), mask.sum(1))
+
+
+def with_sums(rows, columns):
+    "All bool matrices with these sums."
+    found = []
+    for bits in itertools.product([False, True], repeat=len(rows)*len(columns)):
+        m = torch.tensor(bits).view(len(rows), len(columns))
+        if m.sum(1).tolist() == rows and m.sum(0).tolist() == columns: found.append(m)
+    return found
+
+
+def test_trades_reach_all_matrices_equally_often():
+    every = with_sums([2, 1, 2, 1], [2, 2, 2])
+    generator, seen = draw(), {str(m.tolist()): 0 for m in every}
+    for _ in range(100*len(every)): seen[str(shuffle_mask(every[0], "both", generator, 10).tolist())] += 1
+    assert len(seen) == len(every) == 15 and chisquare([*seen.values()]).pvalue > 1e-3
+
+
+def test_other_nulls_are_uniform_too():
+    mask, generator = torch.tensor([[1, 1, 0], [0, 1, 0]]).bool(), draw()
+    for keep, count in dict(inputs=2*1*1, units=3*3, density=20).items():
+        found = [str(shuffle_mask(mask, keep, generator).tolist()) for _ in range(60*count)]
+        assert len(set(found)) == count and chisquare([found.count(m) for m in set(found)]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("mask", [torch.ones(3).bool(), torch.ones(3, 3), [[True]], torch.ones(1, 2, 3).bool()])
+def test_what_is_no_mask_is_not_shuffled(mask):
+    with pytest.raises(ValueError, match="a mask to shuffle must be a bool tensor"): shuffle_mask(mask, "both", draw())
+
+
+def test_unknown_null():
+    with pytest.raises(ValueError, match="keep must be one of density, inputs, units, both, not 'rows'"): shuffle_mask(torch.ones(2, 2).bool(), "rows", draw())
+
+
+# Held layers
+
+def held_net(density=.3):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 3))
+    hold_to_masks(net, {"0": random_mask((9, 12), density, draw())})
+    return net
+
+
+@pytest.mark.parametrize("optimizer", [lambda p: torch.optim.SGD(p, .1, momentum=.9, weight_decay=.1), lambda p: torch.optim.Adam(p, .1), lambda p: torch.optim.AdamW(p, .1)])
+def test_weights_outside_stay_zero_whatever_the_optimiser(optimizer):
+    net = held_net()
+    start = net[0].weight.detach().clone()
+    train_steps(net, optimizer(net.parameters()), batches(12))
+    mask = masks_of(net)["0"]
+    original = net[0].parametrizations.weight.original
+    assert (net[0].weight[~mask] == 0).all() and (original[~mask] == 0).all() and (net[0].weight != start)[mask].all()
+
+
+@pytest.mark.filterwarnings("ignore:not fused")
+def test_held_layers_and_the_fused_optimiser():
+    "It hands what it does not know to plain SGD."
+    torch.manual_seed(0)
+    cnn = nn.Sequential(nn.Unflatten(1, (1, 4, 3)), nn.Conv2d(1, 2, 3, padding=1), nn.Flatten(), nn.Linear(24, 3))
+    nets = [embed(cnn, (12,)) for _ in range(2)]
+    for net in nets: hold_to_masks(net, {"1": net[1].geometry.mask})
+    fused = FusedSGD(nets[0], .1)
+    train_steps(nets[0], fused, batches(12))
+    fused.close()
+    train_steps(nets[1], torch.optim.SGD(nets[1].parameters(), .1), batches(12))
+    assert torch.allclose(nets[0][1].weight, nets[1][1].weight, atol=1e-6) and not nets[0][1].weight[~nets[0][1].geometry.mask].any()
+
+
+def test_held_to_the_local_entries_an_efcn_is_an_elcn():
+    torch.manual_seed(0)
+    cnn = nn.Sequential(nn.Unflatten(1, (1, 4, 3)), nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
+    efcn, elcn = embed(cnn, (12,)), embed(cnn, (12,), to="lcn")
+    hold_to_masks(efcn, {"1": efcn[1].geometry.mask})
+    for net in efcn, elcn: train_steps(net, torch.optim.SGD(net.parameters(), .1), batches(12, 10))
+    x = torch.randn(5, 12, generator=draw())
+    assert torch.allclose(efcn(x), elcn(x), atol=1e-5)
+
+
+def test_masks_move_and_go():
+    net = held_net()
+    other = random_mask((9, 12), .5, draw(7))
+    inside = net[0].weight.detach()[other & masks_of(net)["0"]].clone()
+    hold_to_masks(net, {"0": other, "2": torch.eye(9).bool()[:3]})
+    assert torch.equal(masks_of(net)["0"], other) and [*masks_of(net)] == ["0", "2"]
+    assert net[0].weight.detach()[other].count_nonzero() == len(inside)
+    weights, x = [net[i].weight.detach().clone() for i in (0, 2)], torch.randn(4, 12)
+    before = net(x)
+    release_masks(net)
+    assert not masks_of(net) and all(torch.equal(net[i].weight, w) for i, w in zip((0, 2), weights)) and torch.equal(net(x), before)
+    assert {*net.state_dict()} == {"0.weight", "0.bias", "2.weight", "2.bias"} and all(type(net[i]) is nn.Linear for i in (0, 2))
+
+
+def test_masks_travel_with_copies_and_state():
+    net = held_net()
+    clone, other = copy.deepcopy(net), held_net(.5)
+    hold_to_masks(clone, {"0": torch.ones(9, 12).bool()})
+    assert masks_of(net)["0"].sum() == 32 and masks_of(clone)["0"].all()
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(masks_of(other)["0"], masks_of(net)["0"]) and torch.equal(other[0].weight, net[0].weight)
+
+
+def test_releasing_a_copy_leaves_the_original():
+    "PyTorch keeps the property in a class that copies share."
+    net = held_net()
+    clone, x = copy.deepcopy(net), torch.randn(4, 12)
+    before = net(x)
+    release_masks(clone)
+    assert torch.equal(net(x), before) and torch.equal(clone(x), before) and [*masks_of(net)] == ["0"]
+    release_masks(net)
+    assert torch.equal(net(x), before)
+
+
+def test_a_given_mask_is_copied():
+    mask = torch.ones(9, 12).bool()
+    net = nn.Sequential(nn.Linear(12, 9))
+    hold_to_masks(net, {"0": mask})
+    mask[:] = False
+    assert masks_of(net)["0"].all()
+
+
+def test_nothing_is_changed_by_what_is_refused():
+    net = held_net()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    for masks in ({"0": torch.ones(9, 12).bool(), "2": torch.ones(9, 12).bool()}, {"0": torch.ones(9, 12).bool(), "3": torch.ones(1).bool()}):
+        with pytest.raises(ValueError): hold_to_masks(net, masks)
+    assert before.keys() == net.state_dict().keys() and all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+
+
+def test_unknown_layer():
+    with pytest.raises(ValueError, match="the network has no layer 'first' with a weight; it has '0', '2'"): hold_to_masks(held_net(), {"first": torch.ones(9, 12).bool()})
+
+
+def test_a_single_layer_can_be_held():
+    layer = nn.Linear(3, 2)
+    hold_to_masks(layer, {"": torch.eye(3).bool()[:2]})
+    assert layer.weight.count_nonzero() == 2 and [*masks_of(layer)] == [""]
+    release_masks(layer)
+    assert not masks_of(layer)
+
+
+def test_masks_of_other_parametrizations_is_none():
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), nn.Conv2d(6, 8, 3))
+    hold_to_rank(net[1], "cp", 2)
+    assert masks_of(net) == {}
+    release_masks(net)
+    assert parametrize.is_parametrized(net[0])
+
+
+# Tensor formats
+
+SHAPES = [(4, 3), (5, 4, 3), (2, 7, 2), (3, 1, 4), (2, 3, 4, 2)]
+
+
+def looped(format, cores, shape):
+    "Every entry from the definition."
+    T = torch.zeros(shape, dtype=torch.float64)
+    for at in itertools.product(*map(range, shape)):
+        if format == "cp": T[at] = torch.stack([c[i] for c, i in zip(cores, at)]).prod(0).sum()
+        elif format == "tucker":
+            core = cores[0]
+            for c, i in zip(cores[1:], at): core = torch.tensordot(c[i], core, 1)
+            T[at] = core
+        else: T[at] = torch.linalg.multi_dot([torch.eye(cores[0].shape[0], dtype=torch.float64), *(c[:, i] for c, i in zip(cores, at))]).trace()
+    return T
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_composed_as_defined(format, shape):
+    for rank in {1, 2, largest_rank(format, shape)}:
+        if rank > largest_rank(format, shape): continue
+        cores = [torch.randn(s, generator=draw(rank), dtype=torch.float64) for s in core_shapes(format, shape, rank)]
+        T = compose(format, cores)
+        assert T.shape == shape and torch.allclose(T, looped(format, cores, shape), atol=1e-10)
+        assert count_cores(format, shape, rank) == sum(c.numel() for c in cores)
+
+
+@pytest.mark.parametrize("format", ("tucker", "tt"))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_at_the_largest_rank_every_tensor_is_found(format, shape):
+    T = torch.randn(shape, generator=draw(), dtype=torch.float64)
+    most = largest_rank(format, shape)
+    assert torch.allclose(compose(format, decompose(format, T, most)), T, atol=1e-8)
+    if most > 1: assert not torch.allclose(compose(format, decompose(format, T, most - 1)), T, atol=1e-3)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_decompositions_have_the_shapes_that_are_said(format):
+    T = torch.randn(5, 4, 3, generator=draw())
+    for rank in (1, 2, 3, 4):
+        cores = decompose(format, T, rank)
+        assert [tuple(c.shape) for c in cores] == core_shapes(format, T.shape, rank) and all(c.dtype == torch.float32 for c in cores)
+        assert (compose(format, cores) - T).norm() < T.norm()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rank_one_is_the_same_in_all_formats(format):
+    "At rank 1 every format is an outer product; least squares comes near the best."
+    T = torch.einsum("i,j,k->ijk", *(torch.randn(n, generator=draw(n), dtype=torch.float64) for n in (5, 4, 3)))
+    assert torch.allclose(compose(format, decompose(format, T, 1)), T, atol=1e-8)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20), st.floats(1, 600))
+def test_fitted_ranks_are_the_largest(format, a, b, c, ratio):
+    shape, size = (a, b, c), a*b*c
+    counts = [count_cores(format, shape, rank) for rank in range(1, largest_rank(format, shape) + 1)]
+    fitting = [rank for rank, count in enumerate(counts, 1) if count*ratio <= size]
+    if fitting: assert fit_rank(format, shape, ratio) == max(fitting)
+    else:
+        with pytest.raises(ValueError, match="numbers at rank 1, which compresses"): fit_rank(format, shape, ratio)
+
+
+@pytest.mark.parametrize("ratio", [.99, 0, -2, math.inf, math.nan, "twice", True])
+def test_ratios_outside_are_refused(ratio):
+    with pytest.raises(ValueError, match="a compression ratio must be a number from 1 on, not"): fit_rank("tt", (8, 9, 8), ratio)
+
+
+@pytest.mark.parametrize("format, most", [("cp", 12), ("tucker", 5), ("tt", 5), ("tr", 5)])
+def test_ranks_that_the_tensor_does_not_allow(format, most):
+    for rank in (0, most + 1, 1.5, None, True):
+        with pytest.raises(ValueError, match=rf"the rank of a {format} of shape \(5, 4, 3\) must be a whole number from 1 to {most}, not"): core_shapes(format, (5, 4, 3), rank)
+
+
+def test_unknown_format_and_shapes():
+    with pytest.raises(ValueError, match="unknown tensor format 'svd'; known are cp, tucker, tt, tr"): largest_rank("svd", (3, 3))
+    for shape in [(3,), (3, 0, 2)]:
+        with pytest.raises(ValueError, match="a tensor to compose has two axes or more, none of them empty"): core_shapes("tt", shape, 1)
+
+
+def test_tensorly_is_left_as_it_was():
+    import tensorly
+    before = tensorly.get_backend()
+    decompose("cp", torch.randn(3, 3, 3), 2)
+    assert tensorly.get_backend() == before
+
+
+def test_decompositions_leave_random_numbers_alone():
+    torch.manual_seed(0), np.random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    for format in FORMATS: decompose(format, torch.ones(5, 4, 3) + torch.eye(5)[:, :4, None], 4)
+    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
+
+
+# Orders
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.sampled_from(SHUFFLES), st.integers(0, 99))
+def test_orders_move_what_they_say(co, ci, side, shuffle, seed):
+    order = entry_order((co, ci, side, side), shuffle, draw(seed))
+    pair, tap = order.view(co*ci, side**2)//side**2, order.view(co*ci, side**2) % side**2
+    assert order.sort().values.equal(torch.arange(co*ci*side**2))
+    if shuffle in ("none", "window"): assert (pair == torch.arange(co*ci)[:, None]).all()
+    if shuffle in ("none", "channels"): assert (tap == torch.arange(side**2)).all() and (pair == pair[:, :1]).all()
+
+
+def test_windows_are_shuffled_each_in_its_own_way():
+    order = entry_order((8, 8, 3, 3), "window", draw()).view(64, 9) % 9
+    assert len({str(row.tolist()) for row in order}) > 60
+
+
+# Kernels of low rank
+
+@pytest.mark.parametrize("conv", [nn.Conv1d(3, 5, 4), nn.Conv2d(3, 5, 3), nn.Conv3d(2, 3, 2), nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(3, 5, 3), nn.Conv2d(3, 4, 1)], ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_kernels_are_composed_in_their_order(conv, format):
+    conv = copy.deepcopy(conv).double()
+    shape, norm = conv.weight.shape, conv.weight.norm()
+    three = (shape[0], math.prod(shape[2:]), shape[1])
+    hold_to_rank(conv, format, 2, "everything", seed=3)
+    held = conv.parametrizations.weight[0]
+    tensor = compose(format, [*conv.parametrizations.weight.parameters()])
+    flat = tensor.transpose(1, 2).reshape(-1)
+    expected = torch.stack([flat[int(i)] for i in entry_order(shape, "everything", draw(3))]).view(shape)
+    assert tensor.shape == three and conv.weight.shape == shape and torch.equal(conv.weight, expected)
+    assert torch.isclose(conv.weight.norm(), norm) and held.shuffled
+    assert sum(p.numel() for p in conv.parametrizations.weight.parameters()) == count_cores(format, three, 2)
+
+
+def test_gradients_through_the_order():
+    conv = nn.Conv2d(3, 4, 2).double()
+    hold_to_rank(conv, "tr", 2, "everything")
+    held, cores = conv.parametrizations.weight[0], [p.detach().clone().requires_grad_() for p in conv.parametrizations.weight.parameters()]
+    assert torch.autograd.gradcheck(held, cores) and torch.autograd.gradgradcheck(held, cores)
+    target = torch.randn(conv.weight.shape, generator=draw(), dtype=torch.float64)
+    ours = torch.autograd.grad((held(*cores)*target).sum(), cores)
+    plain = torch.autograd.grad((compose("tr", cores).transpose(1, 2).reshape(-1)[held.order].view(target.shape)*target).sum(), cores)
+    assert all(torch.allclose(a, b) for a, b in zip(ours, plain))
+
+
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+def test_what_is_assigned_is_decomposed_in_its_order(shuffle):
+    conv = nn.Conv2d(4, 5, 2).double()
+    hold_to_rank(conv, "tt", 2, shuffle)
+    within = conv.weight.detach().clone()
+    conv.weight = within*2
+    assert torch.allclose(conv.weight, within*2, atol=1e-10)
+    anything = torch.randn(conv.weight.shape, generator=draw(), dtype=torch.float64)
+    conv.weight = anything
+    error = (conv.weight - anything).norm()
+    assert 0 < error < anything.norm()
+
+
+def test_decomposed_at_full_rank_nothing_changes():
+    conv, x = nn.Conv2d(4, 5, 2).double(), torch.randn(2, 4, 6, 6).double()
+    before = conv(x)
+    hold_to_rank(conv, "tt", largest_rank("tt", (5, 4, 4)), "everything", start="decompose")
+    assert torch.allclose(conv(x), before, atol=1e-10)
+    release_rank(conv)
+    assert type(conv) is nn.Conv2d and torch.allclose(conv(x), before, atol=1e-10)
+
+
+def test_the_seed_decides_and_nothing_else():
+    def held(seed):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(4, 5, 2)
+        state = torch.get_rng_state()
+        hold_to_rank(conv, "cp", 2, "everything", seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        return conv.weight.detach()
+    assert torch.equal(held(1), held(1)) and not torch.equal(held(1), held(2))
+
+
+def test_shuffled_kernels_have_full_rank_as_convolutions():
+    for rank in (1, 2, 3):
+        plain, shuffled = nn.Conv2d(10, 8, 3).double(), nn.Conv2d(10, 8, 3).double()
+        hold_to_rank(plain, "tt", rank)
+        hold_to_rank(shuffled, "tt", rank, "everything")
+        assert [int(torch.linalg.matrix_rank(c.weight.flatten(1))) for c in (plain, shuffled)] == [rank, 8]
+
+
+def test_held_kernels_train_and_travel():
+    net = nn.Sequential(nn.Unflatten(1, (1, 4, 3)), nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3))
+    hold_to_rank(net[1], "tucker", 2, "window")
+    clone = copy.deepcopy(net)
+    first = train_steps(net, torch.optim.Adam(net.parameters(), .01), batches(12)*20)
+    assert first[-3:].mean() < first[:3].mean()
+    assert not torch.equal(clone[1].weight, net[1].weight)
+    clone.load_state_dict(net.state_dict())
+    assert torch.equal(clone[1].weight, net[1].weight)
+    with pytest.raises(ValueError, match="remove_parametrizations"): embed(net, (12,))
+    release_rank(net[1])
+    x = torch.randn(3, 12)
+    assert torch.allclose(embed(net, (12,))(x), clone(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda: hold_to_rank(nn.Conv2d(6, 8, 3), "cp", 49), r"the rank of a cp of shape \(8, 9, 6\) must be a whole number from 1 to 48, not 49"),
+    (lambda: hold_to_rank(nn.Conv2d(6, 8, 3), "svd", 2), "unknown tensor format 'svd'"),
+    (lambda: hold_to_rank(nn.Conv2d(6, 8, 3), "cp", 2, "all"), "unknown shuffle 'all'"),
+    (lambda: hold_to_rank(nn.Conv2d(6, 8, 3), "cp", 2, start="zeros"), "start must be 'random' or 'decompose', not 'zeros'"),
+    (lambda: hold_to_rank(nn.Linear(6, 8), "cp", 2), "Linear has no kernel"),
+    (lambda: release_rank(nn.Conv2d(6, 8, 3)), "Conv2d has no kernel that is held to a rank"),
+    (lambda: hold_to_rank(nn.ReLU(), "cp", 2), "ReLU has no kernel"),
+    (lambda: hold_to_rank(nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 8, 3)), "cp", 2), "the kernel is parametrized already")])
+def test_what_cannot_be_held(make, said):
+    with pytest.raises(ValueError, match=said): make()
+
+
+def test_refused_kernels_are_as_before():
+    conv = nn.Conv2d(6, 8, 3)
+    before = conv.weight
+    with pytest.raises(ValueError): hold_to_rank(conv, "cp", 49)
+    assert conv.weight is before and not parametrize.is_parametrized(conv)
