@@ -8,7 +8,7 @@ __all__ = ['NULLS', 'FORMATS', 'SHUFFLES', 'check_density', 'check_mask', 'rando
            'core_shapes', 'count_cores', 'compose', 'fit_rank', 'decompose', 'entry_order', 'LowRank', 'hold_to_rank',
            'release_rank']
 
-# %% ../nbs/05_parametrizations.ipynb #70dc1ae7
+# %% ../nbs/05_parametrizations.ipynb #3aa0a762
 import math
 from numbers import Integral, Real
 
@@ -18,7 +18,7 @@ from tensorly.decomposition import parafac, tensor_ring_als, tensor_train, tucke
 from torch import nn
 from torch.nn.utils import parametrize
 
-# %% ../nbs/05_parametrizations.ipynb #f4728a19
+# %% ../nbs/05_parametrizations.ipynb #f1eed74b
 def check_density(
     density:float,
     name:str='density' # how a message calls it
@@ -36,7 +36,7 @@ def check_mask(
     if mask.dtype != torch.bool or tuple(mask.shape) != tuple(shape): raise ValueError(f'{said}, not {str(mask.dtype).removeprefix("torch.")} of {tuple(mask.shape)}')
     if not mask.any(): raise ValueError('the mask leaves no weight: at least one entry must be true')
 
-# %% ../nbs/05_parametrizations.ipynb #941ae6f8
+# %% ../nbs/05_parametrizations.ipynb #93a0d0b4
 def random_mask(
     shape:tuple,    # of the weight
     density:float,  # share of entries that are true; their number is rounded
@@ -51,7 +51,7 @@ def random_mask(
     mask[torch.randperm(size, generator=generator)[:count]] = True
     return mask.view(shape)
 
-# %% ../nbs/05_parametrizations.ipynb #370bc991
+# %% ../nbs/05_parametrizations.ipynb #35fbcd3e
 def erdos_renyi_density(
     shape:tuple,   # (output units, input units)
     epsilon:float  # connections for each unit of both layers
@@ -60,7 +60,7 @@ def erdos_renyi_density(
     if not isinstance(epsilon, Real) or not 0 < epsilon < math.inf: raise ValueError(f'epsilon must be a positive number, not {epsilon!r}')
     return min(1., epsilon*sum(shape)/math.prod(shape))
 
-# %% ../nbs/05_parametrizations.ipynb #f9def5a9
+# %% ../nbs/05_parametrizations.ipynb #fc1f8563
 def _largest(score, count):
     "Mask of the `count` largest entries of `score`, of equals the first in memory."
     mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
@@ -77,7 +77,7 @@ def magnitude_mask(
     if not weight.isfinite().all(): raise ValueError('weights must be finite to be compared by magnitude')
     return _largest(weight.abs(), count)
 
-# %% ../nbs/05_parametrizations.ipynb #d7be9e10
+# %% ../nbs/05_parametrizations.ipynb #b25cf95b
 @torch.no_grad()
 def prune_mask(
     weight:torch.Tensor, # of any shape
@@ -93,7 +93,7 @@ def prune_mask(
     if not stay: raise ValueError(f'pruning {fraction} of {left} weights leaves none: choose a smaller fraction')
     return _largest(weight.abs().masked_fill(~mask, -1), stay)
 
-# %% ../nbs/05_parametrizations.ipynb #2944eb42
+# %% ../nbs/05_parametrizations.ipynb #b6832583
 NULLS = ('density', 'inputs', 'units', 'both')
 
 def _permuted_rows(mask, generator):
@@ -122,11 +122,12 @@ def shuffle_mask(
     "A random mask with what `keep` says in common with `mask`. Raises `ValueError` for another word, or a mask that is no bool matrix."
     if keep not in NULLS: raise ValueError(f'keep must be one of {", ".join(NULLS)}, not {keep!r}')
     if not torch.is_tensor(mask) or mask.dim() != 2 or mask.dtype != torch.bool: raise ValueError('a mask to shuffle must be a bool tensor (output units, input units)')
+    generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator))) # else one that has drawn a mask would undo it
     if keep == 'density': return mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view(mask.shape)
     if keep == 'inputs': return _permuted_rows(mask.T, generator).T.contiguous()
     return _permuted_rows(mask, generator) if keep == 'units' else _traded(mask, generator, rounds)
 
-# %% ../nbs/05_parametrizations.ipynb #6dd526ce
+# %% ../nbs/05_parametrizations.ipynb #ac7c171a
 class Masked(nn.Module):
     "Parametrization that leaves of a weight what lies on `mask`."
     def __init__(self,
@@ -143,7 +144,7 @@ def _held(layer):
     found = layer.parametrizations.weight[0] if parametrize.is_parametrized(layer, 'weight') else None
     return found if isinstance(found, Masked) else None
 
-# %% ../nbs/05_parametrizations.ipynb #dc014a3f
+# %% ../nbs/05_parametrizations.ipynb #4c3242ca
 def masks_of(
     model:nn.Module
 )->dict: # name of a layer: bool tensor of the shape of its weight
@@ -168,7 +169,7 @@ def hold_to_masks(
             held.mask.copy_(mask)
             layer.parametrizations.weight.original.masked_fill_(~held.mask, 0)
 
-# %% ../nbs/05_parametrizations.ipynb #57b16b14
+# %% ../nbs/05_parametrizations.ipynb #f7b797d4
 def _make_plain(layer):
     "Make the weight of a parametrized layer a plain parameter."
     shared = type(layer)
@@ -181,7 +182,7 @@ def release_masks(
     "Make the weights of all held layers plain parameters again, zero outside their masks."
     for layer in [m for m in model.modules() if not isinstance(m, parametrize.ParametrizationList) and _held(m)]: _make_plain(layer)
 
-# %% ../nbs/05_parametrizations.ipynb #b6144072
+# %% ../nbs/05_parametrizations.ipynb #f7986e5b
 FORMATS = ('cp', 'tucker', 'tt', 'tr')
 
 def _bonds(shape):
@@ -218,7 +219,7 @@ def count_cores(
     "How many numbers the cores hold."
     return sum(map(math.prod, core_shapes(format, shape, rank)))
 
-# %% ../nbs/05_parametrizations.ipynb #3d36cedf
+# %% ../nbs/05_parametrizations.ipynb #6ee13e4c
 def compose(
     format:str, # one of `FORMATS`
     cores:list  # tensors, of shapes as `core_shapes` gives
@@ -236,7 +237,7 @@ def compose(
     for c in rest[:-1]: first = torch.tensordot(first, c, 1).flatten(1, 2)
     return torch.einsum('anb,bma->nm', first, rest[-1]).reshape(sizes)
 
-# %% ../nbs/05_parametrizations.ipynb #819a5519
+# %% ../nbs/05_parametrizations.ipynb #f04bc075
 def fit_rank(
     format:str, shape:tuple, # see `core_shapes`
     ratio:float              # entries of the tensor for each number in the cores
@@ -251,7 +252,7 @@ def fit_rank(
         low, high = (middle, high) if count_cores(format, shape, middle)*ratio <= size else (low, middle - 1)
     return low
 
-# %% ../nbs/05_parametrizations.ipynb #743636bc
+# %% ../nbs/05_parametrizations.ipynb #0e5cf2d6
 def decompose(
     format:str,
     tensor:torch.Tensor, # any number of axes from 2 on
@@ -272,7 +273,7 @@ def decompose(
         else: cores = tensor_ring_als(x, [rank]*(x.ndim + 1), n_iter_max=steps, random_state=seed).factors
     return [torch.as_tensor(c.copy()).to(tensor) for c in cores]
 
-# %% ../nbs/05_parametrizations.ipynb #d6b287e8
+# %% ../nbs/05_parametrizations.ipynb #cc495dcd
 SHUFFLES = ('none', 'window', 'channels', 'everything')
 
 def entry_order(
@@ -288,7 +289,7 @@ def entry_order(
     if shuffle == 'channels': return places[torch.randperm(len(places), generator=generator)].flatten()
     return places.gather(1, torch.rand(places.shape, generator=generator).argsort(1)).flatten()
 
-# %% ../nbs/05_parametrizations.ipynb #76daa767
+# %% ../nbs/05_parametrizations.ipynb #1735cde8
 class _Reorder(torch.autograd.Function):
     "`x[order]` for a permutation, with its inverse at hand."
     @staticmethod
@@ -324,7 +325,7 @@ class LowRank(nn.Module):
 
     def extra_repr(self): return f'{self.format} of rank {self.rank}, {self.shape}' + ', shuffled'*self.shuffled
 
-# %% ../nbs/05_parametrizations.ipynb #e90188d1
+# %% ../nbs/05_parametrizations.ipynb #74404f9b
 @torch.no_grad()
 def hold_to_rank(
     conv:nn.Module,      # a convolution, changed in place
@@ -347,7 +348,7 @@ def hold_to_rank(
         cores = [nn.Parameter(c*scale) for c in cores]
     parametrize.register_parametrization(conv, 'weight', LowRank(format, kernel.shape, rank, order.to(kernel.device), cores))
 
-# %% ../nbs/05_parametrizations.ipynb #4426c697
+# %% ../nbs/05_parametrizations.ipynb #944e5865
 def release_rank(
     conv:nn.Module # changed in place
 ):

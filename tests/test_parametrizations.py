@@ -506,3 +506,10 @@ def test_refused_kernels_are_as_before():
     before = conv.weight
     with pytest.raises(ValueError): hold_to_rank(conv, "cp", 49)
     assert conv.weight is before and not parametrize.is_parametrized(conv)
+
+
+@pytest.mark.parametrize("keep", NULLS[:3])
+def test_a_generator_that_drew_a_mask_does_not_undo_it(keep):
+    mask = random_mask((40, 60), .1, draw())
+    found = shuffle_mask(mask, keep, draw())
+    assert found[:4].sum() < 45 and (found & mask).sum() < 45
