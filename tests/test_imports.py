@@ -26,6 +26,7 @@ ALLOWED = {
     "measures": {"data", "embedding", "relaxation", "subspaces", "paths", "curvature", "runs", "training"},
     "infinite_width": {"geometry", "layers", "embedding"},
     "studies.distillation": {"data", "effects", "embedding", "models", "runs", "training"},
+    "studies.topology": {"bench", "data", "effects", "embedding", "layers", "parametrizations", "runs", "training"},
     "studies.separation": {"data", "effects", "embedding", "models", "subspaces", "training"},
     "plots": set(),
 }
