@@ -180,8 +180,6 @@ def topology_distance(masks_a, masks_b, labelled_outputs:bool=False)->float: # i
     return float(np.mean(layer_distances(masks_a, masks_b, labelled_outputs)))
 
 # %% ../../nbs/studies/52_topology.ipynb #1005e32b
-_NULL_SEED = 77_003_141 # a generator that has drawn a mask undoes it when it shuffles it: those of shuffles begin elsewhere
-
 def null_distances(
     masks_a, masks_b,           # two topologies of the same layers, see `check_topology`
     keep:str='density',         # what shuffling keeps: see `shuffle_mask`
@@ -192,7 +190,7 @@ def null_distances(
     "Distances of each layer between shuffled copies of two networks, or between shuffled copies of the first and the second as it is. Raises `ValueError` for layers that differ, no draw, or a shuffle that is not known."
     pair = _check_pair(masks_a, masks_b)
     if isinstance(draws, bool) or not isinstance(draws, Integral) or draws < 1: raise ValueError(f'the number of draws must be 1 or more, not {draws!r}')
-    generator = torch.Generator().manual_seed(_NULL_SEED + seed)
+    generator = torch.Generator().manual_seed(seed)
     shuffled = lambda: [[shuffle_mask(m, keep, generator) if second or not i else m for m in layers] for i, layers in enumerate(pair)]
     return pd.DataFrame([layer_distances(*shuffled(), labelled_outputs) for _ in range(draws)], columns=[*masks_a] if isinstance(masks_a, Mapping) else None)
 
