@@ -25,6 +25,7 @@ ALLOWED = {
     "curvature": {"layers", "subspaces"},
     "measures": {"data", "embedding", "relaxation", "subspaces", "paths", "curvature", "runs", "training"},
     "infinite_width": {"geometry", "layers", "embedding"},
+    "studies.pruning": {"data", "effects", "embedding", "layers", "models", "parametrizations", "runs", "training"},
     "studies.distillation": {"data", "effects", "embedding", "models", "runs", "training"},
     "studies.topology": {"bench", "data", "effects", "embedding", "layers", "parametrizations", "runs", "training"},
     "studies.separation": {"data", "effects", "embedding", "models", "subspaces", "training"},
