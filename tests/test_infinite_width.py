@@ -11,8 +11,9 @@ from sklearn.gaussian_process.kernels import Kernel
 
 import keep
 from efcn_nb.embedding import use_little_memory
+from efcn_nb.controls import permute_pixels, pixel_order
 from efcn_nb.infinite_width import (KINDS, Architecture, estimate_kernel, finite_network, gp_accuracies, gp_classify, gp_posterior, kernel_bytes, nngp_kernel, nngp_variances,
-                                    permute_pixels, relu_covariance)
+                                    relu_covariance)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -183,7 +184,7 @@ def test_symmetric_positive_and_its_diagonal(kind, bias):
 
 def test_permuted_pixels():
     x = images(8, (3, 8, 8))
-    mixed = permute_pixels(x, seed=4)
+    mixed = permute_pixels(x, (3, 8, 8), pixel_order((3, 8, 8), 4))
     assert torch.equal(mixed.flatten(2).sort().values, x.flatten(2).sort().values)
     order = [x[0,0].flatten().tolist().index(v) for v in mixed[0,0].flatten().tolist()]
     assert torch.equal(mixed.flatten(2), x.flatten(2)[...,order]), "one order for all images and channels"

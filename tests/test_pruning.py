@@ -15,15 +15,16 @@ from scipy.signal import correlate2d
 from torch import nn
 
 import efcn_nb.studies.pruning as study
+from efcn_nb.controls import permute_pixels, pixel_order
 from efcn_nb.data import Data, Dataset
 from efcn_nb.embedding import embed
 from efcn_nb.layers import FullyConnected
 from efcn_nb.models import make_model
 from efcn_nb.parametrizations import prune_mask, shuffle_mask
-from efcn_nb.studies.pruning import (CASES, DEFAULTS, METHODS, NETWORKS, VARIANTS, busiest_units, displacement_histogram, expected_histogram, first_weights, gaussian,
-                                     interaction_profile, interaction_strength, interaction_table, locality_table, make_dense, make_variant, mask_from_text, mask_to_text, near_profile,
-                                     near_ratio, null_ratios, pair_strengths, permute_pixels, pixel_order, profile_table, prunable, prune_rounds, pruning_claims, pruning_study, round_masks,
-                                     step_batches, survivors, whitened)
+from efcn_nb.studies.pruning import (CASES, DEFAULTS, METHODS, NETWORKS, busiest_units, displacement_histogram, expected_histogram, first_weights,
+                                     interaction_profile, interaction_strength, interaction_table, locality_table, make_dense, mask_from_text, mask_to_text, near_profile,
+                                     near_ratio, null_ratios, pair_strengths, profile_table, prunable, prune_rounds, pruning_claims, pruning_study, round_masks,
+                                     step_batches, survivors)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -180,70 +181,6 @@ def test_bad_input(call, said):
 def test_busiest_units_come_in_order():
     mask = torch.arange(6)[:,None] % 4 >= torch.arange(4)
     assert busiest_units(mask, (1, 2, 2), 3).flatten(1).equal(mask[[3, 2, 1]]) and busiest_units(mask, (1, 2, 2), 4)[3].flatten().equal(mask[5])
-
-
-# Variants of the data
-
-@settings(max_examples=20, deadline=None)
-@given(st.sampled_from(SHAPES), st.integers(0, 99))
-def test_permutations_are_undone(shape, seed):
-    x, order = torch.randn(3, *shape, generator=seeded(seed)), pixel_order(shape, seed)
-    y = permute_pixels(x, shape, order)
-    assert permute_pixels(y, shape, order.argsort()).equal(x) and sorted(order.tolist()) == [*range(shape[1]*shape[2])]
-    for p, q in enumerate(order.tolist()): assert y.flatten(2)[:,:,p].equal(x.flatten(2)[:,:,q]) # all colours alike
-    assert permute_pixels(x.flatten(1), shape, order).equal(y.flatten(1))
-
-
-def test_moments_of_gaussian_data_are_numpys():
-    "Of many draws: mean of each class, and the covariance of all; in standard errors."
-    few, n = images(60), 12_000
-    drawn = gaussian(Data(few, replace(few, x=few.x.repeat(n//60, 1, 1, 1), y=few.y.repeat(n//60))), False, 0).test
-    a, b = few.x.flatten(1).double().numpy(), drawn.x.flatten(1).double().numpy()
-    assert abs(np.cov(a.T, bias=True) - np.cov(b.T, bias=True)).max() < 6*a.var(0).max()/n**.5
-    for c in range(3): assert abs(a[few.y == c].mean(0) - b[drawn.y == c].mean(0)).max() < 5*a.std(0).max()/(n/3)**.5
-    assert drawn.y.equal(few.y.repeat(n//60)) and drawn.x.dtype == torch.float32
-
-
-def test_classes_keep_their_covariance():
-    few, n = images(60), 12_000
-    few = replace(few, x=few.x*(1 + 2.*few.y.view(-1, 1, 1, 1)))
-    many = replace(few, x=few.x.repeat(n//60, 1, 1, 1), y=few.y.repeat(n//60))
-    by_class, pooled = (gaussian(Data(few, many), kind, 0).test for kind in (True, False))
-    spread = lambda d, c: d.x[d.y == c].var(0).mean().item()
-    assert spread(by_class, 2)/spread(by_class, 0) == pytest.approx(spread(few, 2)/spread(few, 0), rel=.1) and spread(pooled, 2)/spread(pooled, 0) < 2
-
-
-def test_gaussian_data_has_no_third_moment():
-    skewed = images(3000)
-    skewed = replace(skewed, x=skewed.x.exp())
-    third = lambda x: ((x - x.mean(0))**3).mean(0)/x.std(0)**3
-    assert third(skewed.x).mean() > .8 and third(gaussian(Data(skewed, skewed), False, 0).train.x).abs().mean() < .1
-
-
-@pytest.mark.parametrize("kind", [torch.float32, torch.uint8])
-def test_whitened_by_numpy(kind):
-    raw = images(400, (1, 5, 5))
-    raw = replace(raw, x=(raw.x*30 + 120).clamp(0, 255).to(kind))
-    part, test = whitened(Data(raw, replace(raw, x=raw.x[:7], y=raw.y[:7])))
-    x = raw.x.flatten(1).double().numpy()/(255 if kind == torch.uint8 else 1)
-    values, vectors = np.linalg.eigh(np.cov(x.T, bias=True))
-    want = (x - x.mean(0)) @ vectors @ np.diag((values + .01*values.mean())**-.5) @ vectors.T
-    np.testing.assert_allclose(part.x.flatten(1), want, atol=2e-4)
-    assert test.x.equal(part.x[:7]) and part.batch([3])[0].equal(part.x[[3]]) # the training images' moments
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_keep_shape_and_labels(data, variant):
-    made, again, other = (make_variant(data, variant, seed) for seed in (0, 0, 1))
-    assert all(m.x.shape == d.x.shape and m.y.equal(d.y) for m, d in zip(made, data)) and made.train.fingerprint == again.train.fingerprint
-    assert (made.train.fingerprint == other.train.fingerprint) == (variant in ("images", "white"))
-    by_parts = {"images": lambda: data, "white": lambda: whitened(data), "gaussian": lambda: gaussian(data, False, 0), "gaussian-class": lambda: gaussian(data, True, 0),
-                "white-gaussian": lambda: gaussian(whitened(data), False, 0), "permuted": lambda: Data(*(replace(d, x=permute_pixels(d.x, d.shape, pixel_order(d.shape, 0))) for d in data))}
-    assert all(m.fingerprint == d.fingerprint for m, d in zip(made, by_parts[variant]()))
-
-
-def test_a_class_without_images(data):
-    with pytest.raises(ValueError, match="class 1 has no training image"): gaussian(Data(replace(data.train, x=data.train.x[::3], y=data.train.y[::3]), data.test), True, 0)
 
 
 # Rounds
