@@ -227,7 +227,7 @@ def compose(
     "The tensor composed of `cores`."
     if format == 'tucker':
         T, *cores = cores
-        for axis, factor in enumerate(cores): T = torch.movedim(torch.tensordot(T, factor, ([axis], [1])), -1, axis)
+        for axis, factor in enumerate(cores): T = torch.movedim(torch.tensordot(T, factor.to(T.dtype), ([axis], [1])), -1, axis)
         return T
     first, *rest = cores
     sizes = [c.shape[0 if format == 'cp' else 1] for c in cores]

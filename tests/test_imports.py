@@ -29,6 +29,7 @@ ALLOWED = {
     "studies.pruning": {"controls", "effects", "embedding", "layers", "models", "parametrizations", "runs", "training"},
     "studies.distillation": {"data", "effects", "embedding", "models", "runs", "training"},
     "studies.topology": {"bench", "data", "effects", "embedding", "layers", "parametrizations", "runs", "training"},
+    "studies.low_rank": {"controls", "data", "effects", "models", "parametrizations", "runs", "training"},
     "studies.separation": {"data", "effects", "embedding", "models", "subspaces", "training"},
     "plots": set(),
 }
