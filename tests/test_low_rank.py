@@ -12,12 +12,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import efcn_nb.studies.low_rank as study
+from efcn_nb.controls import make_variant
 from efcn_nb.data import Data, Dataset
 from efcn_nb.models import count_weights
 from efcn_nb.parametrizations import FORMATS, SHUFFLES, compose, core_shapes, count_cores, entry_order, fit_rank, hold_to_rank
 from efcn_nb.studies.low_rank import (AXES, CUTS, SHUFFLED, by_ratio, check_arms, composed_kernel, compress, compressed_model, compression, cut_kernel, cut_model, cut_rank, effective_rank,
                                       format_ranks, freeze_kernels, held_layers, held_network, kernel_ranks, largest_ratio, learn_held, low_rank_claims, low_rank_grid, measure_batchnorms,
-                                      operator_rank, permuted_pixels, post_hoc, post_hoc_study, stable_rank, steadiness, tensor_shape, train_held, truncation_errors, unfoldings, validation_data)
+                                      operator_rank, post_hoc, post_hoc_study, stable_rank, steadiness, tensor_shape, train_held, truncation_errors, unfoldings, validation_data)
 from efcn_nb.training import Diverged, evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -206,18 +207,6 @@ def test_validation_data_is_a_split_of_the_training_images():
     assert not key(held) == key(validation_data(data, .2, seed=3).test)
 
 
-def test_permuted_pixels():
-    data = Data(noise(6, (3, 4, 5)), noise(4, (3, 4, 5), seed=1))
-    mixed = permuted_pixels(data, seed=4)
-    order = [mixed.train.x[0,0].flatten().tolist().index(v) for v in data.train.x[0,0].flatten().tolist()] if data.train.x[0,0].unique().numel() == 20 else None
-    for a, b in zip(data, mixed):
-        pixels = lambda x: sorted(map(tuple, x.flatten(2).transpose(1, 2)[0].tolist()))
-        assert pixels(a.x) == pixels(b.x), "channels stay together"
-        torch.testing.assert_close(torch.cdist(a.x.flatten(1).float(), a.x.flatten(1).float()), torch.cdist(b.x.flatten(1).float(), b.x.flatten(1).float())) # one order for all
-    if order: assert mixed.test.x[2,1].flatten()[order].equal(data.test.x[2,1].flatten())
-    assert permuted_pixels(data, 4).train.x.equal(mixed.train.x) and not permuted_pixels(data, 5).train.x.equal(mixed.train.x)
-
-
 def test_training_is_the_loop_written_out(data):
     "Adam by its formula, rate and norm by theirs; gradients go on into the cores."
     model = compressed_model((1, 8, 8), 2, "tt", 4, "everything", width=5, kernel=3)
@@ -279,7 +268,7 @@ def test_cells_of_one_seed_differ_in_the_kernels_alone():
 
 
 def test_pixels_are_the_datas(data):
-    mixed = permuted_pixels(data, seed=1)
+    mixed = make_variant(data, "permuted", 1)
     assert learn_held(data, "tt", "pixels", 3, seed=1, **TINY) == learn_held(mixed, "tt", "none", 3, seed=1, **TINY)
 
 
@@ -518,8 +507,8 @@ def test_post_hoc(data, tmp_path):
     part = table[(table.pixels) & (table.seed == 1) & (table.format == "cp") & (table.ratio == 2)]
     assert part.error.tolist() == rows.error.tolist() and part.accuracy.tolist() == rows.accuracy.tolist()
     model = held_network((1, 8, 8), 2, 6, 3, seed=1)
-    train_held(model, permuted_pixels(data, 1).train, 1, .01, 20, seed=1)
-    assert evaluate(measure_batchnorms(model, permuted_pixels(data, 1).train), permuted_pixels(data, 1).test)["accuracy"] == rows.whole[0]
+    train_held(model, make_variant(data, "permuted", 1).train, 1, .01, 20, seed=1)
+    assert evaluate(measure_batchnorms(model, make_variant(data, "permuted", 1).train), make_variant(data, "permuted", 1).test)["accuracy"] == rows.whole[0]
 
 
 @pytest.mark.parametrize("wrong, words", [(dict(ratios=[]), "ratios is empty"), (dict(ratios=[.1]), "ratios must be 1 or more"), (dict(seeds=[]), "seeds is empty"), (dict(formats=["qr"]), "unknown format 'qr'"), (dict(lr=0), "positive number"), (dict(epochs=0), "epochs must be")])

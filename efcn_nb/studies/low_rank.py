@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['AXES', 'SHUFFLED', 'SEARCH_SEED', 'CUTS', 'held_network', 'held_layers', 'tensor_shape', 'largest_ratio', 'compress',
            'compressed_model', 'compression', 'unfoldings', 'stable_rank', 'effective_rank', 'format_ranks',
-           'kernel_ranks', 'composed_kernel', 'operator_rank', 'validation_data', 'permuted_pixels', 'check_training',
-           'train_held', 'freeze_kernels', 'check_arms', 'learn_held', 'check_numbers', 'low_rank_grid', 'by_ratio',
-           'steadiness', 'low_rank_claims', 'truncation_errors', 'cut_rank', 'cut_kernel', 'measure_batchnorms',
-           'cut_model', 'post_hoc', 'post_hoc_study']
+           'kernel_ranks', 'composed_kernel', 'operator_rank', 'validation_data', 'check_training', 'train_held',
+           'freeze_kernels', 'check_arms', 'learn_held', 'check_numbers', 'low_rank_grid', 'by_ratio', 'steadiness',
+           'low_rank_claims', 'truncation_errors', 'cut_rank', 'cut_kernel', 'measure_batchnorms', 'cut_model',
+           'post_hoc', 'post_hoc_study']
 
 # %% ../../nbs/studies/54_low_rank.ipynb #ce860f30
 import copy, math
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..controls import permute_pixels, pixel_order
+from ..controls import make_variant
 from ..data import Data, stratified_split
 from ..effects import claim_row, judge, judged, not_judged
 from ..models import MaxPool2d
@@ -176,14 +176,6 @@ def validation_data(
     index = stratified_split(data.train.y, share, torch.Generator().manual_seed(seed), data.train.classes)
     return Data(*(replace(data.train, x=data.train.x[i], y=data.train.y[i]) for i in index))
 
-def permuted_pixels(
-    data:Data,
-    seed:int=0
-)->Data:
-    "The same images, the pixels of all in one random order, channels together."
-    order = pixel_order(data.train.shape, seed)
-    return Data(*(replace(part, x=permute_pixels(part.x, part.shape, order)) for part in data))
-
 # %% ../../nbs/studies/54_low_rank.ipynb #b2150f31
 def check_training(lr, epochs, batch_size, precision, device='cpu'):
     "Raise `ValueError` for settings that nobody can train with."
@@ -256,7 +248,7 @@ def learn_held(
     check_arms([(format, shuffled)])
     model = held_network(data.train.shape, len(data.train.classes), width, kernel, seed)
     if format != 'dense': compress(model, format, ratio, 'none' if shuffled == 'pixels' else shuffled, seed)
-    if shuffled == 'pixels': data = permuted_pixels(data, seed)
+    if shuffled == 'pixels': data = make_variant(data, 'permuted', seed)
     start = _measured_kernels(model)['effective']
     if not trained: freeze_kernels(model)
     counted = compression(model).loc['all']
@@ -486,7 +478,7 @@ def post_hoc(
     measured:int=2_000      # training images for `measure_batchnorms`
 )->list:                    # dicts: format, shuffled, ratio, error, accuracy, and `whole`, the accuracy of the dense network; `note` where rank 1 does not reach the ratio
     "Train a dense network, then replace its kernels by approximations. Raises `ValueError` for impossible settings."
-    if pixels: data = permuted_pixels(data, seed)
+    if pixels: data = make_variant(data, 'permuted', seed)
     model = held_network(data.train.shape, len(data.train.classes), width, kernel, seed)
     train_held(model, data.train, epochs, lr, batch_size, seed, precision)
     some = data.train.thinned(measured)
