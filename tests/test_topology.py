@@ -135,8 +135,21 @@ def rings(sizes, dead=3):
     return [torch.zeros(len(M), dead).bool(), M, torch.ones(2, len(M)).bool()]
 
 
+def regular(n, k, layers, seed):
+    "Behind a dense layer, layers in which each unit has `k` inputs and `k` readers."
+    g = draw(seed)
+    circulant = sum(torch.eye(n).roll(i, 1) for i in range(k)).bool()
+    swapped = [circulant.clone() for _ in range(layers)]
+    for m in swapped:
+        for _ in range(20*n): # exchange the ends of two connections
+            (i, j), (a, b) = torch.randint(n, (2, 2), generator=g).tolist()
+            if m[i, a] and m[j, b] and not m[i, b] and not m[j, a]: m[i, a] = m[j, b] = False; m[i, b] = m[j, a] = True
+    return [torch.ones(n, 4).bool(), *swapped, torch.ones(3, n).bool()]
+
+
 TIED = {"all full": [torch.ones(7, 5).bool(), torch.ones(6, 7).bool()], "all empty": [torch.zeros(7, 5).bool(), torch.zeros(6, 7).bool(), torch.ones(4, 6).bool()],
-        "a ring": rings([8]), "two equal rings": rings([5, 5]), "chains": [torch.zeros(9, 4).bool(), torch.eye(9).bool(), torch.eye(9).bool(), torch.ones(3, 9).bool()],
+        "a ring": rings([8]), "two equal rings": rings([5, 5]), "rings of other sizes": rings([3, 4, 5, 4]), "regular": regular(14, 3, 1, 0), "twice regular": regular(12, 3, 2, 1),
+        "chains": [torch.zeros(9, 4).bool(), torch.eye(9).bool(), torch.eye(9).bool(), torch.ones(3, 9).bool()],
         "copies of units": [m.repeat_interleave(3, 0).repeat_interleave(3, 1) if l else m.repeat_interleave(3, 0) for l, m in enumerate(random_topology([10, 8, 8, 5], .2, 0))],
         "very sparse": random_topology([20, 90, 90, 90, 10], .012, 1), "a convolution": [*local_masks(embed(local_cnn((1, 12, 12), 3, 3), (1, 12, 12))).values()]}
 
@@ -333,6 +346,15 @@ def test_masks_that_cannot_evolve(mask, words):
     with pytest.raises(ValueError, match=words): evolve_mask(torch.randn(3, 4), mask, .3, draw(0))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_cannot_be_compared(value):
+    weight, mask = torch.ones(2, 3), torch.tensor([[1, 1, 0], [0, 1, 0]]).bool()
+    weight[0, 2] = value
+    assert evolve_mask(weight, mask, .5, draw(0))[0].sum() == 3 # outside the mask it does not matter
+    weight[0, 1] = value
+    with pytest.raises(ValueError, match="weights must be finite"): evolve_mask(weight, mask, .5, draw(0))
+
+
 def held_net(density=.3):
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -371,6 +393,7 @@ def test_evolve_changes_what_it_should(make):
         for memory in optimizer.state[layer.parametrizations.weight.original].values():
             if torch.is_tensor(memory) and memory.shape == mask.shape: assert not memory[fresh].any() and memory[same].any()
         assert layer.weight[fresh].abs().max() <= (mask.sum()/len(mask))**-.5
+        assert len(layer.weight[fresh].unique()) == fresh.sum() > 8 and (layer.weight[fresh] > 0).float().mean().sub(.5).abs() < .4
 
 
 def test_evolve_leaves_everything_if_one_layer_cannot():
@@ -400,6 +423,11 @@ def test_blind_share_is_the_mean_of_blind_evolution():
 def test_masks_survive_a_table(masks):
     found = unpack_masks(pd.DataFrame(pack_masks(masks)))
     assert [*found] == [*masks] and all(found[n].equal(m) and found[n].dtype == torch.bool for n, m in masks.items())
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 3, 5, 5).bool(), torch.ones(2, 3), [[True]]])
+def test_masks_that_no_table_holds(mask):
+    with pytest.raises(ValueError, match="the mask of layer 'conv' must be a bool matrix"): pack_masks(dict(conv=mask))
 
 
 def test_large_masks_come_in_pieces():
@@ -459,6 +487,25 @@ def test_when_set_evolves():
     assert same == [True, False, True, True] # never after the last epoch
     starts = [rows_of("SET random", start=s, seed=7)[1][0]["0"] for s in (0, 0, 1)]
     assert starts[0].equal(starts[1]) and not starts[0].equal(starts[2])
+
+
+def test_weights_and_growth_follow_the_seed(monkeypatch):
+    seen, own, evolved = [], study.draw_weights, study.evolve
+    monkeypatch.setattr(study, "draw_weights", lambda model, generator: seen.append(generator.initial_seed()) or own(model, generator))
+    monkeypatch.setattr(study, "evolve", lambda model, zeta, generator, optimizer: seen.append(generator.initial_seed()) or evolved(model, zeta, generator, optimizer))
+    for seed in (0, 0, 1): rows_of("SET local", seed=seed, epochs=2)
+    assert len(seen) == 6 and len({*seen[:4]}) == 1 and seen[4] == seen[5] != seen[0]
+
+
+@pytest.mark.parametrize("kind", ["cnn", "SET random", "pruned efcn"])
+def test_images_come_in_the_order_of_the_seed_at_the_rate_asked_for(kind, monkeypatch):
+    seen, own = [], study.train
+    def spied(model, data, epochs, lr, batch_size, seed, first, optimizer, after_epoch):
+        seen.append((first, epochs, batch_size, seed, optimizer.param_groups[0]["lr"], {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}))
+        return own(model, data, epochs, lr, batch_size, seed, first, optimizer=optimizer, after_epoch=after_epoch)
+    monkeypatch.setattr(study, "train", spied)
+    rows_of(kind, seed=5, lr=.02, epochs=2, rounds=2)
+    assert [s[:2] for s in seen] == ([(0, 2), (2, 4), (4, 5), (5, 6)] if kind == "pruned efcn" else [(0, 2)]) and {s[2:] for s in seen} == {(20, 5, .02, True)}
 
 
 def test_pruning_takes_its_rounds(monkeypatch):
@@ -527,9 +574,21 @@ def test_the_rate_is_chosen_on_images_that_nobody_trains_on(monkeypatch):
     found = sparse_runs(TINY, **(SMALL | dict(lrs=[.1, .3, .2])))
     assert set(found.table.lr) == {.2}
     key = lambda d: {x.numpy().tobytes() for x in d.x}
-    search, final = ([d for s, d in seen if (s == 12345) == searching] for searching in (True, False))
+    search, final = ([d for s, d in seen if (s >= 12345) == searching] for searching in (True, False))
+    assert len(search) == 4*3*3 and {s for s, _ in seen} == {0, 1, 2, 12345, 12346, 12347}
     assert all(not key(d.train) & key(d.test) and key(d.train) | key(d.test) == key(TINY.train) for d in search)
     assert all(key(d.train) == key(search[0].train) and d.test is TINY.test for d in final)
+
+
+def test_the_rate_is_the_best_on_average_and_never_diverges(monkeypatch):
+    last = {.1: [.9, .3, .3], .2: [.6, .5, .6], .3: [.9, None, .9]}
+    def fake(kind, data, seed, start, lr, epochs, keep, **_):
+        if last[lr][seed % 3] is None: raise Diverged(1)
+        return [dict(epoch=e, accuracy=a, loss=1.) for e, a in ((1, 1.), (2, last[lr][seed % 3]))]
+    monkeypatch.setattr(study, "train_kind", fake)
+    found = sparse_runs(TINY, **(SMALL | dict(lrs=[.1, .2, .3], kinds=["dense", "cnn"])))
+    assert set(found.table.lr) == {.2}
+    assert study._best_lrs(pd.DataFrame([dict(kind="pruned dense", lr=lr, seed=9, epoch=2, accuracy=a) for lr in (.1, .2) for a in (lr, math.nan)])) == {"pruned dense": .2} # with a row of a mask
 
 
 def test_what_diverges_is_missing(monkeypatch):
@@ -543,9 +602,15 @@ def test_what_diverges_is_missing(monkeypatch):
     assert sparse_runs(TINY, **(SMALL | dict(lrs=[5.], kinds=["dense"]))).table.accuracy.isna().all()
 
 
+@pytest.mark.parametrize("out", [None, 3])
+def test_a_study_without_a_folder_does_nothing(out, monkeypatch):
+    monkeypatch.setattr(study, "sparse_runs", None)
+    with pytest.raises(ValueError, match="out must be the path of a folder"): topology_study(TINY, out, **SMALL)
+
+
 @pytest.mark.parametrize("wrong, words", [(dict(kinds=["cnn", "FCN"]), "not 'FCN'"), (dict(kinds=[]), "kinds must be some of"), (dict(kinds="cnn"), r"kinds must be a list, such as \['cnn'\]"), (dict(batch_size=0), "size of a batch must be 1 or more, not 0"), (dict(keep=[-1]), "not -1"),
                                           (dict(lrs=0.), r"not \[0.0\]"), (dict(epochs=2.5), "number of epochs must be 1 or more, not 2.5"), (dict(seeds=[]), "different whole numbers"), (dict(seeds=[0, 0]), "different whole"),
-                                          (dict(seeds=[12345]), "which the search uses"), (dict(seeds=[.5]), "whole numbers"), (dict(lrs=[]), "learning rates must be positive"), (dict(lrs=[0]), r"not \[0\]"),
+                                          (dict(seeds=[12345]), "from 0 to 12344 .the search uses those above"), (dict(seeds=[-1]), "from 0"), (dict(keep=["2"]), "between 0 and 4, not '2'"), (dict(keep=[2.5]), "not 2.5"), (dict(searches=0), "number of networks in the search must be 1 or more, not 0"), (dict(lrs=[.01, .01]), "all different"), (dict(seeds=[.5]), "whole numbers"), (dict(lrs=[]), "learning rates must be positive"), (dict(lrs=[0]), r"not \[0\]"),
                                           (dict(zeta=2), "zeta"), (dict(search_epochs=0), "number of epochs must be 1"), (dict(channels=0), "channels"), (dict(draws=0), "draws must be 1 or more, not 0")])
 def test_impossible_studies_do_nothing(wrong, words, tmp_path):
     with pytest.raises(ValueError, match=words): topology_study(TINY, tmp_path/"new", **(SMALL | wrong))
@@ -569,6 +634,16 @@ def test_which_topologies_are_compared(runs):
     row = every.set_index(["comparison", "kind", "seed", "epoch"]).loc[("the CNN", "SET random", 0, 4)]
     null = null_distances(m("SET random", 0, 0, 4), runs.local, "both", draws=1, second=False)
     assert row.both == pytest.approx(null.mean(axis=1).item()) and row.both_relative == pytest.approx(row.distance/row.both)
+
+
+@pytest.mark.parametrize("draws", [0, 2.5, True, "3"])
+def test_impossible_draws(runs, draws):
+    with pytest.raises(ValueError, match="number of draws must be 1 or more"): topology_distances(runs, draws)
+
+
+@pytest.mark.parametrize("zeta, every, words", [(5, 1, "zeta"), (.3, 0, "from one step of SET to the next must be 1 or more")])
+def test_impossible_shares(runs, zeta, every, words):
+    with pytest.raises(ValueError, match=words): start_shares(runs, zeta, every)
 
 
 def test_two_seeds_are_one_pair(runs):

@@ -56,6 +56,10 @@ def _check_pair(a, b):
     if [m.shape for m in A] != [m.shape for m in B]: raise ValueError(f'only networks of the same layers can be compared, not {[tuple(m.shape) for m in A]} with {[tuple(m.shape) for m in B]}')
     return A, B
 
+def _check_count(name, n):
+    "Raise `ValueError` unless `n` is a whole number from 1 on."
+    if isinstance(n, bool) or not isinstance(n, Integral) or n < 1: raise ValueError(f'the {name} must be 1 or more, not {n!r}')
+
 # %% ../../nbs/studies/52_topology.ipynb #fc2a5c7e
 def naive_distances(
     a:torch.Tensor, b:torch.Tensor # bool (output units, input units)
@@ -111,15 +115,31 @@ def _ranked_twins(colours, edges):
         found.append(_mix(c + _mix(pd.DataFrame(twins).groupby([*twins]).cumcount().to_numpy(np.uint64))))
     return found
 
+def _alike(colours):
+    "For each layer, the units that share their colour with another."
+    return [np.isin(c, value[n > 1]).nonzero()[0] for c in colours for value, n in [np.unique(c, return_counts=True)]]
+
+def _marked(colours, layer, unit):
+    "Colours in which one unit has a colour of its own."
+    colours = [c.copy() for c in colours]
+    colours[layer][unit] = _mix(colours[layer][unit:unit+1] + np.uint64(1))[0]
+    return colours
+
+def _seen_singly(colours, edges):
+    "Colours of units that are alike, by the colours that all units have in the end if that one alone is marked."
+    found = [c.copy() for c in colours]
+    for l, alike in enumerate(_alike(colours)):
+        for i in alike: found[l][i] = _mix(np.stack([_mix(c).sum() for c in _refine(_marked(colours, l, i), edges)[-1]])).sum()
+    return found
+
 def _told_apart(colours, edges):
     "Colours that differ between all units of a layer."
     colours = _refine(_ranked_twins(colours, edges), edges)[-1]
+    if any(map(len, _alike(colours))): colours = _refine(_seen_singly(colours, edges), edges)[-1]
     while True:
-        alike = [(l, value[n > 1].min()) for l, c in enumerate(colours) for value, n in [np.unique(c, return_counts=True)] if n.max() > 1]
+        alike = [(l, a[colours[l][a].argmin()]) for l, a in enumerate(_alike(colours)) if len(a)]
         if not alike: return colours
-        (l, value), colours = alike[0], [c.copy() for c in colours]
-        colours[l][(colours[l] == value).argmax()] = _mix(np.array([value]) + np.uint64(1))[0]
-        colours = _refine(colours, edges)[-1]
+        colours = _refine(_marked(colours, *alike[0]), edges)[-1]
 
 def unit_colours(
     masks, # see `check_topology`
@@ -189,7 +209,7 @@ def null_distances(
 )->pd.DataFrame:                # a row for each draw, a column for each layer
     "Distances of each layer between shuffled copies of two networks, or between shuffled copies of the first and the second as it is. Raises `ValueError` for layers that differ, no draw, or a shuffle that is not known."
     pair = _check_pair(masks_a, masks_b)
-    if isinstance(draws, bool) or not isinstance(draws, Integral) or draws < 1: raise ValueError(f'the number of draws must be 1 or more, not {draws!r}')
+    _check_count('number of draws', draws)
     generator = torch.Generator().manual_seed(seed)
     shuffled = lambda: [[shuffle_mask(m, keep, generator) if second or not i else m for m in layers] for i, layers in enumerate(pair)]
     return pd.DataFrame([layer_distances(*shuffled(), labelled_outputs) for _ in range(draws)], columns=[*masks_a] if isinstance(masks_a, Mapping) else None)
@@ -237,7 +257,7 @@ def local_cnn(
     seed:int=0         # of the weights
 )->nn.Sequential:
     "Two convolutions of stride 2 and a linear layer, with PyTorch's default weights; the global random state is left alone. Raises `ValueError` without a channel or for inputs that are no images."
-    if isinstance(channels, bool) or not isinstance(channels, Integral) or channels < 1: raise ValueError(f'the number of channels must be 1 or more, not {channels!r}')
+    _check_count('number of channels', channels)
     if len(input_shape) != 3: raise ValueError(f'inputs must be images (channels, height, width), not of shape {tuple(input_shape)}')
     (ci, *size), half = input_shape, lambda n: (n + 1)//2
     with torch.random.fork_rng():
@@ -266,10 +286,11 @@ def evolve_mask(
     zeta:float,          # share of them to replace, in [0, 1)
     generator:torch.Generator
 )->tuple:                # two masks: the new connections, and those of them that have just grown
-    "A step of SET. Raises `ValueError` for another `zeta`, a mask without connections or of another shape, or one without an empty place."
+    "A step of SET. Raises `ValueError` for another `zeta`, a mask without connections or of another shape, one without an empty place, or weights that are not finite."
     check_zeta(zeta)
     check_mask(mask, weight.shape)
     if mask.all(): raise ValueError('every place of the layer is taken, so nothing can grow elsewhere: leave dense layers out')
+    if not weight[mask].isfinite().all(): raise ValueError('weights must be finite to be compared by magnitude')
     places = mask.flatten().nonzero().flatten()
     values, kept, grown = weight.flatten()[places], mask.flatten().clone(), torch.zeros_like(mask).flatten()
     for side in (values >= 0, values < 0):
@@ -327,9 +348,10 @@ def blind_share(
 def pack_masks(
     masks:dict # name of a layer: bool matrix
 )->list:       # of dicts: mask (layer and size), part, bits
-    "Masks as rows of a table."
+    "Masks as rows of a table. Raises `ValueError` for one that is no bool matrix."
     rows = []
     for name, mask in masks.items():
+        if not torch.is_tensor(mask) or mask.dtype != torch.bool or mask.dim() != 2: raise ValueError(f'the mask of layer {name!r} must be a bool matrix')
         text = base64.b64encode(zlib.compress(_packed(mask.cpu()))).decode()
         rows += [dict(mask=f'{name} {mask.shape[0]}x{mask.shape[1]}', part=i, bits=text[first:first+100_000]) for i, first in enumerate(range(0, len(text), 100_000))]
     return rows
@@ -435,7 +457,7 @@ def check_settings(kinds, epochs, zeta, every, rounds, batch_size, keep):
     if unknown or not len(kinds): raise ValueError(f'kinds must be some of {", ".join(KINDS)}' + (f', not {unknown[0]!r}' if unknown else ''))
     check_zeta(zeta)
     for name, n in {'number of epochs': epochs, 'number of epochs from one step of SET to the next': every, 'number of rounds of pruning': rounds, 'size of a batch': batch_size}.items():
-        if isinstance(n, bool) or not isinstance(n, Integral) or n < 1: raise ValueError(f'the {name} must be 1 or more, not {n!r}')
+        _check_count(name, n)
     wrong = [e for e in keep if not isinstance(e, Integral) or not 0 <= e <= epochs]
     if wrong: raise ValueError(f'epochs whose masks are kept lie between 0 and {epochs}, not {wrong[0]!r}')
 
@@ -460,11 +482,11 @@ def _sweep_kinds(data, configs, fixed, folder, label, progress):
     return sweep(compute, [config | fixed for config in configs], folder, label, progress)
 
 def _best_lrs(table):
-    "For each kind, the learning rate with the best last accuracy; raises `Diverged` if all diverged."
-    last = table[table.accuracy.notna()].groupby(['kind', 'lr'], sort=False).tail(1).sort_values('lr')
-    missing = set(table.kind) - set(last.kind)
-    if missing: raise Diverged(f'{sorted(missing)[0]}: every learning rate diverged; try smaller ones than {table.lr.min()}')
-    return {kind: float(part.set_index('lr').accuracy.idxmax()) for kind, part in last.groupby('kind')}
+    "For each kind, the learning rate with the best last accuracy, a mean over networks of which none diverged; raises `Diverged` if there is none."
+    last = table.groupby(['kind', 'lr', 'seed']).accuracy.last().unstack('seed').mean(axis=1, skipna=False).unstack('lr') # rows of masks have no accuracy
+    missing = sorted(last.index[last.isna().all(axis=1)])
+    if missing: raise Diverged(f'{missing[0]}: every learning rate diverged; try smaller ones than {table.lr.min()}')
+    return last.idxmax(axis=1).to_dict()
 
 def sparse_runs(
     data,                        # `Data`
@@ -472,19 +494,22 @@ def sparse_runs(
     lrs=(.003, .01),             # of which each kind takes the best on validation images
     epochs:int=30, search_epochs:int=10, channels:int=4, zeta:float=.3, every:int=1, rounds:int=4, batch_size:int=50, # see `train_kind`
     keep=(0, 1, 3, 10, 30),      # epochs whose masks are kept; the last always is
+    searches:int=3,              # networks for each kind and learning rate in the search
     folder=None, progress:bool=None # see `runs.sweep`
 )->SparseRuns:
     "Train networks of all kinds, and `SET random` once more from a shared mask. Raises `ValueError` for impossible settings before any work, `Diverged` if all learning rates diverge."
     seeds, lrs = _whole(seeds=seeds), [lrs] if isinstance(lrs, Real) else list(lrs)
     check_settings(kinds, epochs, zeta, every, rounds, batch_size, ())
-    keep = sorted({0, epochs, *(e for e in ([keep] if isinstance(keep, Integral) else keep) if not e > epochs)})
-    check_settings(kinds, epochs, zeta, every, rounds, batch_size, keep)
+    keep = [keep] if isinstance(keep, Integral) else list(keep)
+    check_settings(kinds, epochs, zeta, every, rounds, batch_size, [e for e in keep if not (isinstance(e, Integral) and e > epochs)])
+    keep = sorted({0, epochs, *(int(e) for e in keep if e <= epochs)})
     check_settings(kinds, search_epochs, zeta, every, rounds, batch_size, ())
-    if not len(lrs) or not all(isinstance(lr, Real) and 0 < lr < math.inf for lr in lrs): raise ValueError(f'learning rates must be positive numbers, not {list(lrs)}')
+    _check_count('number of networks in the search', searches)
+    if not lrs or len({*lrs}) < len(lrs) or not all(isinstance(lr, Real) and 0 < lr < math.inf for lr in lrs): raise ValueError(f'learning rates must be positive numbers, all different, not {lrs}')
     splits = _split(data)
     local = local_masks(embed(local_cnn(data.train.shape, len(data.train.classes), channels), data.train.shape))
     fixed = dict(channels=channels, zeta=zeta, every=every, rounds=rounds, batch_size=batch_size)
-    search = [dict(kind=kind, seed=_SEARCH_SEED, start=_SEARCH_SEED, lr=float(lr), epochs=search_epochs, keep=[]) for kind in kinds for lr in lrs]
+    search = [dict(kind=kind, seed=seed, start=seed, lr=float(lr), epochs=search_epochs, keep=[]) for kind in kinds for lr in lrs for seed in range(_SEARCH_SEED, _SEARCH_SEED + searches)]
     best = _best_lrs(_sweep_kinds(splits, search, fixed, folder, 'topology-search', progress)) if len(lrs) > 1 else dict.fromkeys(kinds, float(lrs[0]))
     starts = [(kind, seed, start) for kind in kinds for seed in seeds for start in ([seed, seeds[0]] if kind == 'SET random' else [seed])]
     final = [dict(kind=kind, seed=seed, start=start, lr=best[kind], epochs=epochs, keep=keep) for kind, seed, start in dict.fromkeys(starts)]
@@ -495,14 +520,14 @@ def sparse_runs(
     table.attrs['environments'] = found.attrs['environments']
     return SparseRuns(table, masks, local)
 
-_SEARCH_SEED = 12345 # of networks that only choose a learning rate
+_SEARCH_SEED = 12345 # of networks that only choose a learning rate; the next ones, too
 
 def _whole(**lists):
     "A list of different whole numbers; raises `ValueError` for anything else."
     (name, given), = lists.items()
     given = [given] if isinstance(given, Integral) else list(given)
-    if not given or len(set(given)) < len(given) or not all(isinstance(s, Integral) and s != _SEARCH_SEED for s in given):
-        raise ValueError(f'{name} must be different whole numbers, and not {_SEARCH_SEED}, which the search uses: not {given}')
+    if not given or len(set(given)) < len(given) or not all(isinstance(s, Integral) and 0 <= s < _SEARCH_SEED for s in given):
+        raise ValueError(f'{name} must be different whole numbers from 0 to {_SEARCH_SEED - 1} (the search uses those above): not {given}')
     return [int(s) for s in given]
 
 # %% ../../nbs/studies/52_topology.ipynb #c3c34318
@@ -533,6 +558,7 @@ def topology_distances(
     folder=None, progress:bool=None # see `runs.sweep`
 )->pd.DataFrame:                    # comparison, kind, seed, epoch, layer (or 'all'), distance; each null, its spread, and the share of it
     "Distances between trained topologies, beside those of chance."
+    _check_count('number of draws', draws)
     known, configs = {}, []
     last = {kind: max(e for k, _, _, e in runs.masks if k == kind) for kind in {k for k, *_ in runs.masks}}
     for found in _comparisons(runs):
@@ -551,6 +577,8 @@ def start_shares(
     zeta:float, every:int, # as the runs had them
 )->pd.DataFrame:           # kind, seed, epoch, layer, share; blind: what replacing at random would leave
     "The share of connections of SET that lie where the network began: in the CNN's mask, or in a random one of its own."
+    check_zeta(zeta)
+    _check_count('number of epochs from one step of SET to the next', every)
     rows = []
     for (kind, seed, start, epoch), masks in runs.masks.items():
         if kind[:3] != 'SET' or start != seed: continue
@@ -615,13 +643,14 @@ def topology_claims(
 def topology_study(
     data,                   # `Data`
     out,                    # folder for what is kept and for the tables
-    kinds=KINDS, seeds=(0, 1, 2), lrs=(.003, .01), epochs:int=30, search_epochs:int=10, channels:int=4, zeta:float=.3, every:int=1, rounds:int=4, batch_size:int=50, keep=(0, 1, 3, 10, 30), # see `sparse_runs`
+    kinds=KINDS, seeds=(0, 1, 2), lrs=(.003, .01), epochs:int=30, search_epochs:int=10, channels:int=4, zeta:float=.3, every:int=1, rounds:int=4, batch_size:int=50, keep=(0, 1, 3, 10, 30), searches:int=3, # see `sparse_runs`
     draws:int=3,            # of each null
     progress:bool=None      # see `runs.sweep`
 )->dict:                    # tables by name: accuracy, distances, shares, claims
     "Train, compare and judge; the tables are written to `out` as csv files. Raises what its parts raise, before any work."
-    if isinstance(draws, bool) or not isinstance(draws, Integral) or draws < 1: raise ValueError(f'the number of draws must be 1 or more, not {draws!r}')
-    runs = sparse_runs(data, kinds, seeds, lrs, epochs, search_epochs, channels, zeta, every, rounds, batch_size, keep, out, progress)
+    if not isinstance(out, (str, Path)): raise ValueError(f'out must be the path of a folder, not {out!r}')
+    _check_count('number of draws', draws)
+    runs = sparse_runs(data, kinds, seeds, lrs, epochs, search_epochs, channels, zeta, every, rounds, batch_size, keep, searches, out, progress)
     tables = dict(accuracy=runs.table, distances=topology_distances(runs, draws, out, progress), shares=start_shares(runs, zeta, every))
     tables['claims'] = topology_claims(*tables.values())
     Path(out).mkdir(parents=True, exist_ok=True)
