@@ -423,7 +423,7 @@ def no_convolution(shape, classes): return nn.Sequential(nn.Flatten(), nn.Linear
     (dict(seeds=0), "at least one seed"), (dict(seeds=[]), "at least one seed"), (dict(seeds=[10**20]), "seed"), (dict(width=0), "width"), (dict(width=-2), "width"),
     (dict(device="nowhere"), "no device 'nowhere'"), (dict(device="meta"), "device"), (dict(precision="fp8"), "fp32, tf32, bf16"), (dict(fan_in="all"), "'folded' or 'padded'"),
     (dict(model="resnet"), "known are small, skinny, alexnet"), (dict(model="skinny"), "use larger images"), (dict(data="pets"), "unknown data 'pets'"),
-    (dict(model=no_convolution, width=None), "no convolution")], ids=str)
+    (dict(model=no_convolution, width=None), "no convolution")], ids=lambda value: str(value).split(" at 0x")[0])
 def test_refusals(tmp_path, changed, says):
     with pytest.raises(ValueError, match=says) as error: tiny.study(tmp_path/"s", **changed)
     assert len(str(error.value).splitlines()) == 1 and not (tmp_path/"s").exists()
