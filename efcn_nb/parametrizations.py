@@ -119,8 +119,9 @@ def shuffle_mask(
     generator:torch.Generator,
     rounds:int=50       # of trades, for both degrees: as many partners for each unit
 )->torch.Tensor:        # bool, same shape
-    "A random mask with what `keep` says in common with `mask`. Raises `ValueError` for another word, or a mask that is no bool matrix."
+    "A random mask with what `keep` says in common with `mask`. Raises `ValueError` for another word, a mask that is no bool matrix, or no round."
     if keep not in NULLS: raise ValueError(f'keep must be one of {", ".join(NULLS)}, not {keep!r}')
+    if isinstance(rounds, bool) or not isinstance(rounds, Integral) or rounds < 1: raise ValueError(f'the number of rounds of trades must be 1 or more, not {rounds!r}')
     if not torch.is_tensor(mask) or mask.dim() != 2 or mask.dtype != torch.bool: raise ValueError('a mask to shuffle must be a bool tensor (output units, input units)')
     generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator))) # else one that has drawn a mask would undo it
     if keep == 'density': return mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view(mask.shape)
@@ -156,9 +157,10 @@ def hold_to_masks(
     model:nn.Module, # changed in place
     masks:dict       # name of a layer: bool tensor of the shape of its weight
 ):
-    "Hold the weights of some layers to masks, or to other masks than before; outside they are set to zero. Raises `ValueError`, before anything is changed, for a name without a weight or a mask that does not fit."
+    "Hold the weights of some layers to masks, or to other masks than before; outside they are set to zero. Raises `ValueError`, before anything is changed, for a name without a weight, a mask that does not fit, or a weight that is parametrized already."
     layers = {name: m for name, m in model.named_modules() if torch.is_tensor(getattr(m, 'weight', None))}
     for name, mask in masks.items():
+        if name in layers and parametrize.is_parametrized(layers[name], 'weight') and not _held(layers[name]): raise ValueError(f'the weight of layer {name!r} is parametrized in another way: remove that first')
         if name not in layers: raise ValueError(f'the network has no layer {name!r} with a weight; it has {", ".join(map(repr, layers))}')
         try: check_mask(mask, layers[name].weight.shape)
         except ValueError as e: raise ValueError(f'layer {name!r}: {e}') from None
@@ -261,6 +263,7 @@ def decompose(
     steps:int=100        # of least squares
 )->list:                 # cores, in the type of `tensor`
     "Cores of an approximation of `tensor`, computed in double precision by tensorly. Raises `ValueError` for a rank that the tensor does not allow."
+    if not tensor.isfinite().all(): raise ValueError('a tensor to decompose must hold finite numbers')
     shapes, x = core_shapes(format, tensor.shape, rank), tensor.detach().cpu().double().numpy()
     with tl.backend_context('numpy', local_threadsafe=True):
         if format == 'cp':
@@ -283,6 +286,7 @@ def entry_order(
 )->torch.Tensor:        # int64: for each entry of the flat kernel, the place in the flat kernel before the shuffle from which it comes
     "A random order of the entries of a kernel. Raises `ValueError` for an unknown shuffle."
     if shuffle not in SHUFFLES: raise ValueError(f'unknown shuffle {shuffle!r}; known are {", ".join(SHUFFLES)}')
+    if len(kernel_shape) < 3: raise ValueError(f'a kernel has the shape (out channels, in channels, *taps), not {tuple(kernel_shape)}')
     places = torch.arange(math.prod(kernel_shape)).view(-1, math.prod(kernel_shape[2:]))
     if shuffle == 'none': return places.flatten()
     if shuffle == 'everything': return torch.randperm(places.numel(), generator=generator)
@@ -339,6 +343,7 @@ def hold_to_rank(
     if start not in ('random', 'decompose'): raise ValueError(f"start must be 'random' or 'decompose', not {start!r}")
     kernel = getattr(conv, 'weight', None)
     if not torch.is_tensor(kernel) or kernel.dim() < 3: raise ValueError(f'{type(conv).__name__} has no kernel (out channels, in channels, *taps) to hold to a rank')
+    if start == 'random' and not 0 < kernel.norm() < math.inf: raise ValueError('the kernel must have a finite norm above 0, which the composed one takes over')
     if parametrize.is_parametrized(conv, 'weight'): raise ValueError('the kernel is parametrized already: remove that first (parametrize.remove_parametrizations)')
     generator, shape, cores = torch.Generator().manual_seed(seed), (len(kernel), kernel[0,0].numel(), kernel.shape[1]), None
     order, shapes = entry_order(kernel.shape, shuffle, generator), core_shapes(format, shape, rank)

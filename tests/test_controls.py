@@ -1,4 +1,5 @@
 "Controls, against numpy's moments and eigenvectors."
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -91,3 +92,33 @@ def test_variants_keep_shape_and_labels(data, variant):
 
 def test_a_class_without_images(data):
     with pytest.raises(ValueError, match="class 1 has no training image"): gaussian(Data(replace(data.train, x=data.train.x[::3], y=data.train.y[::3]), data.test), True, 0)
+
+
+@pytest.mark.parametrize("call,said", [
+    (lambda x: permute_pixels(x, (3, 8, 8), pixel_order((3, 8, 8), 0)), "images of shape (3, 8, 8), or rows of 192 numbers"),
+    (lambda x: permute_pixels(x[:3], (3, 8, 8), pixel_order((3, 8, 8), 0)), "not a tensor of shape (3, 2, 8, 8)"), # the sizes happen to agree
+    (lambda x: permute_pixels(x, (2, 8, 8), torch.randperm(63)), "has each number from 0 to 63 once"),
+    (lambda x: permute_pixels(x, (2, 8, 8), torch.zeros(64, dtype=torch.int64)), "has each number from 0 to 63 once"),
+    (lambda x: permute_pixels(x, (2, 8, 8), torch.ones(64, dtype=torch.bool)), "has each number from 0 to 63 once"),
+])
+def test_pixels_that_cannot_be_permuted(data, call, said):
+    with pytest.raises(ValueError) as e: call(data.train.x)
+    assert said in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("change,said", [(lambda x: x*0 + .5, "all the same cannot be made white"), (lambda x: x*math.nan, "finite, to have a covariance"), (lambda x: x[:0], "must be there")])
+def test_images_that_cannot_be_whitened(data, change, said):
+    x = change(data.train.x)
+    with pytest.raises(ValueError, match=said): whitened(Data(replace(data.train, x=x, y=data.train.y[:len(x)]), data.test))
+
+
+def test_images_that_are_not_finite(data):
+    with pytest.raises(ValueError, match="finite, to have a covariance"): gaussian(Data(replace(data.train, x=data.train.x*math.nan), data.test), True, 0)
+
+
+def test_draws_of_white_images_keep_what_the_floor_leaves():
+    "Weak directions stay weak: white images are correlated still, and their Gaussian draws as much."
+    weak = images(6000, (1, 4, 4))
+    weak = replace(weak, x=F.avg_pool2d(F.pad(weak.x, (1, 1, 1, 1), mode="circular"), 3, 1))
+    C = [np.cov(make_variant(Data(weak, weak), variant, 0).train.x.flatten(1).double().numpy().T) for variant in ("white", "white-gaussian")]
+    assert np.linalg.eigvalsh(C[0])[0] < .9 and abs(C[0] - C[1]).max() < 6*2**.5/6000**.5

@@ -14,8 +14,7 @@ from torch.nn.utils.prune import L1Unstructured
 
 from efcn_nb.embedding import embed
 from efcn_nb.fused import FusedSGD
-from efcn_nb.models import count_weights
-from efcn_nb.parametrizations import (FORMATS, NULLS, SHUFFLES, LowRank, Masked, check_density, check_mask, compose, core_shapes, count_cores, decompose, entry_order,
+from efcn_nb.parametrizations import (FORMATS, NULLS, SHUFFLES, check_density, check_mask, compose, core_shapes, count_cores, decompose, entry_order,
                                       erdos_renyi_density, fit_rank, hold_to_masks, hold_to_rank, largest_rank, magnitude_mask, masks_of, prune_mask, random_mask,
                                       release_masks, release_rank, shuffle_mask)
 from efcn_nb.training import train_steps
@@ -513,3 +512,26 @@ def test_a_generator_that_drew_a_mask_does_not_undo_it(keep):
     mask = random_mask((40, 60), .1, draw())
     found = shuffle_mask(mask, keep, draw())
     assert found[:4].sum() < 45 and (found & mask).sum() < 45
+
+
+def test_kernels_held_to_a_rank_take_no_mask():
+    net = nn.Sequential(nn.Conv2d(2, 3, 2))
+    hold_to_rank(net[0], "cp", 2)
+    before = net[0].weight.detach().clone()
+    with pytest.raises(ValueError, match="the weight of layer '0' is parametrized in another way"): hold_to_masks(net, {"0": torch.ones(3, 2, 2, 2).bool()})
+    assert net[0].weight.equal(before) and len(net[0].parametrizations.weight) == 1
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda: shuffle_mask(torch.ones(4, 4).bool(), "both", draw(), rounds=0), "the number of rounds of trades must be 1 or more, not 0"),
+    (lambda: shuffle_mask(torch.ones(4, 4).bool(), "both", draw(), rounds=-1), "must be 1 or more, not -1"),
+    (lambda: entry_order((4, 3), "window", draw()), r"a kernel has the shape \(out channels, in channels, \*taps\), not \(4, 3\)"),
+    (lambda: decompose("cp", torch.tensor([[[1., math.nan]]]), 1), "a tensor to decompose must hold finite numbers"),
+    (lambda: hold_to_rank(zeroed(nn.Conv2d(2, 3, 2)), "cp", 1), "the kernel must have a finite norm above 0")])
+def test_what_would_be_silently_wrong(call, said):
+    with pytest.raises(ValueError, match=said): call()
+
+
+def zeroed(conv):
+    nn.init.zeros_(conv.weight)
+    return conv

@@ -7,8 +7,7 @@ __all__ = ['INITS', 'STARTS', 'METHODS', 'DEFAULTS', 'CASES', 'NETWORKS', 'VANIS
            'displacement_histogram', 'expected_histogram', 'near_profile', 'near_ratio', 'null_ratios', 'make_dense',
            'prunable', 'step_batches', 'survivors', 'mask_to_text', 'mask_from_text', 'prune_rounds', 'round_masks',
            'locality_table', 'profile_table', 'busiest_units', 'first_weights', 'pair_strengths',
-           'interaction_strength', 'interaction_profile', 'check_networks', 'interaction_table', 'pruning_claims',
-           'pruning_study']
+           'interaction_strength', 'interaction_profile', 'interaction_table', 'pruning_claims', 'pruning_study']
 
 # %% ../../nbs/studies/53_pruning.ipynb #8ee61085
 import copy, math
@@ -72,7 +71,7 @@ def expected_histogram(
     n, pixels = mask.shape
     if keep == 'inputs':
         degrees = mask.sum(0).double()
-        expected = _autocorrelation(degrees.view(1, *image_shape))
+        expected = _autocorrelation(degrees.view(1, *image_shape)).round()
         expected[0, image_shape[1]-1, image_shape[2]-1] -= degrees.square().sum()
         return expected / n
     k, places = (mask.sum(1).double(), pixels) if keep == 'units' else (mask.sum()[None].double(), n*pixels)
@@ -137,7 +136,7 @@ def make_dense(
 )->nn.Sequential:
     "Hidden layers with ReLU and batch normalisation before every layer, after Pellegrini & Biroli 2021. Raises `ValueError` for widths below one, or none, or an unknown `init`."
     if init not in INITS: raise ValueError(f'unknown init {init!r}; known are {", ".join(INITS)}')
-    if isinstance(widths, Integral) or not len(widths) or min(widths) < 1: raise ValueError(f'widths must be a list of numbers of hidden units, each 1 or more, not {widths!r}')
+    if not isinstance(widths, (list, tuple)) or not widths or not all(isinstance(w, Integral) and w >= 1 for w in widths): raise ValueError(f'widths must be a list of numbers of hidden units, each 1 or more, not {widths!r}')
     sizes = [math.prod(input_shape), *widths, classes]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -262,6 +261,7 @@ def _check_config(data, config, rounds):
         if config[name] not in known: raise ValueError(f'unknown {name} {config[name]!r}; known are {", ".join(known)}')
     for name, least in dict(steps=1, rewind=0, batch_size=2, channels=1, relax=0).items():
         if isinstance(config[name], bool) or not isinstance(config[name], Integral) or config[name] < least: raise ValueError(f'{name} must be a whole number from {least} on, not {config[name]!r}')
+    if not isinstance(config['last'], bool): raise ValueError(f'last must be True or False, not {config["last"]!r}')
     if config['rewind'] >= config['steps']: raise ValueError(f'the step to rewind to must lie before the end of the round: {config["rewind"]} is not below {config["steps"]}')
     if config['batch_size'] > len(data.train): raise ValueError(f'a batch of {config["batch_size"]} images is more than the {len(data.train)} there are to train on')
     if not isinstance(config['lr'], Real) or not 0 < config['lr'] < math.inf: raise ValueError(f'the learning rate must be a positive number, not {config["lr"]!r}')
@@ -272,9 +272,13 @@ def _check_config(data, config, rounds):
 def _check_study(data, cases, seeds, rounds, settings):
     "All settings of each case, by its name. Raises `ValueError` unless all of it is possible."
     if len(data.train.shape) != 3: raise ValueError(f'pruning looks at images (colours, height, width), not at inputs of shape {data.train.shape}')
+    if not len(data.test) or data.test.shape != data.train.shape: raise ValueError(f'there must be test images, of the shape {tuple(data.train.shape)} of those to train on, not {len(data.test)} of {tuple(data.test.shape)}')
     if isinstance(cases, str) or not len(cases): raise ValueError(f'cases must be a list of names, or a dict of names and settings, not {cases!r}')
     unknown = [name for name in cases if name not in CASES and not isinstance(cases, dict)]
     if unknown: raise ValueError(f'unknown case {unknown[0]!r}; known are {", ".join(CASES)}')
+    if isinstance(cases, dict) and not all(isinstance(differs, dict) for differs in cases.values()): raise ValueError(f'what differs in a case must be a dict of settings, not in {cases!r}')
+    for name in ('variant', 'start', 'method'): # else a case is called what it is not
+        if name in settings: raise ValueError(f'{name} is what cases differ in: give cases, such as {{"mine": dict({name}={settings[name]!r})}}, not a setting for all')
     if isinstance(rounds, bool) or not isinstance(rounds, Integral) or rounds < 0: raise ValueError(f'rounds must be a whole number from 0 on, not {rounds!r}')
     if isinstance(seeds, Integral) or not len(seeds) or len({*seeds}) < len(seeds) or not all(isinstance(s, Integral) and s >= 0 for s in seeds): raise ValueError(f'seeds must be a list of different whole numbers from 0 on, not {seeds!r}')
     full = {name: DEFAULTS | settings | (cases if isinstance(cases, dict) else CASES)[name] for name in cases}
@@ -351,6 +355,8 @@ def _first_mask(part, image_shape, order):
 
 def _orders(table, cases, image_shape):
     "The order of pixels of each case and seed, None where they are in their own."
+    unknown = [name for name in table.case.unique() if name not in (cases if isinstance(cases, dict) else CASES)]
+    if unknown: raise ValueError(f'whether the pixels of case {unknown[0]!r} were permuted is not known: give the dict of cases that prune_rounds was given')
     variant = {name: (cases if isinstance(cases, dict) else CASES)[name].get('variant', 'images') for name in table.case.unique()}
     return {(name, seed): pixel_order(image_shape, seed) if variant[name] == 'permuted' else None for name, seed in table[['case', 'seed']].drop_duplicates().itertuples(index=False)}
 
@@ -385,7 +391,7 @@ def busiest_units(
 )->torch.Tensor:       # bool (count, colours, height, width)
     "The masks, as images, of the units with most inputs, of equals the first. Raises `ValueError` for more units than there are."
     check_image_mask(mask, image_shape)
-    if not 1 <= count <= len(mask): raise ValueError(f'count must be a number of units from 1 to {len(mask)}, not {count}')
+    if not isinstance(count, Integral) or not 1 <= count <= len(mask): raise ValueError(f'count must be a number of units from 1 to {len(mask)}, not {count}')
     return mask[mask.sum(1).sort(descending=True, stable=True).indices[:count]].view(-1, *image_shape)
 
 # %% ../../nbs/studies/53_pruning.ipynb #ed7f485e
@@ -464,9 +470,12 @@ def interaction_profile(
 # %% ../../nbs/studies/53_pruning.ipynb #65365dab
 NETWORKS = ('cnn', 'efcn', 'fcn', 'fcn at start', 'fcn permuted', 'fcn pruned')
 
-def check_networks(networks):
-    "Raise `ValueError` unless `networks` are names of some."
-    if isinstance(networks, str) or not len(networks) or not {*networks} <= {*NETWORKS}: raise ValueError(f'networks must be a list of some of {", ".join(NETWORKS)}, not {networks!r}')
+def _check_networks(data, networks, seeds, rounds, settings):
+    "The settings of each of `networks`, by its name. Raises `ValueError` unless all of it is possible."
+    if not isinstance(networks, (list, tuple)) or not networks or not {*networks} <= {*NETWORKS}: raise ValueError(f'networks must be a list of some of {", ".join(NETWORKS)}, not {networks!r}')
+    case = {name: 'efcn' if name in ('cnn', 'efcn') else 'permuted' if name == 'fcn permuted' else 'fcn' for name in networks}
+    full = _check_study(data, [*case.values()], seeds, rounds, settings)
+    return {name: full[c] for name, c in case.items()}
 
 def interaction_table(
     data,                # `Data`
@@ -476,8 +485,7 @@ def interaction_table(
     **settings           # see `DEFAULTS`
 )->pd.DataFrame:         # network, seed, distance, strength, null, ratio, accuracy (on test images)
     "`interaction_profile` of trained networks. Raises `ValueError` before any work if something is impossible."
-    check_networks(networks)
-    full = _check_study(data, ['fcn', 'efcn', 'permuted'], seeds, rounds, settings)
+    full = _check_networks(data, networks, seeds, rounds, settings)
     prints, cells = dict(train=data.train.fingerprint, test=data.test.fingerprint), _Rounds(data, folder)
     def one_network(network, **config):
         run, seed = _Run(data, {k: v for k, v in config.items() if k != 'rounds'}), config['seed']
@@ -487,8 +495,7 @@ def interaction_table(
         else: model = run.dense
         order = pixel_order(data.train.shape, seed) if network == 'fcn permuted' else None
         return interaction_profile(model, data.train.shape, order).assign(accuracy=evaluate(model, run.images.test)['accuracy'])
-    case = {name: full['efcn' if name in ('cnn', 'efcn') else 'permuted' if name == 'fcn permuted' else 'fcn'] for name in networks}
-    configs = [case[name] | prints | dict(network=name, seed=int(s)) | (dict(rounds=rounds) if name == 'fcn pruned' else {}) for name in networks for s in seeds]
+    configs = [full[name] | prints | dict(network=name, seed=int(s)) | (dict(rounds=rounds) if name == 'fcn pruned' else {}) for name in full for s in seeds]
     return sweep(one_network, configs, folder, 'interactions', progress)[['network', 'seed', 'distance', 'strength', 'null', 'ratio', 'accuracy']]
 
 # %% ../../nbs/studies/53_pruning.ipynb #3cc87f02
@@ -513,7 +520,10 @@ def pruning_claims(
         if not len(by_round.dropna()): return not_judged(claim, 'needs cases that are not there')
         r, mean, spread, half, verdict = judge(by_round, every=True)
         return claim_row(claim, f'{100*mean:+.1f} points in round {r}, the least sure of {last}', spread, half, by_round[r].count(), verdict)
-    def vanishes(claim, left, whole): return _claim(claim, VANISHED*whole - left.abs(), f'excess {left.mean():+.2f}, that of the images {whole.mean():+.2f}')
+    def vanishes(claim, left, whole):
+        if len(whole.dropna()) and whole.mean() <= 0: return not_judged(claim, f'no locality that could vanish: excess {whole.mean():+.2f}')
+        margin = VANISHED*whole - left.abs()
+        return _claim(claim, margin, f'margin {100*margin.mean():+.1f} points: {left.mean():+.2f} left of {whole.mean():+.2f}')
     excess = at(near, 'fcn')
     return pd.DataFrame([every('1a  masks are local: near ratio above the null', lambda r: at(near, 'fcn', r)),
         every('1b  more so than after one-shot pruning', lambda r: at(near, 'fcn', r) - at(near, 'one-shot', r)),
@@ -533,7 +543,7 @@ def pruning_study(
     out,                 # folder for what is kept and for the tables
     cases=tuple(CASES),  # as for `prune_rounds`
     seeds=(0, 1, 2), rounds:int=11,
-    networks=NETWORKS,   # of the interactions; none to leave them out
+    networks=NETWORKS,   # of the interactions; None to leave them out
     units:int=12,        # of the first layer, whose masks are kept as images, of the first seed
     progress:bool=None,
     **settings           # see `DEFAULTS`
@@ -541,16 +551,17 @@ def pruning_study(
     "Prune all cases, measure and judge; the tables are written to `out` as csv files. Raises `ValueError` before any work if something is impossible."
     shape, shared = data.train.shape, dict(seeds=seeds, rounds=rounds, progress=progress, **settings)
     full = _check_study(data, cases, seeds, rounds, settings)
-    if len(networks): check_networks(networks)
+    if networks: _check_networks(data, networks, seeds, rounds, settings)
+    if max(shape[1:]) < 4: raise ValueError(f'near pairs are at most two pixels apart: images must be four pixels wide or high, or more, not {shape[1]} x {shape[2]}')
     if rounds < 3: raise ValueError(f'the claims are about the last three rounds of pruning: rounds must be 3 or more, not {rounds}')
     for name, config in full.items(): # units there are
         first = _Run(data, config | dict(seed=0, variant='images')).at_start(0)
         most = len(first.get_submodule(prunable(first)[0]).weight)
-        if not 1 <= units <= most: raise ValueError(f'units must be a number from 1 to {most}, the units of the first layer of {name!r}, not {units}')
+        if not isinstance(units, Integral) or not 1 <= units <= most: raise ValueError(f'units must be a number from 1 to {most}, the units of the first layer of {name!r}, not {units}')
     table = prune_rounds(data, cases, folder=out, **shared)
     found = locality_table(table, shape, cases)
     tables = dict(rounds=found, profiles=profile_table(table, shape, [rounds], cases), units=_drawn(table, shape, cases, seeds[0], rounds, units), claims=pruning_claims(found))
-    if len(networks): tables['interactions'] = interaction_table(data, networks, folder=out, **shared)
+    if networks: tables['interactions'] = interaction_table(data, networks, folder=out, **shared)
     for name, t in tables.items(): publish(Path(out)/f'{name}.csv', lambda path: t.to_csv(path, index=False))
     return tables
 
