@@ -42,7 +42,8 @@ def data(): return Data(noise(40), noise(20, seed=1))
 
 # Networks
 
-@pytest.mark.parametrize("shape, width, kernel, words", [((1, 7, 8), 4, 3, "at least 8 x 8 pixels, not at \\(1, 7, 8\\)"), ((8, 8), 4, 3, "at least 8 x 8"), ((1, 8, 8), 0, 3, "width must be 1 or more"), ((1, 8, 8), 4, 2, "an odd number, not 4 and 2")])
+@pytest.mark.parametrize("shape, width, kernel, words", [((1, 7, 8), 4, 3, "at least 8 x 8 pixels, not at \\(1, 7, 8\\)"), ((8, 8), 4, 3, "at least 8 x 8"), ((1, 8, 8), 0, 3, "width must be 1 or more"), ((1, 8, 8), 4, 2, "an odd number, not 4 and 2"), ((1, 8, 8), 4., 3, "width must be 1 or more .* not 4.0 and 3"),
+                                                         ((1, 8, 8), 4, "3", "not 4 and '3'")])
 def test_impossible_networks(shape, width, kernel, words):
     with pytest.raises(ValueError, match=words): held_network(shape, 2, width, kernel)
 
@@ -89,7 +90,11 @@ def test_impossible_compressions(args, words):
 
 
 def test_compressed_twice():
-    with pytest.raises(ValueError, match="parametrized already"): compress(compressed_model((1, 8, 8), 2, "tt", 2, width=6, kernel=3), "cp", 2)
+    with pytest.raises(ValueError, match="layer '4' is parametrized already"): compress(compressed_model((1, 8, 8), 2, "tt", 2, width=6, kernel=3), "cp", 2)
+    model = held_network((1, 8, 8), 2, 6, 3)
+    hold_to_rank(model[7], "tt", 1)
+    with pytest.raises(ValueError, match="layer '7' is parametrized already"): compress(model, "cp", 2)
+    assert not parametrize.is_parametrized(model[4]), "nothing is changed"
 
 
 @pytest.mark.parametrize("convs", [[nn.Conv1d(2, 4, 3), nn.Conv1d(4, 6, 5)], [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, (3, 5), groups=2)], [nn.Conv3d(1, 2, 3), nn.Conv3d(2, 5, 3)]])
@@ -267,6 +272,29 @@ def test_cells_of_one_seed_differ_in_the_kernels_alone():
     assert all(net[0].weight.equal(nets[0][0].weight) and net[-1].weight.equal(nets[0][-1].weight) for net in nets)
 
 
+def test_what_a_cell_measures_of_its_kernels(data):
+    row, model = learn_held(data, "tt", "none", 3, seed=2, lr=.05, **TINY), compressed_model((1, 8, 8), 2, "tt", 3, "none", 6, 3, seed=2)
+    start = [effective_rank(composed_kernel(conv).flatten(1)) for conv in held_layers(model).values()]
+    train_held(model, data.train, 1, .05, 20, seed=2)
+    kernels = [composed_kernel(conv) for conv in held_layers(model).values()]
+    assert row["start_effective"] == pytest.approx(np.mean(start)) != pytest.approx(row["effective"])
+    assert row["operator"] == pytest.approx(np.mean([operator_rank(K, (8, 8)) for K in kernels])/(64*6)) and row["stable"] == pytest.approx(np.mean([stable_rank(K.flatten(1)) for K in kernels]))
+
+
+def test_a_loss_that_is_not_finite_is_missing(data, monkeypatch):
+    monkeypatch.setattr(study, "evaluate", lambda *_, **__: dict(accuracy=.5, loss=math.inf))
+    assert math.isnan(learn_held(data, "tt", "none", 3, **TINY)["accuracy"])
+
+
+def test_precision_reaches_training_and_evaluation(data, monkeypatch):
+    real, said = (study.train_held, study.evaluate), []
+    monkeypatch.setattr(study, "train_held", lambda *a: (said.append(a[6]), real[0](*a))[1])
+    monkeypatch.setattr(study, "evaluate", lambda *a, precision: (said.append(precision), real[1](*a, precision=precision))[1])
+    learn_held(data, "tt", "none", 3, precision="bf16", **TINY)
+    post_hoc(data, [3], formats=["tt"], shuffles=["none"], precision="bf16", **TINY)
+    assert said == ["bf16"]*5
+
+
 def test_pixels_are_the_datas(data):
     mixed = make_variant(data, "permuted", 1)
     assert learn_held(data, "tt", "pixels", 3, seed=1, **TINY) == learn_held(mixed, "tt", "none", 3, seed=1, **TINY)
@@ -363,8 +391,8 @@ def test_study_goes_on_after_an_interruption(data, tmp_path, monkeypatch):
 def test_other_images_are_other_cells(data, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(study, "learn_held", lambda *args: (calls.append(1), fake(*args))[1])
-    for d in (data, Data(data.test, data.train), data): low_rank_grid(d, [("tt", "none")], [2], seeds=[0], lrs=[.01], folder=tmp_path, width=6, kernel=3)
-    assert len(calls) == 2
+    for d in (data, Data(data.train, data.train), Data(data.test, data.test), data): low_rank_grid(d, [("tt", "none")], [2], seeds=[0], lrs=[.01], folder=tmp_path, width=6, kernel=3)
+    assert len(calls) == 3
 
 
 # Tables
@@ -372,6 +400,9 @@ def test_other_images_are_other_cells(data, tmp_path, monkeypatch):
 def made_up(accuracy, seeds=4, ratios=(2., 8., 32.), arms=(("tt", "none", True), ("tt", "everything", True)), noise=.003):
     rng = np.random.default_rng(1)
     return pd.DataFrame([dict(format=f, shuffled=s, trained=t, ratio=r, seed=k, true=r, accuracy=accuracy(f, s, t, r) + noise*rng.standard_normal()) for f, s, t in arms for r in ratios for k in range(seeds)])
+
+
+ARMS = [("tt", s, True) for s in ("none", "everything", "window", "channels", "pixels")] + [("tt", "everything", False), ("dense", "none", False)]
 
 
 def test_steadiness_by_hand():
@@ -389,6 +420,26 @@ def test_ratios_that_were_not_reached_are_left_out():
     assert {*steadiness(table).most} == {32} and [*by_ratio(table, "tt").columns] == [2, 8, 32]
 
 
+def test_ratios_of_one_rank_count_once():
+    "A ring that goes to rank 1 at 150 and at 500 times is one network."
+    table = made_up(lambda f, s, t, r: .5 - .01*r*(s == "none"), ratios=(2., 8., 32.))
+    twice = pd.concat([table, table[table.ratio == 32].assign(ratio=20.)])
+    assert [*by_ratio(twice, "tt").columns] == [2, 8, 32] and steadiness(twice).equals(steadiness(table)) and low_rank_claims(twice).equals(low_rank_claims(table))
+
+
+@pytest.mark.parametrize("frozen, said", [([2., 32.], "never trained, 32x"), ([2., 8.], "never trained, 8x")])
+def test_frozen_cores_are_compared_at_a_ratio_of_their_own(frozen, said):
+    table = made_up(lambda f, s, t, r: .5 - .1*(not t) - .01*r*t, arms=ARMS)
+    table = table[table.trained | table.ratio.isin(frozen) | (table.format == "dense")]
+    table = table[(table.format != "dense") | (table.ratio == 2)]
+    row = low_rank_claims(table).set_index("claim").filter(like="above the same cores", axis=0)
+    assert row.index[0].endswith(said) and float(row.effect.iloc[0].split()[0]) == pytest.approx(100*(.1 - .01*frozen[-1]), abs=.6)
+    dense = low_rank_claims(table).set_index("claim").filter(like="plain is above dense", axis=0)
+    assert dense.index[0].endswith("32x") and float(dense.effect.iloc[0].split()[0]) == pytest.approx(-22, abs=.6)
+    no = low_rank_claims(table[table.trained | (table.format == "dense")].pipe(lambda t: pd.concat([t, made_up(lambda *_: .5, ratios=(4.,), arms=ARMS[5:6])])))
+    assert no.set_index("claim").filter(like="above the same cores", axis=0).verdict.tolist() == ["not judged"]
+
+
 def test_a_seed_that_diverged_is_left_out():
     table = made_up(lambda f, s, t, r: .5 - .01*r*(s == "none"))
     table.loc[(table.seed == 3) & (table.ratio == 32) & (table.shuffled == "none"), "accuracy"] = math.nan
@@ -403,8 +454,6 @@ def test_tables_without_an_arm():
     assert not len(steadiness(table[table.ratio == 2])) and "fall" in steadiness(table[table.ratio == 2])
     assert {*low_rank_claims(table[table.shuffled == "none"]).verdict} == {"not judged"} == {*low_rank_claims(table[table.ratio == 2]).verdict}
 
-
-ARMS = [("tt", s, True) for s in ("none", "everything", "window", "channels", "pixels")] + [("tt", "everything", False), ("dense", "none", False)]
 
 @pytest.mark.parametrize("accuracy, verdicts", [
     (lambda f, s, t, r: .7 + .02*(s != "none") - .01*r*(s in ("none", "pixels"))*(1 + (s == "pixels")*.02/.68) - .5*(f == "dense") - .1*(not t), ["holds"]*7 + ["undecided", "holds", "holds"]),
@@ -423,6 +472,12 @@ def test_effects_by_hand():
     fall = {s: np.array([A[s, 2., k] - A[s, 32., k] for k in range(4)]) for s in ("none", "everything")}
     found = low_rank_claims(table).iloc[0]
     assert found.effect == f"{100*fall['everything'].mean():.1f} instead of {100*fall['none'].mean():.1f} points" and found.spread == f"{100*(fall['none'] - fall['everything']).std(ddof=1):.1f} points"
+
+
+def test_the_margin_is_not_in_the_effect():
+    found = low_rank_claims(made_up(lambda f, s, t, r: .5 - .004*(s == "everything")*(r == 8), noise=1e-4), margin=.02)
+    strict, lenient = (found[found.claim.str.contains(words)].iloc[0] for words in ("above plain", "no more than 2 point"))
+    assert strict.effect == lenient.effect == "-0.4 points at 8x" and (strict.verdict, lenient.verdict) == ("fails", "holds")
 
 
 # Afterwards
@@ -499,6 +554,50 @@ def test_what_is_of_low_rank_stays(data):
     assert cut_model(plain, data.train, "tt", 6)[1] < 1e-5 and cut_model(plain, data.train, "tt", 6, "everything")[1] > .3
 
 
+def test_post_hoc_takes_other_settings_for_other_cells(data, tmp_path, monkeypatch):
+    calls = []
+    def spy(data, *args):
+        calls.append(args)
+        return [dict(accuracy=.5)]
+    monkeypatch.setattr(study, "post_hoc", spy)
+    base = dict(ratios=[2], formats=["svd"], shuffles=["none"], pixels=[False], seeds=[1], lr=.01, epochs=3, batch_size=100, width=6, kernel=3, precision="fp32", steps=50, measured=2_000)
+    other = dict(ratios=[3], formats=["cp"], shuffles=["window"], pixels=[True], seeds=[2], lr=.02, epochs=4, batch_size=50, width=7, kernel=5, precision="bf16", steps=51, measured=20)
+    for _ in range(2):
+        for k in [None, *other]: post_hoc_study(data, folder=tmp_path, **(base if k is None else base | {k: other[k]}))
+    assert len(calls) == len({*map(str, calls)}) == 1 + len(other), "each once, and each with what was asked for"
+    post_hoc_study(data, **{k: base[k] for k in ("ratios", "formats", "shuffles", "pixels", "seeds", "width", "kernel")}, folder=tmp_path)
+    assert len(calls) == 1 + len(other), "a default that is written out is the same cell"
+    post_hoc_study(Data(data.test, data.train), folder=tmp_path, **base)
+    assert len(calls) == 2 + len(other), "other images"
+
+
+def test_post_hoc_by_hand(data):
+    "Kernels cut one by one, each layer in an order of its own; BatchNorm measured on some training images, accuracy on test images."
+    rows = post_hoc(data, [4], formats=["cp"], shuffles=["everything"], seed=1, lr=.02, steps=2, measured=10, **TINY)
+    model, some = held_network((1, 8, 8), 2, 6, 3, seed=1), data.train.thinned(10)
+    train_held(model, data.train, 1, .02, 20, seed=1)
+    whole = evaluate(measure_batchnorms(copy.deepcopy(model), some), data.test)["accuracy"]
+    errors = []
+    for k, conv in enumerate(held_layers(model).values()):
+        near = cut_kernel(conv.weight, "cp", fit_rank("cp", (6, 9, 6), 4), "everything", seed=1_000 + k, steps=2)
+        errors.append(error(conv.weight.detach(), near))
+        conv.weight.data.copy_(near)
+    assert rows == [dict(format="cp", shuffled="everything", ratio=4., whole=whole, error=pytest.approx(np.mean(errors)), accuracy=evaluate(measure_batchnorms(model, some), data.test)["accuracy"])]
+
+
+def test_post_hoc_measures_where_it_says(data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(study, "measure_batchnorms", lambda model, images: (seen.append(("norms", len(images))), measure_batchnorms(model, images))[1])
+    monkeypatch.setattr(study, "evaluate", lambda model, images, precision: (seen.append(("accuracy", images.fingerprint)), evaluate(model, images))[1])
+    post_hoc(data, [4], formats=["tt"], shuffles=["none"], measured=10, **TINY)
+    assert seen == [("norms", 10), ("accuracy", data.test.fingerprint)]*2
+
+
+def test_a_bad_word_is_no_ratio_out_of_reach(data):
+    for wrong in (dict(shuffles=["rows"]), dict(formats=["qr"]), dict(ratios=[.5])):
+        with pytest.raises(ValueError): post_hoc(data, **(dict(ratios=[2]) | wrong), **TINY)
+
+
 def test_post_hoc(data, tmp_path):
     run = lambda: post_hoc_study(data, [2, 100], pixels=[False, True], seeds=[0, 1], formats=["svd", "cp"], folder=tmp_path, steps=5, **TINY)
     table = run()
@@ -511,7 +610,10 @@ def test_post_hoc(data, tmp_path):
     assert evaluate(measure_batchnorms(model, make_variant(data, "permuted", 1).train), make_variant(data, "permuted", 1).test)["accuracy"] == rows.whole[0]
 
 
-@pytest.mark.parametrize("wrong, words", [(dict(ratios=[]), "ratios is empty"), (dict(ratios=[.1]), "ratios must be 1 or more"), (dict(seeds=[]), "seeds is empty"), (dict(formats=["qr"]), "unknown format 'qr'"), (dict(lr=0), "positive number"), (dict(epochs=0), "epochs must be")])
+@pytest.mark.parametrize("wrong, words", [(dict(ratios=[]), "ratios is empty"), (dict(ratios=[.1]), "ratios must be 1 or more"), (dict(seeds=[]), "seeds is empty"), (dict(formats=["qr"]), "unknown format 'qr'"), (dict(lr=0), "positive number"), (dict(epochs=0), "epochs must be"),
+                                          (dict(formats=[]), "formats is a list such as"), (dict(formats="svd"), "formats is a list such as"), (dict(shuffles=["pixels"]), "unknown shuffle 'pixels'; known are none, window"), (dict(shuffles="none"), "shuffles is a list such as"),
+                                          (dict(steps=0), "steps must be a whole number"), (dict(measured=1.5), "measured must be a whole number"), (dict(seeds=[0, .5]), "seeds are whole numbers, not 0, 0.5"), (dict(pixels=True), "pixels is a list of False"), (dict(pixels=[]), "pixels is a list"),
+                                          (dict(pixels=[True, True]), "pixels is a list"), (dict(width=2.5), "width must be 1 or more"), (dict(batch_size=0), "batch_size must be"), (dict(precision="x"), "precision must be")])
 def test_impossible_post_hoc(data, wrong, words, tmp_path):
     with pytest.raises(ValueError, match=words): post_hoc_study(data, **(dict(ratios=[2], folder=tmp_path/"new") | wrong))
     assert not (tmp_path/"new").exists()

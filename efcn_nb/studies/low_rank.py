@@ -8,7 +8,7 @@ __all__ = ['AXES', 'SHUFFLED', 'SEARCH_SEED', 'CUTS', 'held_network', 'held_laye
            'kernel_ranks', 'composed_kernel', 'operator_rank', 'validation_data', 'check_training', 'train_held',
            'freeze_kernels', 'check_arms', 'learn_held', 'check_numbers', 'low_rank_grid', 'by_ratio', 'steadiness',
            'low_rank_claims', 'truncation_errors', 'cut_rank', 'cut_kernel', 'measure_batchnorms', 'cut_model',
-           'post_hoc', 'post_hoc_study']
+           'check_cuts', 'post_hoc', 'post_hoc_study']
 
 # %% ../../nbs/studies/54_low_rank.ipynb #ce860f30
 import copy, math
@@ -38,7 +38,7 @@ def held_network(
 )->nn.Sequential:
     "Three convolutions, the last two with large kernels, all weights dense so far; the global random state is left alone. Raises `ValueError` for images or numbers that do not do."
     if len(input_shape) != 3 or min(input_shape[1:]) < 8: raise ValueError(f'the network looks at images (channels, height, width) of at least 8 x 8 pixels, not at {tuple(input_shape)}')
-    if width < 1 or kernel < 1 or not kernel % 2: raise ValueError(f'width must be 1 or more and kernel an odd number, not {width} and {kernel}')
+    if not all(isinstance(k, Integral) and k > 0 for k in (width, kernel)) or not kernel % 2: raise ValueError(f'width must be 1 or more and kernel an odd number, not {width!r} and {kernel!r}')
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layers = [nn.Conv2d(input_shape[0], width, 4, stride=2, padding=1), nn.BatchNorm2d(width), MaxPool2d(2), nn.ReLU()]
@@ -75,10 +75,11 @@ def compress(
     shuffle:str='none', # one of `SHUFFLES`
     seed:int=0          # of orders and cores: another for each layer
 )->nn.Module:           # the same
-    "Hold all convolutions but the first to a tensor format. Raises `ValueError`, before anything is changed, for a ratio that cannot be reached, unknown words, or a model without convolutions to hold."
+    "Hold all convolutions but the first to a tensor format. Raises `ValueError`, before anything is changed, for a ratio that cannot be reached, unknown words, or a model with no convolutions to hold or with some that are held."
     if format not in FORMATS: raise ValueError(f'unknown tensor format {format!r}; known are {", ".join(FORMATS)}')
     if shuffle not in SHUFFLES: raise ValueError(f'unknown shuffle {shuffle!r}; known are {", ".join(SHUFFLES)}')
     layers = held_layers(model)
+    if held := [name for name, conv in layers.items() if parametrize.is_parametrized(conv, 'weight')]: raise ValueError(f'layer {held[0]!r} is parametrized already: compress a network whose kernels are plain')
     ranks = [fit_rank(format, tensor_shape(conv), ratio) for conv in layers.values()]
     for k, (conv, rank) in enumerate(zip(layers.values(), ranks)): hold_to_rank(conv, format, rank, shuffle, seed=1_000*seed + k)
     return model
@@ -323,12 +324,12 @@ def by_ratio(
     table:pd.DataFrame, # as `low_rank_grid` returns it
     format:str, shuffled:str='none', trained:bool=True
 )->pd.DataFrame:        # index: seed; columns: ratio asked for; accuracy
-    "Accuracies of an arm at the ratios that it reached. Raises `ValueError` if there is none, or if a seed is there twice."
+    "Accuracies of an arm at the ratios that it reached; where several led to one rank, that network counts once, at the largest. Raises `ValueError` if there is none, or if a seed is there twice."
     rows = table[(table.format == format) & (table.shuffled == shuffled) & (table.trained.astype(bool) == trained)]
     rows = rows[rows.true.notna()]
     if not len(rows): raise ValueError(f'the table has no networks that were {"trained" if trained else "frozen"} with format {format!r} and {shuffled!r} shuffled')
     if rows.duplicated(['seed', 'ratio']).any(): raise ValueError(f'several networks of format {format!r} and {shuffled!r} shuffled have one ratio and seed: judge tables one by one')
-    return rows.pivot(index='seed', columns='ratio', values='accuracy')
+    return rows.sort_values('ratio').drop_duplicates(['seed', 'true'], keep='last').pivot(index='seed', columns='ratio', values='accuracy')
 
 def steadiness(
     table:pd.DataFrame # as `low_rank_grid` returns it
@@ -375,11 +376,13 @@ def _above(claim, table, one, other, margin=0.):
 
 # %% ../../nbs/studies/54_low_rank.ipynb #63326bd4
 def _frozen_claims(table, format):
-    "Lines that compare with kernels that were never trained, at the largest ratio."
+    "Lines that compare with kernels that were never trained, at the largest ratio that both have; dense ones have one for all."
     shuffled, plain, still, dense = (_by_ratio_or_none(table, *arm) for arm in [(format, 'everything'), (format, 'none'), (format, 'everything', False), ('dense', 'none', False)])
     def line(claim, A, B):
         if A is None or B is None: return not_judged(claim, 'needs frozen networks')
-        return judged(f'{claim}, {A.columns[-1]:g}x', A.iloc[:,-1] - (B[A.columns[-1]] if A.columns[-1] in B else B.iloc[:,-1]))
+        shared = A.columns if B is dense else A.columns.intersection(B.columns)
+        if not len(shared): return not_judged(claim, 'needs frozen networks of the same ratio')
+        return judged(f'{claim}, {shared[-1]:g}x', A[shared[-1]] - (B.iloc[:,0] if B is dense else B[shared[-1]]))
     return [line(f'{format}: shuffled is above the same cores, never trained', shuffled, still), line(f'{format}: plain is above dense kernels, never trained', plain, dense)]
 
 def low_rank_claims(
@@ -469,6 +472,15 @@ def cut_model(
     return measure_batchnorms(model, data), sum(errors)/len(errors)
 
 # %% ../../nbs/studies/54_low_rank.ipynb #1a86360f
+def check_cuts(ratios, formats, shuffles, steps, measured):
+    "Raise `ValueError` for approximations that cannot be made; ratios that rank 1 does not reach are none of them."
+    check_numbers('ratios', ratios, 1)
+    for name, given, known in [('formats', formats, CUTS), ('shuffles', shuffles, SHUFFLES)]:
+        if isinstance(given, str) or not len(given): raise ValueError(f'{name} is a list such as {[known[0]]}, not {given!r}')
+        if wrong := [word for word in given if word not in known]: raise ValueError(f'unknown {name[:-1]} {wrong[0]!r}; known are {", ".join(known)}')
+    for name, number in dict(steps=steps, measured=measured).items():
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1: raise ValueError(f'{name} must be a whole number, 1 or more, not {number!r}')
+
 def post_hoc(
     data:Data,
     ratios,                 # of approximations
@@ -478,28 +490,39 @@ def post_hoc(
     measured:int=2_000      # training images for `measure_batchnorms`
 )->list:                    # dicts: format, shuffled, ratio, error, accuracy, and `whole`, the accuracy of the dense network; `note` where rank 1 does not reach the ratio
     "Train a dense network, then replace its kernels by approximations. Raises `ValueError` for impossible settings."
+    check_cuts(ratios, formats, shuffles, steps, measured)
     if pixels: data = make_variant(data, 'permuted', seed)
     model = held_network(data.train.shape, len(data.train.classes), width, kernel, seed)
     train_held(model, data.train, epochs, lr, batch_size, seed, precision)
     some = data.train.thinned(measured)
     rows, whole = [], evaluate(measure_batchnorms(copy.deepcopy(model), some), data.test, precision=precision)['accuracy']
+    shapes = [tensor_shape(conv) for conv in held_layers(model).values()]
     for format in formats:
         for ratio in ratios:
             for shuffle in shuffles:
                 row = dict(format=format, shuffled=shuffle, ratio=float(ratio), whole=whole)
-                try: near, error = cut_model(model, some, format, ratio, shuffle, seed, steps)
+                try: [cut_rank(format, shape, ratio) for shape in shapes]
                 except ValueError as e: rows.append(row | dict(note=str(e)))
-                else: rows.append(row | dict(error=error, accuracy=evaluate(near, data.test, precision=precision)['accuracy']))
+                else:
+                    near, error = cut_model(model, some, format, ratio, shuffle, seed, steps)
+                    rows.append(row | dict(error=error, accuracy=evaluate(near, data.test, precision=precision)['accuracy']))
     return rows
 
+# %% ../../nbs/studies/54_low_rank.ipynb #e3880ffb
 def post_hoc_study(
     data:Data, ratios, pixels=(False, True), seeds=(0, 1, 2), formats=CUTS, folder=None, progress:bool=None, # see `runs.sweep`
-    **settings # of `post_hoc`
+    shuffles=('none', 'everything'), lr:float=.01, epochs:int=3, batch_size:int=100, width:int=52, kernel:int=5, precision:str='fp32', steps:int=50, measured:int=2_000 # see `post_hoc`
 )->pd.DataFrame:
     "`post_hoc` for images as they are and with permuted pixels, and every seed. Raises `ValueError` for impossible settings before any work."
-    for name, given, least in [('ratios', ratios, 1), ('seeds', seeds, 0)]: check_numbers(name, given, least)
-    if wrong := [f for f in formats if f not in CUTS]: raise ValueError(f'unknown format {wrong[0]!r}; known are {", ".join(CUTS)}')
-    check_training(*({k: settings.get(k, default) for k, default in dict(lr=.01, epochs=3, batch_size=100, precision='fp32').items()}).values())
-    def run(pixels, seed, ratios, formats, images, **settings): return post_hoc(data, ratios, pixels, formats, seed=seed, **settings)
-    configs = [dict(pixels=bool(p), seed=int(s), ratios=[*map(float, ratios)], formats=[*formats], images=data.train.fingerprint + data.test.fingerprint) | settings for p in pixels for s in seeds]
-    return sweep(run, configs, folder, 'low_rank-post_hoc', progress).drop(columns='images')
+    check_cuts(ratios, formats, shuffles, steps, measured)
+    check_numbers('seeds', seeds, 0)
+    if any(not isinstance(s, Integral) for s in seeds): raise ValueError(f'seeds are whole numbers, not {", ".join(map(str, seeds))}')
+    if not isinstance(pixels, (tuple, list)) or not pixels or len({*pixels}) < len(pixels) or not {*pixels} <= {False, True}: raise ValueError(f'pixels is a list of False, True, or both, not {pixels!r}')
+    check_training(lr, epochs, batch_size, precision, data.train.x.device)
+    held_network(data.train.shape, len(data.train.classes), width, kernel)
+    common = dict(lr=float(lr), epochs=epochs, batch_size=batch_size, width=width, kernel=kernel, precision=precision, steps=steps, measured=measured)
+    lists = dict(ratios=[*map(float, ratios)], formats=[*formats], shuffles=[*shuffles], images=data.train.fingerprint + data.test.fingerprint)
+    def run(pixels, ratios, formats, shuffles, seed, lr, epochs, batch_size, width, kernel, precision, steps, measured, images):
+        return post_hoc(data, ratios, pixels, formats, shuffles, seed, lr, epochs, batch_size, width, kernel, precision, steps, measured)
+    configs = [lists | common | dict(pixels=bool(p), seed=int(s)) for p in pixels for s in seeds]
+    return sweep(run, configs, folder, 'low_rank-post_hoc', progress).drop(columns=['images', *common])
