@@ -33,7 +33,7 @@ def authors_loop(a, b):
 
 data = load_data(sys.argv[1], size=16, name='CIFAR-10 (JPEG), 6,000 images, 16x16')
 data = Data(data.train.thinned(6_000), data.test.thinned(2_000))
-tables = topology_study(data, here/'efcn_runs', channels=8, epochs=20, search_epochs=5, searches=1, lrs=(.001, .003), batch_size=100, keep=(0, 1, 2, 5, 10, 20), draws=1)
+tables = topology_study(data, here/'efcn_runs', channels=8, epochs=20, search_epochs=10, lrs=(.001, .003), batch_size=100, keep=(0, 1, 2, 5, 10, 20), draws=1)
 for name, table in tables.items(): table.round(5).to_csv(here/f'{name}.csv', index=False)
 
 speed = bench_topology(784, [.007, .05, .1], repeat=3)
