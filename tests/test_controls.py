@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efcn_nb.controls import VARIANTS, gaussian, make_variant, permute_pixels, pixel_order, whitened
-from efcn_nb.data import Data, Dataset
+from efcn_nb.data import Data
+from tiny import smooth_images as images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -18,14 +19,6 @@ SHAPES = [(1, 4, 5), (3, 4, 4), (2, 1, 6), (1, 6, 1)]
 
 
 def seeded(seed): return torch.Generator().manual_seed(seed)
-
-
-def images(n=90, shape=(2, 8, 8), seed=0, classes=3):
-    "Noise that is smooth, with labels that show in its mean."
-    x = torch.randn(n, *shape, generator=seeded(seed))
-    y = torch.arange(n) % classes
-    x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="circular"), 3, 1) + .3*y.view(-1, 1, 1, 1)*torch.linspace(-1, 1, shape[2])
-    return Dataset(x, y, [*map(str, range(classes))], torch.zeros(shape[0]), torch.ones(shape[0]), "smooth noise")
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import correlate2d
 from torch import nn
 
 import efcn_nb.studies.pruning as study
+from tiny import smooth_images as images
 from efcn_nb.controls import permute_pixels, pixel_order
-from efcn_nb.data import Data, Dataset
+from efcn_nb.data import Data
 from efcn_nb.embedding import embed
 from efcn_nb.layers import FullyConnected
 from efcn_nb.models import make_model
@@ -36,14 +36,6 @@ def seeded(seed): return torch.Generator().manual_seed(seed)
 
 
 def random(units, shape, density=.4, seed=0): return torch.rand(units, math.prod(shape), generator=seeded(seed)) < density
-
-
-def images(n=90, shape=(2, 8, 8), seed=0, classes=3):
-    "Noise that is smooth, with labels that show in its mean."
-    x = torch.randn(n, *shape, generator=seeded(seed))
-    y = torch.arange(n) % classes
-    x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="circular"), 3, 1) + .3*y.view(-1, 1, 1, 1)*torch.linspace(-1, 1, shape[2])
-    return Dataset(x, y, [*map(str, range(classes))], torch.zeros(shape[0]), torch.ones(shape[0]), "smooth noise")
 
 
 @pytest.fixture(scope="module")

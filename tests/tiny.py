@@ -1,4 +1,4 @@
-"""The smallest studies that have every part, and a console in which commands start fast: for the tests of runs, relaxation and cli."""
+"""The smallest studies that have every part, and a console in which commands start fast: for the tests of runs, relaxation and cli; images for those of controls and pruning."""
 import json
 import os
 import signal
@@ -7,9 +7,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
-from efcn_nb.data import Data, load_data
+from efcn_nb.data import Data, Dataset, load_data
 from efcn_nb.relaxation import Study
 
 SETTINGS = dict(model="small", width=2, epochs=2, batch_size=40, seeds=1, relax_times=[0, 1, 2], lcn_times=[1], device="cpu")
@@ -18,6 +20,14 @@ DATA = Data(*(replace(part, x=part.x[:100], y=part.y[:100]) for part in load_dat
 
 
 def study(out, **changed): return Study(changed.pop("data", DATA), **(SETTINGS | dict(out=out) | changed))
+
+
+def smooth_images(n=90, shape=(2, 8, 8), seed=0, classes=3):
+    "Noise that is smooth, with labels that show in its mean."
+    x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
+    y = torch.arange(n) % classes
+    x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="circular"), 3, 1) + .3*y.view(-1, 1, 1, 1)*torch.linspace(-1, 1, shape[2])
+    return Dataset(x, y, [*map(str, range(classes))], torch.zeros(shape[0]), torch.ones(shape[0]), "smooth noise")
 
 
 def files(folder):

@@ -376,6 +376,7 @@ def locality_table(
             undone=near_ratio(undone, image_shape)))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/studies/53_pruning.ipynb #3308da76
 def profile_table(table, image_shape, rounds, cases=CASES)->pd.DataFrame: # case, seed, round, colours, distance, pairs, expected, ratio
     "`near_profile` of the first layer's masks in some rounds, for permuted data after the order is undone."
     orders, parts = _orders(table, cases, image_shape), []

@@ -125,6 +125,7 @@ def _marked(colours, layer, unit):
     colours[layer][unit] = _mix(colours[layer][unit:unit+1] + np.uint64(1))[0]
     return colours
 
+# %% ../../nbs/studies/52_topology.ipynb #f18684b0
 def _seen_singly(colours, edges):
     "Colours of units that are alike, by the colours that all units have in the end if that one alone is marked."
     found = [c.copy() for c in colours]
@@ -174,6 +175,7 @@ def _sorted_units(layers, labelled_outputs):
 
 def _packed(mask): return np.packbits(mask.numpy()).tobytes()
 
+# %% ../../nbs/studies/52_topology.ipynb #5956ba6d
 def match_units(
     masks_a, masks_b,           # two topologies of the same layers, see `check_topology`
     labelled_outputs:bool=False # whether the last layer's units have names, as classes do, and stay in place
@@ -191,6 +193,7 @@ def match_units(
         partners.append(torch.from_numpy(theirs[mine.argsort()]))
     return Matching(D, partners)
 
+# %% ../../nbs/studies/52_topology.ipynb #d5923080
 def layer_distances(masks_a, masks_b, labelled_outputs:bool=False)->list: # of floats in [0, 1]
     "The distance of each layer, see `match_units`."
     return match_units(masks_a, masks_b, labelled_outputs).distances
@@ -481,6 +484,9 @@ def _sweep_kinds(data, configs, fixed, folder, label, progress):
     fixed = fixed | dict(train_set=data.train.fingerprint, test_set=data.test.fingerprint)
     return sweep(compute, [config | fixed for config in configs], folder, label, progress)
 
+# %% ../../nbs/studies/52_topology.ipynb #4cd93df0
+_SEARCH_SEED = 12345 # of networks that only choose a learning rate; the next ones, too
+
 def _best_lrs(table):
     "For each kind, the learning rate with the best last accuracy, a mean over networks of which none diverged; raises `Diverged` if there is none."
     last = table.groupby(['kind', 'lr', 'seed']).accuracy.last().unstack('seed').mean(axis=1, skipna=False).unstack('lr') # rows of masks have no accuracy
@@ -488,6 +494,15 @@ def _best_lrs(table):
     if missing: raise Diverged(f'{missing[0]}: every learning rate diverged; try smaller ones than {table.lr.min()}')
     return last.idxmax(axis=1).to_dict()
 
+def _whole(**lists):
+    "A list of different whole numbers; raises `ValueError` for anything else."
+    (name, given), = lists.items()
+    given = [given] if isinstance(given, Integral) else list(given)
+    if not given or len(set(given)) < len(given) or not all(isinstance(s, Integral) and 0 <= s < _SEARCH_SEED for s in given):
+        raise ValueError(f'{name} must be different whole numbers from 0 to {_SEARCH_SEED - 1} (the search uses those above): not {given}')
+    return [int(s) for s in given]
+
+# %% ../../nbs/studies/52_topology.ipynb #bdc2ffb3
 def sparse_runs(
     data,                        # `Data`
     kinds=KINDS, seeds=(0, 1, 2),
@@ -519,16 +534,6 @@ def sparse_runs(
     table = found[~is_mask][['kind', 'seed', 'start', 'lr', 'epoch', 'accuracy', 'loss']].reset_index(drop=True)
     table.attrs['environments'] = found.attrs['environments']
     return SparseRuns(table, masks, local)
-
-_SEARCH_SEED = 12345 # of networks that only choose a learning rate; the next ones, too
-
-def _whole(**lists):
-    "A list of different whole numbers; raises `ValueError` for anything else."
-    (name, given), = lists.items()
-    given = [given] if isinstance(given, Integral) else list(given)
-    if not given or len(set(given)) < len(given) or not all(isinstance(s, Integral) and 0 <= s < _SEARCH_SEED for s in given):
-        raise ValueError(f'{name} must be different whole numbers from 0 to {_SEARCH_SEED - 1} (the search uses those above): not {given}')
-    return [int(s) for s in given]
 
 # %% ../../nbs/studies/52_topology.ipynb #c3c34318
 def _neighbours(seeds):
