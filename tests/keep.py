@@ -287,7 +287,9 @@ def output_differences(old, new):
     return differences
 
 
-def shown(output): return {kind: joined(data) for kind, data in output.get("data", {"text": output.get("text", "")}).items()}
+def shown(output):
+    "What an output shows, by kind, without the name that pandas draws for a styled table."
+    return {kind: re.sub(r"\bT_[0-9a-f]{5}(?=[_\W])", "T", joined(data)) for kind, data in output.get("data", {"text": output.get("text", "")}).items()}
 
 
 def main():

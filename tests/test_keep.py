@@ -76,3 +76,9 @@ def test_comparison_says_what_differs():
     assert keep.output_differences(text("a"), text("b")) == ["text, saved: a now: b"]
     assert keep.output_differences(image("a"), image("b")) == ["another image/png"]
     assert keep.output_differences(text("a"), []) == ["1 outputs saved, 0 now"]
+
+
+def test_names_that_pandas_draws_are_no_difference():
+    import pandas as pd
+    styled = lambda value: [dict(output_type="display_data", data={"text/html": pd.DataFrame(dict(a=[value])).style.to_html()})]
+    assert styled(1) != styled(1) and keep.output_differences(styled(1), styled(1)) == [] and len(keep.output_differences(styled(1), styled(2))) == 1
