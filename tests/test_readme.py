@@ -4,6 +4,7 @@ import re
 import pytest
 
 import keep
+import pandas as pd
 
 pytestmark = pytest.mark.skipif(not (keep.ROOT / "nbs/index.ipynb").exists(), reason="no index yet")
 
@@ -26,3 +27,15 @@ def test_links_are_seen_from_the_root():
 def test_ci_runs_the_readme_command():
     command = (keep.ROOT / ".ci/run").read_text().splitlines()[-1]
     assert command in (keep.ROOT / "README.md").read_text(), f"the README should give the test command {command}"
+
+
+def test_numbers_of_the_gpu_record():
+    "What README says of the record at paper size is what the record holds."
+    rows = pd.read_csv(keep.ROOT / "nbs/records/gpu/outcomes.csv").set_index(["block", "network", "relax"])
+    text = (keep.ROOT / "README.md").read_text(encoding="utf-8")
+    for network in ("efcn", "annealed", "slowed"):
+        row = rows.loc["paper", network, 18]
+        assert f"{100*row['test']:.1f} ± {100*row['spread']:.1f} %" in text, network
+    for block, relax in (("paper", 18), ("4,000", 0), ("4,000", 5), ("4,000", 10)):
+        row = rows.loc[block, "efcn", relax]
+        assert f"{100*row['gain_best_rival']:.1f} ± {100*row['half_best_rival']:.1f}" in text, (block, relax)
