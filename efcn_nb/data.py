@@ -35,12 +35,12 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 from tqdm import tqdm
 
-# %% ../nbs/10_data.ipynb #6c1ab29d
+# %% ../nbs/10_data.ipynb #dbce5d99
 def _refuse_odd_parts(d):
     "Raise `ValueError` for parts of a `Dataset` that are no tensors, class names that occur twice, or a scale of zero."
     for name in ('x', 'y', 'mean', 'std'):
         kind = type(getattr(d, name))
-        if not issubclass(kind, Tensor): raise ValueError(f'{name} is a {kind.__name__}: make it a tensor, by as_tensor')
+        if not issubclass(kind, Tensor): raise ValueError(f'{name} is a {kind.__name__}: make it a tensor by as_tensor')
     if d.x.dtype not in (torch.uint8, torch.float32): raise ValueError(f'x is {d.x.dtype}: make it uint8 or float32')
     if d.x.ndim < 2: raise ValueError(f'x has the shape {tuple(d.x.shape)}: it must have (N, C, *spatial)')
     if len({*d.classes}) < len(d.classes): raise ValueError(f'each class needs a name of its own, not {[*d.classes]}')
@@ -298,8 +298,9 @@ def load_collection(
     return _data(tensors(train), tensors(test), train.classes, name or label, _cifar10_stats if source == 'cifar10' else None)
 
 # %% ../nbs/10_data.ipynb #e2c2ed59
-_left_by_systems = {'__macosx', '__pycache__', 'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r', '@eadir',
-                    '#recycle', '$recycle.bin', 'system volume information', 'lost+found'}
+_left_by_systems = {'__macosx', '__pycache__', 'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r', 'lost+found',
+                    '@eadir', '@__thumb', '@recycle', '#recycle', '#snapshot', '$recycle.bin',
+                    'system volume information'}
 _not_by_pil_alone = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'} # PIL knows these endings, but needs another program
 _without_ending = ('PNG', 'JPEG', 'GIF', 'BMP', 'TIFF', 'WEBP', 'AVIF', 'JPEG2000')
 
@@ -348,7 +349,7 @@ def _loose(folder, endings):
     "Paths of images that lie in `folder` itself."
     return [e.path for e in _entries(folder) if e.is_file() and _is_image(e.path, endings)]
 
-# %% ../nbs/10_data.ipynb #689d6a01
+# %% ../nbs/10_data.ipynb #de1f49a6
 def _class_images(folder, above, left, endings):
     "Paths of the images under a class folder, in the order of `ImageFolder`; what else is there goes to `left`."
     found, folders, links, seen = {}, [folder], [], set(above)
@@ -362,7 +363,8 @@ def _class_images(folder, above, left, endings):
         left['hidden, or left by a system'] += _junk(here)
         for e in _entries(here):
             if e.is_dir(): (links if e.is_symlink() else folders).append(e.path)
-            elif e.is_file() and _is_image(e.path, endings): found[here].append(e.path)
+            elif not e.is_file(): left['neither files nor folders'].append(e.path)
+            elif _is_image(e.path, endings): found[here].append(e.path)
             elif end := _ending(e.name): left[f'files with the ending {end}, which PIL does not read'].append(e.path)
             else: left['files without ending, in which PIL finds no image'].append(e.path)
     return [path for here in sorted(found) for path in found[here]]
@@ -440,13 +442,13 @@ def _matched(train, test, folder):
     if only: raise ValueError(f'train and test of {folder} have different classes ({only}): make them the same')
     return [found[name] for name in train]
 
-# %% ../nbs/10_data.ipynb #56e23727
+# %% ../nbs/10_data.ipynb #20a8e79e
 def _check_classes(folder, names, root, endings):
     "Raise `ValueError` for folders that cannot be classes side by side, `FileNotFoundError` if there are none."
     if not names:
         but = f', but {n:,} images without a class' if (n := len(_loose(folder, endings))) else ''
-        raise FileNotFoundError(f'{folder} holds no class folders{but}: the layout must be {root}/<class>/*.png, or the '
-                                f'same below {root}/train and {root}/test')
+        raise FileNotFoundError(f'{folder} holds no class folders{but}: the layout must be {root}/<class>/*.png, or '
+                                f'the same below {root}/train and {root}/test')
     def place(name): return _place(os.path.join(folder, name))
     for key, said in (_same_name, 'have one name, written in two ways'), (place, 'are one folder'):
         seen = {}
@@ -484,7 +486,12 @@ def _two_parts(folder, pair, names, above, left, endings):
         if name not in pair: left[reason].append(os.path.join(folder, name))
     levels = [_class_level(part, {*above}, left, endings, split=False)[:2] for part in (train, test)]
     for level, classes in levels: _check_classes(level, classes, folder, endings)
-    return [levels[0], (levels[1][0], _matched(levels[0][1], levels[1][1], folder))]
+    levels[1] = levels[1][0], _matched(levels[0][1], levels[1][1], folder)
+    places = {_place(os.path.join(levels[0][0], name)): name for name in levels[0][1]}
+    for name in levels[1][1]:
+        if twin := places.get(_place(os.path.join(levels[1][0], name))):
+            raise ValueError(f'{name} in {test} and {twin} in {train} are one folder: test images must be others')
+    return levels
 
 def _told(folder, left):
     "A sentence about what was left out, if anything was; a warning of what was not hidden."
@@ -494,6 +501,16 @@ def _told(folder, left):
     aloud = [text for reason, text in said.items() if not reason.startswith(('hidden', 'validation'))]
     if aloud: warnings.warn(f'left out of {folder}: {"; ".join(aloud)}', stacklevel=5) # for the caller of load_data
     return ['left out: ' + '; '.join(said.values())] if said else []
+
+# %% ../nbs/10_data.ipynb #9726b228
+def _same_folders(folder, names):
+    "A sentence about class folders that all hold the same two or more folders; an empty list if they do not."
+    below = [tuple(_subfolders(os.path.join(folder, name))) for name in names]
+    if len(set(below)) > 1 or len(below[0]) < 2 or len(below) < 2: return []
+    said = (f'all class folders hold the same folders ({", ".join(below[0])}): '
+            f'if these are the classes, name {os.path.join(folder, names[0])} instead')
+    warnings.warn(said, stacklevel=5) # for the caller of load_data
+    return [said]
 
 # %% ../nbs/10_data.ipynb #11876cff
 class Tree(NamedTuple):
@@ -511,7 +528,7 @@ def _check_folder(folder):
     else: what = 'does not exist: name a folder of images'
     raise FileNotFoundError(f'{folder} {what} (<class>/*.png in it, or train/<class>/*.png and test/<class>/*.png)')
 
-# %% ../nbs/10_data.ipynb #b221a6c1
+# %% ../nbs/10_data.ipynb #c3519a96
 def read_tree(
     folder # path of the tree
 )->Tree:
@@ -532,6 +549,7 @@ def read_tree(
     paths, y = zip(*((path, label) for part in images for label, found in enumerate(part) for path in found))
     places, n = [os.path.relpath(level, folder) for level, _ in levels], sum(map(len, images[0])) if pair else None
     notes = [] if places in (['.'], pair) else [f'the classes are the folders of {" and ".join(places)}']
+    if not pair: notes += _same_folders(*levels[0])
     return Tree(list(paths), torch.tensor(y), [*map(_same_name, levels[0][1])], n, notes + _told(folder, left))
 
 # %% ../nbs/10_data.ipynb #67606dfa
@@ -764,7 +782,8 @@ def load_folder(
 )->Data: # uint8 (N, 1 or 3, height, width)
     """A folder of images: FOLDER/train/<class>/* and FOLDER/test/<class>/*, or FOLDER/<class>/* with a seeded split.
 
-    What is left out stands in `notes`, and `describe` says it; a warning names all of it that was not hidden.
+    What is left out stands in `notes`, and `describe` says it; a warning names all of it that was not hidden, and
+    counts test images that are training images, too.
     Raises `ValueError`, `FileNotFoundError` or `MemoryError`, before any image is decoded if that is possible.
     """
     size, folder = _height_width(size), os.path.expanduser(folder)
@@ -772,7 +791,9 @@ def load_folder(
     split = None if n else stratified_split(y, test_share, torch.Generator().manual_seed(seed), classes)
     x = load_images(folder, paths, size, cache)
     parts = [(x[:n], y[:n]), (x[n:], y[n:])] if n else [(x[k], y[k]) for k in split]
-    return _data(*parts, classes, name or os.path.basename(os.path.abspath(folder)), notes=notes)
+    found = _data(*parts, classes, name or os.path.basename(os.path.abspath(folder)), notes=notes)
+    for said in _doubles(found): warnings.warn(f'{folder}: {said}', stacklevel=3) # for the caller of load_data
+    return found
 
 # %% ../nbs/10_data.ipynb #99a6fb3c
 def load_data(
