@@ -139,7 +139,7 @@ def with_classes(self:Dataset,
     place = torch.tensor([classes.index(c) for c in self.classes], device=self.y.device)
     return replace(self, y=place[self.y], classes=classes)
 
-# %% ../nbs/10_data.ipynb #30b11b49
+# %% ../nbs/10_data.ipynb #b7116386
 def _refuse_other_classes(train, test):
     "Raise `ValueError` when the two splits do not mean the same by a label, or there is one class only."
     a, b = list(train.classes), list(test.classes)
@@ -151,6 +151,7 @@ def _refuse_other_classes(train, test):
         raise ValueError(f'train and test list the same classes in different orders, so that label {k} is {a[k]} in '
                          f'the one and {b[k]} in the other: say test.with_classes(train.classes)')
     labels = {*train.y.unique().tolist(), *test.y.unique().tolist()}
+    if not a: raise ValueError('there is no class: classification needs two or more')
     if len(a) < 2 or len(labels) == 1 and len(train) > 1 and len(test):
         raise ValueError(f'all images are of one class, {a[max(labels, default=0)]}: classification needs two or more')
 
