@@ -841,7 +841,7 @@ def drawn(mode, ink, ground, clear=0):
     ("PNG", drawn("RGBA", 255, 255), 255, 0),
     ("PNG", drawn("LA", 255, 0), 255, 0),  # white ink
     ("PNG", drawn("RGBA", 100, 7), 100, 255), ("PNG", drawn("RGBA", 100, 100, 51), 100, 224),
-    ("PNG", drawn("LA", 0, 0, 254), 0, 1),  # grey, partly transparent
+    ("PNG", drawn("LA", 0, 0, 254), 0, 1), ("PNG", drawn("LA", 9, 9, 77), 9, 181),  # grey, partly transparent
     ("PNG", drawn("RGBA", 9, 200, 255), 9, 200),
     ("PNG", drawn("LA", 9, 200, 255), 9, 200)])  # opaque
 def test_transparent_ground(kind, image, line, sheet):
