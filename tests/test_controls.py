@@ -99,14 +99,14 @@ def test_pixels_that_cannot_be_permuted(data, call, said):
     assert said in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("change,said", [(lambda x: x*0 + .5, "all the same cannot be made white"), (lambda x: x*math.nan, "finite, to have a covariance"), (lambda x: x[:0], "must be there")])
+@pytest.mark.parametrize("change,said", [(lambda x: x*0 + .5, "all the same cannot be made white"), (lambda x: x*math.nan, "images hold NaN or infinite numbers"), (lambda x: x[:0], "must be there")])
 def test_images_that_cannot_be_whitened(data, change, said):
     x = change(data.train.x)
     with pytest.raises(ValueError, match=said): whitened(Data(replace(data.train, x=x, y=data.train.y[:len(x)]), data.test))
 
 
 def test_images_that_are_not_finite(data):
-    with pytest.raises(ValueError, match="finite, to have a covariance"): gaussian(Data(replace(data.train, x=data.train.x*math.nan), data.test), True, 0)
+    with pytest.raises(ValueError, match="images hold NaN or infinite numbers"): gaussian(Data(replace(data.train, x=data.train.x*math.nan), data.test), True, 0)
 
 
 def test_draws_of_white_images_keep_what_the_floor_leaves():

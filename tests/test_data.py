@@ -1,17 +1,21 @@
 """Every source in its true format, the cache, bad input, batches: `efcn_nb.data` against oracles of another kind."""
+import copy
 import gzip
 import hashlib
 import os
 import pickle
 import random
+import struct
 import tarfile
 import warnings
+import zlib
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, features
 from sklearn.datasets import load_digits
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST, ImageFolder
@@ -122,9 +126,87 @@ def test_fingerprint_sees_content_only():
     (dict(y=torch.zeros(20)), "int64"),
     (dict(y=torch.full((20,), 4)), "between 0 and 3"),
     (dict(y=torch.full((20,), -1)), "between 0 and 3"),
-    (dict(std=torch.ones(1)), "3 entries")])
+    (dict(std=torch.ones(1)), "3 entries"),
+    (dict(y=torch.zeros(20, 1, dtype=torch.int64)), "one label for each of the 20 images"),
+    (dict(y=list(range(20))), "y is a list: make it a tensor"),
+    (dict(y=torch.zeros(20, dtype=torch.int32)), "int64"), (dict(y=torch.full((20,), float("nan"))), "int64"),
+    (dict(y=torch.ones(20, dtype=torch.bool)), "int64"),
+    (dict(x=np.zeros((20, 3, 8, 8), np.uint8)), "x is a ndarray: make it a tensor"),
+    (dict(x=torch.zeros(20)), r"x has the shape \(20,\)"),
+    (dict(x=torch.zeros(20, 3, 8, 8, dtype=torch.int64)), "uint8 or float32"),
+    (dict(classes=list("abca")), "a name of its own"), (dict(classes=["a"]), "between 0 and 0"),
+    (dict(std=torch.tensor([1., 0., 1.])), "std positive"),
+    (dict(mean=torch.full((3,), float("nan"))), "must be finite"), (dict(std=-torch.ones(3)), "std positive")])
 def test_dataset_parts_must_fit(change, message):
     with pytest.raises(ValueError, match=message): data.replace(photos(), **change)
+
+
+def changed(part, **change): return data.replace(part, **change)
+
+
+def spoilt(part, value):
+    x = part.x.float()
+    x[3, 0, 2, 2] = value
+    return changed(part, x=x)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda a: (a, changed(a, classes=list("abdc"))),
+     r"label 2 is c in the one and d in the other: say test.with_classes\(train.classes\)"),
+    (lambda a: (changed(a, classes=list("dcba")), a), "in different orders"),
+    (lambda a: (a, changed(a, classes=list("abce"))), "only in train: d; only in test: e"),
+    (lambda a: (a, changed(a, classes=list("abcde"))), r"different classes \(only in test: e\)"),
+    (lambda a: (changed(a, classes=list("abcdef")), a), r"different classes \(only in train: e, f\)"),
+    (lambda a: (a, changed(a, x=a.x[:, :, :7])),
+     r"the test images have the shape \(3, 7, 8\): there must be test images, of the shape \(3, 8, 8\)"),
+    (lambda a: (a, changed(a, x=a.x[:, :1], mean=a.mean[:1], std=a.std[:1])), r"the shape \(1, 8, 8\)"),
+    (lambda a: (a, changed(a, x=a.x.flatten(2))), r"the shape \(3, 64\)"),
+    (lambda a: (changed(a, y=a.y*0, classes=["a"]), changed(a, y=a.y*0, classes=["a"])),
+     "all images are of one class, a: classification needs two"),
+    (lambda a: (changed(a, y=a.y*0 + 2), changed(a, y=a.y*0 + 2)), "all images are of one class, c"),
+    (lambda a: (spoilt(a, float("nan")), a), "1 of 20 training images hold NaN or infinite numbers, image 3 first"),
+    (lambda a: (a, spoilt(a, float("inf"))), "1 of 20 test images hold NaN or infinite numbers, image 3 first"),
+    (lambda a: (spoilt(a, -float("inf")), a), "1 of 20 training images")])
+def test_splits_must_belong_together(change, message):
+    train, test = change(photos())
+    ways = (lambda: Data(train, test), lambda: Data(train=train, test=test), lambda: Data._make([train, test]),
+            lambda: Data(train, train)._replace(test=test))
+    for way in ways:
+        with pytest.raises(ValueError, match=message) as caught: way()
+        assert "\n" not in str(caught.value)
+
+
+def test_data_stay_a_pair():
+    a, b = photos(), changed(photos(), x=photos().x.flip(0))
+    both = Data(a, b, notes=["one"])
+    train, test = both
+    assert (train, test) == (a, b) and both._fields == ("train", "test") and len(both) == 2 and Data(a, b).notes == ()
+    for kept in both.to("cpu"), both._replace(test=a), pickle.loads(pickle.dumps(both)), copy.copy(both):
+        assert kept.notes == ("one",) and isinstance(kept, Data)
+    with pytest.raises(TypeError): Data(a, b, a)
+    for n in 0, 1: Data(changed(a, x=a.x[:n], y=a.y[:n]), changed(b, x=b.x[:1], y=b.y[:1]))  # training says it
+
+
+def test_classes_in_another_order():
+    a = photos()
+    turned = a.with_classes(list("dbca"))
+    assert [turned.classes[k] for k in turned.y] == [a.classes[k] for k in a.y]
+    assert torch.equal(turned.with_classes(a.classes).y, a.y)
+    assert Data(a, turned.with_classes(a.classes)).test.fingerprint == a.fingerprint
+    with pytest.raises(ValueError, match="are others"): a.with_classes(list("abc"))
+
+
+@pytest.mark.parametrize("n, classes", [(20, "2 classes, 10 training and 5 test images of each: a, b"),
+    (19, "2 classes, training + test images: a 10 + 5, b 9 + 5")])
+def test_describe(n, classes):
+    x = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 2, 3).contiguous()
+    one = Dataset(x, torch.arange(n) % 2, ["a", "b"], torch.zeros(1), torch.ones(1), "steps")
+    other = Dataset(100 + x[:10], torch.arange(10) % 2, ["a", "b"], torch.zeros(1), torch.ones(1), "steps")
+    first = f"steps: {n} training and 10 test images of shape (1, 2, 3)"
+    assert Data(one, other).describe().splitlines() == [first, classes]
+    other.x[2:5] = one.x[3]
+    doubles = ["test images that are training images, too: 3 of 10", "images that stand in more than one class: 1"]
+    assert Data(one, other, notes=["left out: x"]).describe().splitlines() == [first, classes, "left out: x", *doubles]
 
 
 def test_bad_batches():
@@ -423,6 +505,390 @@ def test_bad_share_is_said_before_decoding(flat, monkeypatch):
 def test_size_is_for_folders(): fails("digits", "size is for folders", size=8)
 
 
+# Folders as people have them
+
+TWO = ["cat", "dog"]
+
+
+def needs(kind):
+    "Skip where PIL was built without a format."
+    if kind in ("AVIF", "WEBP", "JPEG2000") and not features.check({"JPEG2000": "jpg_2000"}.get(kind, kind.lower())):
+        pytest.skip(f"PIL was built without {kind}")
+
+
+def split_tree(train, test, classes=TWO): return [f"{part}/{c}" for part in (train, test) for c in classes]
+
+
+def plant(root, folders, extra=(), links=()):
+    "Four images in each of `folders`; `extra` files, images whatever their names say; `links` (name, target)."
+    for k, folder in enumerate(folders):
+        for i in range(4): write_image(root / folder / f"{i}.png", 10*k + i)
+    for k, name in enumerate(extra):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((5, 6, 3), k, np.uint8)).save(root / name, "PNG")
+    for name, target in links: (root / name).symlink_to(root / target, target_is_directory=(root / target).is_dir())
+    return root
+
+
+PAIRS = [("Train", "Test"), ("TRAIN", "TEST"), ("training", "testing"), ("Training", "Test"), ("train", "testing"),
+         ("training_set", "test_set"), ("train-set", "TestSet"), ("trainset", "testset"), ("Train Images", "Test Images"),
+         ("01_train", "02_test"), ("seg_train", "seg_test"), ("train2017", "test2017"),
+         ("seg_train/seg_train", "seg_test/seg_test"), ("train/images", "test/images"), ("data/train", "data/test"),
+         ("a/b/c/Train", "a/b/c/Test")]
+
+
+@pytest.mark.parametrize("train, test", PAIRS)
+def test_parts_by_any_name(tmp_path, train, test):
+    loaded = load_data(plant(tmp_path / "pets", split_tree(train, test)), cache=False)
+    assert (len(loaded.train), len(loaded.test), loaded.train.classes, loaded.test.classes) == (8, 8, TWO, TWO)
+    first = np.asarray(Image.open(tmp_path / "pets" / train / "cat" / "0.png")).transpose(2, 0, 1)
+    assert np.array_equal(loaded.train.x[0], first)
+
+
+@pytest.mark.parametrize("folders, classes", [
+    (["images/cat", "images/dog"], TWO), (["pets/images/all/cat", "pets/images/all/dog"], TWO),
+    (["val/cat", "val/dog"], TWO),
+    (["valid", "invalid"], ["invalid", "valid"]), (["train", "car", "plane"], ["car", "plane", "train"]),
+    (["test", "exam"], ["exam", "test"]), (["test1", "test2"], ["test1", "test2"]),
+    (["test tube", "train station"], ["test tube", "train station"]),
+    (["crash_test", "train_ride"], ["crash_test", "train_ride"]), (["cat/2019", "cat/2020", "dog"], TWO),
+    (["car", "train_ride/a", "train_ride/b"], ["car", "train_ride"]),
+    (["A", "a"], ["A", "a"]), (["images", "photos"], ["images", "photos"])])
+def test_classes_are_found(tmp_path, folders, classes):
+    loaded = load_data(plant(tmp_path, folders), cache=False, test_share=.25)
+    assert loaded.train.classes == classes and len(loaded.train) + len(loaded.test) == 4*len(folders)
+
+
+PLAIN = split_tree("train", "test")
+LEFT_OUT = [  # what lies in the tree besides, its links, what is said of it, whether a warning is due
+    (TWO, ["cat/.ipynb_checkpoints/0-checkpoint.png"], [], "hidden, or left by a system: 1 (cat/.ipynb_checkpoints)",
+     False),
+    (TWO, ["cat/._0.png", "dog/.DS_Store", "dog/Thumbs.db", "cat/desktop.ini", ".directory", "dog/deep/.hidden/x.png"],
+     [], "hidden, or left by a system: 6", False),
+    (TWO, ["__MACOSX/cat/._0.png", ".git/x.png", "__MACOSX/cat/x.png"], [], "hidden, or left by a system: 2", False),
+    (TWO, ["cat/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "cat/__MACOSX/0.png"], [], "hidden, or left by a system: 2",
+     False),
+    (["pets/cat", "pets/dog"], ["__MACOSX/pets/cat/._0.png"], [], "the classes are the folders of pets", False),
+    (PLAIN, ["train/.ipynb_checkpoints/0.png", "test/cat/.ipynb_checkpoints/0.png", "test/dog/._1.png"], [],
+     "hidden, or left by a system: 3", False),
+    (PLAIN, ["val/cat/0.png", "val/dog/0.png"], [], "validation images, which nothing uses: 1 (val)", False),
+    (PLAIN, ["Validation/cat/0.png", "extra/0.png"], [], "folders beside train and test: 1 (extra)", True),
+    (TWO, ["cat/5.heic", "cat/6.HEIC", "dog/9.svg"], [],
+     "files with the ending .heic, which PIL does not read: 2 (cat/5.heic, ...)", True),
+    (TWO, ["cat/4.eps", "dog/a.pdf", "cat/b.h5"], [],
+     "files with the ending .pdf, which PIL does not read: 1 (dog/a.pdf)", True),
+    (TWO, ["a.png", "b.jpg"], [], "images above the class folders, which belong to none: 2 (a.png, ...)", True),
+    (PLAIN, ["train/a.png"], [], "images above the class folders, which belong to none: 1 (train/a.png)", True),
+    (TWO, [], [("loop", ".")], "links to folders that are read already: 1 (loop)", True),
+    (TWO, [], [("cat/loop", ".")], "links to folders that are read already: 1 (cat/loop)", True),
+    (TWO, [], [("cat/self", "cat")], "links to folders that are read already: 1 (cat/self)", True),
+    (["images/cat", "images/dog"], [], [("images/loop", ".")],
+     "links to folders that are read already: 1 (images/loop)", True),
+    (PLAIN, [], [("train/loop", "."), ("test/cat/loop", "test")], "links to folders that are read already: 2", True),
+    (["cat/2019", "cat/2020", "dog/2019", "dog/2020"], [], [], "all class folders hold the same folders (2019, 2020)",
+     True),
+    (["cat/deep", "dog"], [], [("cat/later", "cat/deep")], "links to folders that are read already: 1 (cat/later)",
+     True)]
+
+
+@pytest.mark.parametrize("folders, extra, links, said, warned", LEFT_OUT)
+def test_what_is_left_out_is_said(tmp_path, folders, extra, links, said, warned):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = load_data(plant(tmp_path / "pets", folders, extra, links), cache=False, test_share=.25)
+    assert len(loaded.train) + len(loaded.test) == 4*len(folders) and loaded.train.classes == TWO
+    text = loaded.describe()
+    assert said in text and bool(caught) == warned
+    assert "training images, too" not in text and "more than one class" not in text
+    plain = load_data(plant(tmp_path / "plain" / "pets", folders), cache=False, test_share=.25)
+    assert same(loaded, plain)
+
+
+@pytest.mark.parametrize("layout", ["flat", "split"])
+def test_an_ordinary_folder_has_nothing_to_say(layout, request):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_data(request.getfixturevalue(layout), cache=False).notes == ()
+
+
+UNUSABLE = [
+    (["cat"], [], [], ["one class only, cat"]),
+    (["train/cat", "test/cat"], [], [], ["one class only, cat"]),
+    (["images"], [], [], ["one class only, images"]),
+    (split_tree("train", "val"), [], [], ["holds a folder train but none named test", "rename val"]),
+    (split_tree("Train", "Validation"), [], [], ["holds a folder Train but none named test", "rename Validation"]),
+    (["training/cat", "training/dog"], [], [],
+     ["holds a folder training but none named test", "/training to have a share"]),
+    (split_tree("train", "test") + ["Training/cat"], [], [], ["Training and train, one part twice"]),
+    (["train/cat", "train/dog"], ["test/0.png", "test/1.png"], [],
+     ["test holds no class folders, but 2 images without a class"]),
+    (["cat/train", "cat/test", "dog/train", "dog/test"], [], [],
+     ["cat holds training and test folders", "above the classes"]),
+    ([], ["0.png", "1.jpg"], [], ["no class folders, but 2 images without a class"]),
+    (["cat", "dog"], ["fish/a.heic", "fish/.b.png"], [],
+     ["fish holds no image (hidden, or left by a system: 1; files with the ending .heic, which PIL does not read: 1)"]),
+    (["images/cat", "images/dog"], ["annotations/cat.xml"], [],
+     ["annotations holds no image", "or name", "/images if its folders are the classes"]),
+    (["train/cat", "train/dog", "train/fish", "test/cat", "test/dog", "test/bird"], [], [],
+     ["only in train: fish; only in test: bird"]),
+    (["train/A", "train/a", "test/a", "test/b"], [], [], ["only in train: A; only in test: b"]),
+    (["train/cat", "train/dog"], [], [("test", "train")], ["train and", "test are one folder"]),
+    (["train/cat", "train/dog", "test/dog"], [], [("test/cat", "train/cat")],
+     ["cat in", "test and cat in", "train are one folder"]),
+    (["cat", "dog"], [], [("kitty", "cat")], ["cat and kitty", "are one folder"]),
+    (["cat", "dog"], [], [("cat/9.png", "gone.png")], ["cat/9.png is a link that leads nowhere"]),
+    (["cat", "dog"], [], [("fish", "gone")], ["fish is a link that leads nowhere"]),
+    (["A\u0308pfel", "\u00c4pfel"], [], [], ["have one name, written in two ways"])]
+
+
+@pytest.mark.parametrize("folders, extra, links, said", UNUSABLE)
+def test_unusable_trees(tmp_path, folders, extra, links, said):
+    fails(plant(tmp_path, folders, extra, links), *said, cache=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*training images, too")
+@pytest.mark.parametrize("pairs, names", [
+    ([("\u00c4pfel", "A\u0308pfel"), ("b", "b")], ["b", "\u00c4pfel"]),
+    ([("A\u0308pfel", "\u00c4pfel"), ("b", "b")], ["\u00c4pfel", "b"]),
+    ([("Cat", "cat"), ("Dog", "DOG")], ["Cat", "Dog"]), ([("a", "A"), ("B", "b")], ["B", "a"]),
+    ([("a", "a"), ("A", "A"), ("b", "B")], ["A", "a", "b"]),
+    ([("cat ", "cat"), ("dog", "dog")], ["cat ", "dog"]),
+    ([("Stra\u00dfe", "STRASSE"), ("x", "x")], ["Stra\u00dfe", "x"]), ([("10", "10"), ("9", "9")], ["10", "9"])])
+def test_classes_of_the_parts_are_matched_by_name(tmp_path, pairs, names):
+    for k, pair in enumerate(pairs):
+        for part, name in zip(("train", "test"), pair):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("L", (4, 4), k).save(tmp_path / part / name / "0.png")
+    loaded = load_data(tmp_path, cache=False)
+    assert loaded.train.classes == loaded.test.classes == names
+    shades = {data._same_name(name): k for k, (name, _) in enumerate(pairs)}
+    for part in loaded: assert {names[y]: int(x[0, 0, 0]) for x, y in zip(part.x, part.y)} == shades
+
+
+@pytest.mark.parametrize("ending, kind", [
+    (".jfif", "JPEG"), (".jpe", "JPEG"), (".JPG", "JPEG"), (".gif", "GIF"), (".avif", "AVIF"), (".jp2", "JPEG2000"),
+    (".tga", "TGA"), (".pbm", "PPM"), (".dib", "DIB"), (".ico", "ICO"),
+    ("", "PNG"), ("", "JPEG"), ("", "WEBP"), ("", "TIFF")])
+def test_whatever_pil_reads_is_read(tmp_path, ending, kind):
+    needs(kind)
+    for k in range(8):
+        path = tmp_path / TWO[k % 2] / f"{k}{ending}"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(k).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path, kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load_data(tmp_path, cache=False, test_share=.25).train) == 6
+
+
+@pytest.mark.parametrize("what, said", [("folder", "dog cannot be read (Permission denied)"),
+    ("image", "dog/2.png cannot be read (Permission denied)")])
+def test_what_may_not_be_read(tmp_path, monkeypatch, what, said):
+    plant(tmp_path, TWO)
+    scan, read = os.scandir, Path.read_bytes
+    def closed(real, name):
+        def ask(path):
+            if str(path).endswith(name): raise PermissionError(13, "Permission denied")
+            return real(path)
+        return ask
+    if what == "folder": monkeypatch.setattr(data.os, "scandir", closed(scan, "/dog"))
+    else: monkeypatch.setattr(data.Path, "read_bytes", closed(read, "dog/2.png"))
+    fails(tmp_path, said, "change its permissions", cache=False)
+
+
+def test_images_that_occur_twice_are_counted(tmp_path):
+    root = plant(tmp_path, split_tree("train", "test"))
+    copies = {"test/cat/copy.png": "train/cat/0.png", "test/dog/other.png": "train/cat/1.png",
+              "train/cat/copy.png": "train/dog/0.png"}
+    for copy, source in copies.items(): (root / copy).write_bytes((root / source).read_bytes())
+    with pytest.warns(UserWarning) as caught: text = load_data(root, cache=False).describe()
+    for said in "too: 2 of 10", "more than one class: 2": assert any(said in str(w.message) for w in caught)
+    assert "test images that are training images, too: 2 of 10" in text
+    assert "images that stand in more than one class: 2" in text
+    assert "2 classes, training + test images: cat 5 + 5, dog 4 + 5" in text
+    assert "training images, too" not in load_data().describe()
+
+
+def test_memory_is_asked_before_decoding(tmp_path, monkeypatch):
+    plant(tmp_path, TWO)
+    monkeypatch.setattr(data, "decode", None)
+    monkeypatch.setattr(data.psutil, "virtual_memory", lambda: type("Free", (), dict(available=1000)))
+    for cache in None, False: fails(tmp_path, "8 images of 0.0 MB", "say size=64", error=MemoryError, cache=cache)
+    fails(tmp_path, "say a size smaller than 5x6", error=MemoryError, size=(5, 6), cache=False)
+    monkeypatch.setattr(data, "decode", lambda raw, size=None: np.zeros((3, 2, 2), np.uint8))
+    assert len(load_data(tmp_path, size=2, cache=False).train) == 6
+
+
+# Decoding
+
+def saved(image, kind="PNG", **kwargs):
+    image.save(file := BytesIO(), kind, **kwargs)
+    return file.getvalue()
+
+
+COLOURS = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("kind, mode", [(kind, mode) for kind, modes in {
+    "PNG": "1 L LA P RGB RGBA", "JPEG": "L RGB CMYK", "GIF": "1 L P RGB", "BMP": "1 L P RGB RGBA",
+    "TIFF": "1 L LA P RGB RGBA CMYK YCbCr", "WEBP": "L RGB RGBA", "PPM": "1 L RGB",
+    "TGA": "L LA P RGB RGBA", "JPEG2000": "L LA RGB RGBA", "SGI": "L RGB RGBA", "PCX": "1 L P RGB",
+    "AVIF": "RGB RGBA"}.items() for mode in modes.split()])
+def test_ordinary_images_are_what_pil_makes_of_them(kind, mode):
+    needs(kind)
+    raw = saved(COLOURS.convert(mode), kind)
+    with Image.open(BytesIO(raw)) as image:
+        expected = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+    assert np.array_equal(np.moveaxis(data.decode(raw), 0, -1).squeeze(), expected)
+    small = Image.fromarray(expected).resize((3, 4), Image.Resampling.BILINEAR)
+    assert np.array_equal(np.moveaxis(data.decode(raw, (4, 3)), 0, -1).squeeze(), np.asarray(small))
+
+
+def png16(channels, kind):
+    "A PNG of 16 bits a channel."
+    a = (np.arange(4*5*channels) * 3).reshape(4, 5, channels).astype(">u2")
+    lines = b"".join(b"\0" + row.tobytes() for row in a)
+    def chunk(name, content): return struct.pack(">I", len(content)) + name + content + struct.pack(">I",
+        zlib.crc32(name + content))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 4, 16, kind, 0, 0, 0)) + chunk(b"IDAT",
+        zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def tiff16(channels):
+    "A little-endian TIFF, not compressed, of 16 bits a channel."
+    pixels = (np.arange(4*5*channels) * 3).astype("<u2").tobytes()
+    at = 8 + len(pixels)
+    tags = [(256, 4, 1, 5), (257, 4, 1, 4), (258, 3, channels, None), (259, 3, 1, 1),
+        (262, 3, 1, 1 if channels < 3 else 2), (273, 4, 1, 8), (277, 3, 1, channels), (278, 4, 1, 4),
+        (279, 4, 1, len(pixels))]
+    if channels in (2, 4): tags.append((338, 3, 1, 2))
+    tail = at + 2 + 12*len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, kind, n,
+        (16 if n == 1 else 16 | 16 << 16 if n == 2 else tail) if value is None else value) for tag, kind, n,
+        value in tags)
+    return b"II*\0" + struct.pack("<I", at) + pixels + struct.pack("<H",
+        len(tags)) + entries + bytes(4) + struct.pack(f"<{channels}H", *[16]*channels)
+
+
+def patched(raw, mark, offset, change):
+    "`raw` with the byte at `offset` behind `mark` changed."
+    at = raw.find(mark) + offset
+    return raw[:at] + bytes([change(raw[at])]) + raw[at+1:]
+
+
+DEEP = {"PNG grey": png16(1, 0), "PNG grey, alpha": png16(2, 4), "PNG RGB": png16(3, 2), "PNG RGBA": png16(4, 6),
+    "TIFF grey": tiff16(1), "TIFF RGB": tiff16(3), "TIFF RGBA": tiff16(4),
+        "PGM": b"P5 2 1 65535\n" + bytes(4), "PGM of 12 bits": b"P5 2 1 4095\n" + bytes(4),
+        "PPM": b"P6 2 1 65535\n" + bytes(12), "PPM in words": b"P3 1 1 1000\n 0 500 1000\n",
+        "integers": saved(Image.new("I", (3, 2)), "TIFF"), "floats": saved(Image.new("F", (3, 2)), "TIFF"),
+        "JPEG 2000 grey": saved(Image.new("I;16", (8, 8)), "JPEG2000"),
+        "JPEG 2000 RGB": patched(saved(COLOURS, "JPEG2000"), b"\xff\x4f\xff\x51", 4 + 38, lambda b: 15),
+        "SGI": b"\x01\xda\0\x02\0\x03" + struct.pack(">HHH", 2, 1, 3) + bytes(500) + bytes(12)}
+
+
+@pytest.mark.parametrize("what", DEEP)
+def test_more_than_eight_bits(what):
+    Image.open(BytesIO(DEEP[what])).close()  # a sound header
+    with pytest.raises(ValueError, match="with more than 8 bits a channel"): data.decode(DEEP[what])
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="PIL was built without AVIF")
+def test_more_than_eight_bits_in_avif():
+    raw = saved(COLOURS, "AVIF")
+    assert data.decode(raw).shape == (3, 6, 8)
+    depths = [data._bits_of["AVIF"](None, content)
+        for content in (raw, patched(raw, b"av1C", 6, lambda b: b | 64))]  # PIL writes 8 bits only
+    assert depths == [8, 10]
+
+
+@pytest.mark.parametrize("ok", [b"P5 2 1 255\n" + bytes(2), b"P5 2 1 100\n" + bytes(2), b"P6 2 1 255\n" + bytes(6),
+    b"P2 1 1 15\n 7\n", b"P4 8 1\n\xaa"])
+def test_eight_bits_or_fewer(ok): assert data.decode(ok).dtype == np.uint8
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "LA"),
+    ("WEBP", "RGB"), ("TIFF", "RGB"), ("TIFF", "L"), ("MPO", "RGB")])
+def test_photographs_stand_upright(kind, mode, turn):
+    exif = Image.Exif()
+    exif[274] = turn
+    preview = dict(save_all=True, append_images=[COLOURS.resize((4, 3))]) if kind == "MPO" else {}
+    raw = saved(COLOURS.convert(mode), kind, exif=exif, **preview)
+    with Image.open(BytesIO(raw)) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image).convert("L" if mode in ("L", "LA") else "RGB"))
+    assert upright.shape[:2] == ((6, 8) if turn < 5 else (8, 6))
+    assert np.array_equal(np.moveaxis(data.decode(raw), 0, -1).squeeze(), upright)
+    assert data.decode(raw, (8, 6)).shape[1:] == (8, 6)
+
+
+@pytest.mark.parametrize("note", [0, 9, 17])
+def test_odd_notes_of_orientation_say_nothing(note):
+    exif = Image.Exif()
+    exif[274] = note
+    assert np.array_equal(data.decode(saved(COLOURS, exif=exif)), data.decode(saved(COLOURS)))
+    assert data.decode(saved(COLOURS, "JPEG", exif=b"Exif\0\0no exif at all")).shape == (3, 6, 8)
+
+
+def drawn(mode, ink, ground, clear=0):
+    "A line of `ink` on `ground`, whose alpha is `clear`."
+    n, colours = len(mode) - 1, (ink, ground)
+    image = Image.new(mode, (4, 4), (*[ground]*n, clear))
+    for i in range(4): image.putpixel((i, i), (*[ink]*n, 255))
+    return image
+
+
+@pytest.mark.parametrize("kind, image, line, sheet", [
+    ("PNG", drawn("RGBA", 0, 0), 0, 255), ("PNG", drawn("LA", 0, 0), 0, 255), ("WEBP", drawn("RGBA", 0, 0), 0, 255),
+    ("TIFF", drawn("RGBA", 0, 0), 0, 255),  # black ink
+    ("PNG", drawn("RGBA", 255, 255), 255, 0),
+    ("PNG", drawn("LA", 255, 0), 255, 0),  # white ink
+    ("PNG", drawn("RGBA", 100, 7), 100, 255), ("PNG", drawn("RGBA", 100, 100, 51), 100, 224),
+    ("PNG", drawn("LA", 0, 0, 254), 0, 1), ("PNG", drawn("LA", 9, 9, 77), 9, 181),  # grey, partly transparent
+    ("PNG", drawn("RGBA", 9, 200, 255), 9, 200),
+    ("PNG", drawn("LA", 9, 200, 255), 9, 200)])  # opaque
+def test_transparent_ground(kind, image, line, sheet):
+    a = data.decode(saved(image, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {})))
+    assert len(a) == len(image.mode) - 1
+    assert all(np.array_equal(channel, np.where(np.eye(4), line, sheet)) for channel in a)
+
+
+def palette(transparency):
+    image = Image.fromarray(np.eye(4, dtype=np.uint8)).convert("P")
+    image.putpalette([0, 0, 0, 0, 0, 0])
+    return saved(image, transparency=transparency)
+
+
+@pytest.mark.parametrize("raw, line, sheet", [
+    (palette(0), 0, 255), (palette(1), 255, 0), (palette(bytes([0, 255])), 0, 255), (palette(bytes([51, 255])), 0, 204),
+    (saved(Image.fromarray(np.eye(4, dtype=np.uint8)*9), transparency=0), 9, 255),
+    (saved(Image.fromarray(np.eye(4, dtype=np.uint8)*255), transparency=0), 255, 0),
+    (saved(Image.fromarray((np.eye(4, dtype=np.uint8)*9)).convert("RGB"), transparency=(0, 0, 0)), 9, 255)])
+def test_transparent_colours(raw, line, sheet):
+    assert all(np.array_equal(channel, np.where(np.eye(4), line, sheet)) for channel in data.decode(raw))
+
+
+def test_what_is_all_transparent_keeps_its_colours():
+    bare = COLOURS.copy()
+    bare.putalpha(0)
+    assert np.array_equal(data.decode(saved(bare)), np.asarray(COLOURS).transpose(2, 0, 1))
+    assert np.array_equal(data.decode(saved(Image.new("RGBA", (4, 4), (9, 9, 9, 0)))), np.full((3, 4, 4), 255))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_several_frames(kind, flat):
+    raw = saved(COLOURS, kind, save_all=True, append_images=[COLOURS.transpose(Image.Transpose.ROTATE_180)])
+    with pytest.raises(ValueError, match="it holds 2 frames or pages"): data.decode(raw)
+    path = flat / "cat" / f"film.{kind.lower()}"
+    path.write_bytes(raw)
+    fails(flat, f"{path} cannot be read as an image (it holds 2 frames or pages", cache=False)
+
+
+@pytest.mark.parametrize("raw, said", [(b"", "it is empty"), (b"<html>not found</html>", "PIL knows no such format"),
+    (b"\0\5\x16\7" + bytes(60), "PIL knows no such format")])
+def test_broken_files_in_words(flat, raw, said):
+    (flat / "cat" / "00.png").write_bytes(raw)
+    fails(flat, f"00.png cannot be read as an image ({said}): replace or remove it", cache=False)
+
+
 # The cache
 
 @pytest.fixture
@@ -489,6 +955,21 @@ def test_changed_content_with_old_size_and_date(flat, rested):
     assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns) and after.st_ctime_ns != before.st_ctime_ns
     second = load_data(flat)
     assert not same(first, second) and same(second, load_data(flat, cache=False))
+
+
+def test_new_rules_of_decoding_decode_anew(flat, rested, decoded, monkeypatch):
+    monkeypatch.setattr(data, "_rules", 1)
+    first = load_data(flat)
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "_rest", -10)
+    with monkeypatch.context() as m:
+        def other_pixels(files, n, size=None):
+            assert len(list(files)) == n
+            return torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).repeat(1, 1, 2, 2)
+        m.setattr(data, "decode_images", other_pixels)
+        assert load_data(flat).train.shape == (1, 2, 2)  # the old images are not served
+    monkeypatch.setattr(data, "_rules", 1)
+    assert same(load_data(flat), first) and len(decoded) == 12
 
 
 @pytest.mark.parametrize("change", ["add", "remove", "rename", "move"])
