@@ -25,7 +25,7 @@ def notebook(root, *sources):
     write_nb(new_nb([mk_cell("# title", "markdown"), *map(mk_cell, sources)]), root / "nbs/00_a.ipynb")
 
 
-def execute(root): return keep.in_child(keep.execute, root / "nbs/00_a.ipynb", root, timeout=60)
+def execute(root): return keep.in_child(keep.execute, root / "nbs/00_a.ipynb", root, timeout=keep.HANGS)
 
 
 def test_executed_notebook_is_fresh_and_clean(root):

@@ -9,7 +9,6 @@ from nbdev.test import test_nb as nbdev_test_nb
 import keep
 
 NOTEBOOKS = keep.notebooks()
-TIMEOUT = 300  # seconds, for a notebook that hangs
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[str(path.relative_to(keep.ROOT / "nbs")) for path in NOTEBOOKS])
 
 
@@ -47,7 +46,7 @@ def test_small(path):
 @every_notebook
 def test_run(path, project):
     "In a copy of the project, from top to bottom, in a process of its own; the gallery at a small size."
-    passed, errors = keep.in_child(run_notebook, project / path.relative_to(keep.ROOT), project, timeout=TIMEOUT)
+    passed, errors = keep.in_child(run_notebook, project / path.relative_to(keep.ROOT), project, timeout=keep.HANGS)
     assert passed, errors
 
 
