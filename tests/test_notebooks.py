@@ -1,6 +1,7 @@
 "The notebooks are clean and fresh, and run."
-import contextlib, io, json, os, re
+import contextlib, io, json, os, random, re
 
+import numpy as np
 import pytest
 from execnb.nbio import nb2str, read_nb
 from nbdev.config import get_config
@@ -53,6 +54,7 @@ def test_run(path, project):
 def run_notebook(path, root):
     os.environ["EFCN_NB_QUICK"] = "1"
     os.chdir(root)
+    random.seed(0), np.random.seed(0)  # as PyTorch's generator, which begins alike in every process
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         passed, _ = nbdev_test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=root)
     return passed, errors.getvalue()
