@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 from filelock import FileLock
@@ -66,7 +67,7 @@ def mortal(console, tmp_path_factory):
     for k in range(24):
         path = folder/"images"/("test" if k < 8 else "train")/"ab"[k % 2]/f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((32, 32), 20 + 60*(k % 2)).convert("RGB").save(path)
+        Image.fromarray(np.random.default_rng(k).normal(128, 20 + 60*(k % 2), (32, 32)).clip(0, 255).astype("uint8")).convert("RGB").save(path)
     flags = ["--data", folder/"images", *"--model alexnet --width 1 --epochs 2 --batch_size 8 --seeds 1 --relax 0,1 --lcn 1 --device cpu --momentum .9 --weight_decay .01 --lr .02 --keep_weights".split()]
     start = time.monotonic()
     assert console(*flags, "--out", "whole", cwd=folder)[0] == 0
@@ -124,15 +125,15 @@ def test_two_commands_on_one_folder(console, mortal, tmp_path):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_stopped_by_hand_or_by_a_scheduler(tmp_path, name):
     start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from efcn_nb.cli import efcn_relax; efcn_relax()"  # as on a terminal, also where tests run in the background
-    command = [sys.executable, "-c", start, *"--epochs 1000 --relax 0 --seeds 1 --device cpu --out s".split()]
+    command = [sys.executable, "-c", start, *"--epochs 100000 --relax 0 --seeds 1 --device cpu --out s".split()]
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(tiny.Path(tiny.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]))
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        for _ in range(600):
+        while not any(int(path.name.split("-")[1]) > 1 for path in tmp_path.glob("s/cnn-*/epoch-*")):
+            assert process.poll() is None, process.communicate()[1]
             time.sleep(.05)
-            if list(tmp_path.glob("s/cnn-*/epoch-0002-*")): break
         process.send_signal(getattr(signal, name))
-        assert process.communicate(timeout=30)[1].strip() == "stopped; the same command goes on after the last stored epoch" and process.returncode == 1
+        assert process.communicate(timeout=600)[1].strip() == "stopped; the same command goes on after the last stored epoch" and process.returncode == 1
     finally: process.kill()
 
 
@@ -146,7 +147,7 @@ def test_as_a_fresh_process(tmp_path):
     "Without the help of `tiny.Console`, from another folder."
     command = [sys.executable, "-c", "from efcn_nb.cli import efcn_relax; efcn_relax()"]
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(tiny.Path(tiny.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]))
-    run = lambda *argv: subprocess.run([*command, *argv], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    run = lambda *argv: subprocess.run([*command, *argv], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
     shown, wrong = run("--help"), run("--data", "nothing-of-that-name", "--out", "s")
     assert shown.returncode == 0 and not shown.stderr
     for flag in "--data --model --relax --epochs --lr --batch_size --seeds --device --precision --out --no-shuffle".split(): assert flag in shown.stdout, flag

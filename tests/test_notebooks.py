@@ -1,6 +1,7 @@
 "The notebooks are clean and fresh, and run."
-import contextlib, io, json, os, re
+import contextlib, io, json, os, random, re
 
+import numpy as np
 import pytest
 from execnb.nbio import nb2str, read_nb
 from nbdev.config import get_config
@@ -9,7 +10,6 @@ from nbdev.test import test_nb as nbdev_test_nb
 import keep
 
 NOTEBOOKS = keep.notebooks()
-TIMEOUT = 300  # seconds, for a notebook that hangs
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[str(path.relative_to(keep.ROOT / "nbs")) for path in NOTEBOOKS])
 
 
@@ -47,13 +47,14 @@ def test_small(path):
 @every_notebook
 def test_run(path, project):
     "In a copy of the project, from top to bottom, in a process of its own; the gallery at a small size."
-    passed, errors = keep.in_child(run_notebook, project / path.relative_to(keep.ROOT), project, timeout=TIMEOUT)
+    passed, errors = keep.in_child(run_notebook, project / path.relative_to(keep.ROOT), project, timeout=keep.HANGS)
     assert passed, errors
 
 
 def run_notebook(path, root):
     os.environ["EFCN_NB_QUICK"] = "1"
     os.chdir(root)
+    random.seed(0), np.random.seed(0)  # as PyTorch's generator, which begins alike in every process
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         passed, _ = nbdev_test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=root)
     return passed, errors.getvalue()

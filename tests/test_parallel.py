@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import tiny
 from efcn_nb.relaxation import WorkerLost
@@ -151,7 +152,7 @@ def command(tmp_path):
 
 def test_workers_of_the_command(command, tmp_path):
     alone, together = command("--out", "alone"), command("--out", "together", "--workers", "2")
-    for process in (alone, together): assert process.communicate(timeout=120)[1] == "" and process.returncode == 0
+    for process in (alone, together): assert process.communicate(timeout=600)[1] == "" and process.returncode == 0
     for name in ("metrics.csv", "summary.csv", "claims.csv"): assert (tmp_path/"together"/name).read_bytes() == (tmp_path/"alone"/name).read_bytes()
 
 
@@ -160,11 +161,14 @@ def test_workers_end_when_their_parent_is_killed(command, tmp_path):
     flags = ["--out", "s", "--workers", "2", "--epochs", "100000", "--relax", "", "--lcn", ""]
     def last(): return max((int(p.name.split("-")[1]) for p in tmp_path.glob("s/cnn-*/epoch-*")), default=-1)
     def wait_for(epoch, process):
-        while last() < epoch: assert process.poll() is None, process.communicate()[1]
+        while last() < epoch:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(.05)
     killed = command(*flags)
     wait_for(1, killed)
     killed.kill()
-    time.sleep(3)
+    for run in tmp_path.glob("s/cnn-*"):
+        with FileLock(run/"lock", timeout=600): pass  # which a worker holds while it lives
     before = last()
     wait_for(before + 2, command(*flags))
 
@@ -173,6 +177,8 @@ def test_workers_end_when_their_parent_is_killed(command, tmp_path):
 def test_workers_end_at_once_when_the_command_is_asked_to(command, tmp_path, name):
     flags = ["--out", "s", "--workers", "2", "--epochs", "100000", "--relax", "", "--lcn", ""]
     process = command(*flags)
-    while not list(tmp_path.glob("s/cnn-*/epoch-*")): assert process.poll() is None, process.communicate()[1]
+    while not list(tmp_path.glob("s/cnn-*/epoch-*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(.05)
     process.send_signal(getattr(signal, name))
-    assert process.communicate(timeout=10)[1].strip() == "stopped; the same command goes on after the last stored epoch"
+    assert process.communicate(timeout=600)[1].strip() == "stopped; the same command goes on after the last stored epoch"

@@ -256,8 +256,10 @@ def sweeping(folder, seconds): return subprocess.Popen([sys.executable, "-c", SW
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such signals")
 def test_a_sweep_that_was_killed_goes_on(tmp_path):
-    log, killed = tmp_path/"log", sweeping(tmp_path, 60)
-    while not log.exists() or log.read_text().count("\n") < 3: time.sleep(.05)
+    log, killed = tmp_path/"log", sweeping(tmp_path, 3600)
+    while not log.exists() or log.read_text().count("\n") < 3:
+        assert killed.poll() is None, "it ended too early"
+        time.sleep(.05)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert sweeping(tmp_path, 0).communicate()[0] == "[0, 1, 2, 3, 4]\n" and log.read_text().split() == ["0", "1", "2", "2", "3", "4"]

@@ -116,7 +116,7 @@ def found(tmp_path_factory):
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), PYTHONWARNINGS="ignore")
     processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=env, stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    try: errors = [p.communicate(timeout=120)[1] for p in processes]
+    try: errors = [p.communicate(timeout=600)[1] for p in processes]
     finally:
         for p in processes: p.kill()
     assert all(p.returncode == 0 for p in processes), errors[0][-3000:] + errors[1][-3000:]
