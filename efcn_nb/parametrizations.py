@@ -358,8 +358,9 @@ class LowRank(nn.Module):
 def _keepers(p):
     "The dictionaries in which modules, anywhere in the process, keep the parameter `p`."
     found = [d for d in gc.get_referrers(p) if type(d) is dict and any(x is p for x in d.values())]
-    held = lambda owner, d: (owner if type(owner) is dict else vars(owner) if isinstance(owner, nn.Module) else {}).get('_parameters') is d
-    return [d for d in found if any(held(owner, d) for owner in gc.get_referrers(d))]
+    if len(found) < 2: return found                                        # the module's own
+    owners = [owner if type(owner) is dict else vars(owner) for owner in gc.get_referrers(*found) if type(owner) is dict or isinstance(owner, nn.Module)]
+    return [d for d in found if any(owner.get('_parameters') is d for owner in owners)]
 
 def _check_alone(layer, p):
     "Raise `ValueError` if another module keeps `p`, a parameter of `layer`, too."

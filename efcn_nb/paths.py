@@ -77,7 +77,7 @@ def _is_count(model, name):
     owner, _, own = name.rpartition('.')
     return own == 'num_batches_tracked' and isinstance(model.get_submodule(owner), _NormBase)
 
-def _binary(x): return bool(((x == 0) | (x == 1)).all())
+def _binary(x): return bool(((x == 0) | (x == 1) | x.isinf()).all())
 
 def _apart(a, b):
     "Why some tensor of `a` and its fellow in `b` have nothing between them, in words; None if all can be mixed."
@@ -88,7 +88,7 @@ def _apart(a, b):
         if p.device != q.device: return both.format(p.device, q.device) + 'device, by .to(device)'
         if _is_count(a, name) or torch.equal(p, q): continue
         if not _mixes(p): what = f'{name} holds {str(p.dtype).removeprefix("torch.")} values, a mask, an order or a table,'
-        elif not isinstance(p, nn.Parameter) and not _is_statistic(a, name) and _binary(p) and _binary(q): what = f'{name} is a mask of zeros and ones'
+        elif not isinstance(p, nn.Parameter) and not _is_statistic(a, name) and _binary(p) and _binary(q): what = f'{name} is a mask of zeros and ones, or of infinite numbers,'
         else: continue
         return what + (' in which they differ, and there is nothing between the two; take networks that have it in common, or make their weights plain first '
                        '(release_masks, release_rank, parametrize.remove_parametrizations, prune.remove)')
@@ -182,6 +182,10 @@ def _with_state(model, state):
     new = {id(x): nn.Parameter(state[name], x.requires_grad) if isinstance(x, nn.Parameter) else state[name] for name, x in _state(model).items()}
     return _copy(model, new)
 
+def _mix(p, q, t):
+    "(1-t) p + t q; equal buffers as they are, infinite numbers in them too."
+    return p.clone() if not isinstance(p, nn.Parameter) and torch.equal(p, q) else ((1-t)*p).add_(q, alpha=t)
+
 @torch.no_grad()
 def interpolate(
     a:nn.Module,
@@ -193,7 +197,7 @@ def interpolate(
     pairs = _pairs(a, b)
     if t == 0 or t == 1: return _with_state(a if t == 0 else b, {name: x.clone() for name, x in _state(a if t == 0 else b).items()})
     _check_joined(a, b)
-    return _with_state(a, {name: ((1-t)*p).add_(q, alpha=t) for name, p, q in pairs})
+    return _with_state(a, {name: _mix(p, q, t) for name, p, q in pairs})
 
 # %% ../nbs/31_paths.ipynb #5d4f1f21
 def _norm(x): return torch.linalg.vector_norm(x, dtype=torch.complex128 if x.is_complex() else torch.float64).item()

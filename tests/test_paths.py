@@ -282,12 +282,13 @@ def hooked(seed, factor=None):
 
 NOTHING_BETWEEN = {
     "masks": (masked, "0.parametrizations.weight.0.mask holds bool values, a mask, an order or a table, in which they differ, .*release_masks"),
-    "masks of prune": (pruned, "0.weight_mask is a mask of zeros and ones in which they differ, .*prune.remove"),
+    "masks of prune": (pruned, "0.weight_mask is a mask of zeros and ones, .* in which they differ, .*prune.remove"),
     "shuffles": (ranked, "order holds int64 values"),
     "permutations": (lambda s: Scaled(s, dict(order=torch.tensor([s, 1 - s]))), "order holds int64 values"),
     "orders that are attributes": (lambda s: Scaled(s, order=torch.tensor([s, 1 - s])), "differ in the attribute order"),
     "orders that are lists": (lambda s: Scaled(s, order=[s, 1 - s]), "differ in the attribute order"),
     "masks of numbers": (lambda s: Scaled(s, dict(factor=torch.tensor([s, 1. - s]))), "factor is a mask of zeros and ones"),
+    "masks that are added": (lambda s: Scaled(s, dict(shift=torch.tensor([s, 1 - s]).log().double())), "shift is a mask of zeros and ones, or of infinite numbers,"),
     "a dense and a sparse mask": (lambda s: Scaled(s, dict(factor=torch.tensor([1., 1. - s]))), "factor is a mask"),
     "whole parameters": (lambda s: changed(Scaled(s), order=nn.Parameter(torch.tensor([s, 1 - s]), requires_grad=False)), "order holds int64"),
     "counts that are read": (lambda s: Counting(s + 1), "calls holds int64 values"),
@@ -372,6 +373,7 @@ def old_norm(seed):
 SOMETHING_BETWEEN = {
     "plain": mlp, "names and seeds": Scaled, "one mask": lambda s: masked(s, 3), "one shuffle": lambda s: ranked(s, 3), "one mask of prune": lambda s: pruned(s, 3),
     "weights released from masks": lambda s: (lambda net: release_masks(net) or net)(masked(s)),
+    "one mask that is added": lambda s: changed(Scaled(s, dict(hidden=torch.tensor([0, -math.inf]).double())), after=lambda x: x),
     "tables": lambda s: Scaled(s, dict(order=torch.tensor([1, 0]))), "one lambda": lambda s: Scaled(s, after=lambda x: x.tanh()), "one closure": lambda s: Scaled(s, after=(lambda n: lambda x: n*x)(3)),
     "one method put in": lambda s: patched(s, 3), "running statistics": lambda s: Scaled(s, dict(shift=torch.full((2,), .3 + s).double())), "complex": twisted, "weight norm": lambda s: nn.Sequential(parametrizations.weight_norm(mlp(s)[0])),
     "weight norm by a hook": old_norm, "another mode": lambda s: mlp(s).train(bool(s)), "an activation kept": lambda s: changed(mlp(s), last=torch.ones(2, requires_grad=True)*(1. + s)),
@@ -389,6 +391,11 @@ def test_what_has_something_between(what):
     bent = interpolate_curvilinear(a, b, .5)
     for (name, p), q, r in zip(a.named_parameters(), b.parameters(), bent.parameters()): assert r.abs().square().sum().sqrt().item() == pytest.approx((p.abs().square().sum().sqrt() + q.abs().square().sum().sqrt()).item()/2)
     assert torch.isfinite(middle(x)).all() and np.isfinite(arc_length([a, middle, b])).all()
+
+
+def test_what_is_infinite_in_both_stays_beyond_the_ends():
+    a, b = (Scaled(seed, dict(shift=torch.tensor([0, -math.inf]).double())) for seed in (0, 1))
+    for t in (-1, .5, 2): assert torch.equal(interpolate(a, b, t).shift, a.shift)
 
 
 def test_counts_of_batches_may_differ():
