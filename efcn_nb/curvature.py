@@ -9,6 +9,7 @@ __all__ = ['gradient', 'gradient_shares', 'hessian_product', 'minimise', 'split_
 # %% ../nbs/32_curvature.ipynb #6c30e144
 import math
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -19,26 +20,36 @@ from scipy.optimize import minimize
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 from torch import nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .layers import FullyConnected
 from .subspaces import PARTS, dimensions, keep_parts, project, released_layers, shares
+from .training import evaluated, products
 
 # %% ../nbs/32_curvature.ipynb #49f7ae6b
-@contextmanager
-def _evaluated(model):
-    "Evaluation mode for a while; every module gets its own flag back."
-    flags = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try: yield
-    finally:
-        for m, flag in flags: m.training = flag
-
 def _leaves(model):
     "The parameters as leaves of their own to differentiate by; they share the memory. Raises `ValueError` unless all are float32 or all float64."
     leaves = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
     kinds = {p.dtype for p in leaves.values()}
     if len(kinds) != 1 or not kinds <= {torch.float32, torch.float64}: raise ValueError(f'the parameters are {" and ".join(sorted(map(str, kinds))) or "none"}; curvature needs a network all in float32 or all in float64')
     return leaves
+
+# %% ../nbs/32_curvature.ipynb #48e75cae
+_PLAIN = 'measure the network as it was before torch.compile, such as model._orig_mod'
+_WAYS_OUT = {'torch.compile': _PLAIN, 'donated': _PLAIN, 'attention': 'compute attention by SDPBackend.MATH (torch.nn.attention.sdpa_kernel)',
+             'cudnn': 'measure inside `with torch.backends.cudnn.flags(enabled=False)`', 'mkldnn': 'measure inside `with torch.backends.mkldnn.flags(enabled=False)`'}
+
+@contextmanager
+def _telling(twice=False):
+    "Context in which errors of operations that cannot be differentiated, or `twice` cannot, become a `ValueError` with a way out."
+    try: yield
+    except RuntimeError as e:
+        words = (str(e) or type(e).__name__).splitlines()[0]
+        if 'RNN backward can only be called in training mode' in words:
+            raise ValueError(f'cuDNN differentiates recurrent layers in training mode alone, and curvature belongs to evaluation mode; {_WAYS_OUT["cudnn"]}') from e
+        if not twice or not any(sign in words for sign in ('derivative for', 'once_differentiable', 'ouble backward', 'differentiate twice', 'donated buffers')): raise
+        way = next((way for key, way in _WAYS_OUT.items() if key in words.lower()), 'compute the same from operations that have them')
+        raise ValueError(f'the Hessian needs second derivatives, and an operation of this network has none in PyTorch ({words}); {way}') from e
 
 # %% ../nbs/32_curvature.ipynb #7944bb83
 def _samples(batches):
@@ -47,23 +58,29 @@ def _samples(batches):
     if not count: raise ValueError(f'batches must be a list of (images, labels) with at least one sample, such as list(data.batches(250)), not {"one without any" if isinstance(batches, (list, tuple)) else type(batches).__name__}')
     return count
 
+def _everywhere(model, weights):
+    "`weights` under every name by which a module holds them, each module once: `functional_call` by itself leaves a module that occurs twice changed."
+    own = {id(x): name for name, x in [*model.named_parameters(), *model.named_buffers()]}
+    held = [(f'{name}.{k}' if name else k, x) for name, m in model.named_modules() for k, x in [*m._parameters.items(), *m._buffers.items()] if x is not None]
+    return {name: weights[own[id(x)]] for name, x in held if own[id(x)] in weights}
+
 def _losses(model, weights, batches):
     "Cross-entropies (samples,) of one batch after the other, for the weights given; images are brought to their type and device."
-    like = next(iter(weights.values()))
-    for x, y in batches: yield F.cross_entropy(functional_call(model, weights, (x.to(like),)), y.to(like.device), reduction='none')
+    like, weights = next(iter(weights.values())), _everywhere(model, weights)
+    for x, y in batches: yield F.cross_entropy(functional_call(model, weights, (x.to(like),), tie_weights=False), y.to(like.device), reduction='none')
 
 @torch.no_grad()
 def _loss(model, batches, weights):
     "Mean cross-entropy in nats, summed in double precision."
     count = _samples(batches)
-    with _evaluated(model): return sum(losses.cpu().double().sum().item() for losses in _losses(model, weights, batches)) / count
+    with evaluated(model): return sum(losses.cpu().double().sum().item() for losses in _losses(model, weights, batches)) / count
 
 # %% ../nbs/32_curvature.ipynb #924ac15e
 def _loss_and_gradient(model, batches):
     "Mean cross-entropy, and its gradient as a vector."
     count, leaves, total = _samples(batches), _leaves(model), 0.
     found = {name: torch.zeros_like(p) for name, p in leaves.items()}
-    with _evaluated(model), torch.enable_grad():
+    with evaluated(model), torch.enable_grad(), _telling():
         for losses in _losses(model, leaves, batches):
             own = torch.autograd.grad(losses.sum(), leaves.values(), materialize_grads=True)
             total += losses.detach().cpu().double().sum().item()
@@ -80,7 +97,7 @@ def gradient(
 # %% ../nbs/32_curvature.ipynb #d5003195
 def _square(vector):
     "Squared norm of a vector, or of some of its tensors, in double precision."
-    return sum(torch.linalg.vector_norm(v, dtype=torch.float64).item()**2 for v in vector.values())
+    return sum(torch.linalg.vector_norm(torch.view_as_real(v.resolve_conj()) if v.is_complex() else v, dtype=torch.float64).item()**2 for v in vector.values())
 
 def gradient_shares(
     model:nn.Module, # an embedded network
@@ -97,18 +114,117 @@ def gradient_shares(
     return table.div(total.where(total > 0), axis=0).assign(norm=total**.5)
 
 # %% ../nbs/32_curvature.ipynb #659fa95e
-def _hessian_vector(model, batches, vector):
-    "H v, for a vector with the names of `model` in their order."
-    count, leaves, total = _samples(batches), _leaves(model), None
-    with _evaluated(model), torch.enable_grad():
-        for losses in _losses(model, leaves, batches):
+def _hessian_at(model, leaves, batches, vector, fixed=()):
+    "H v at the weights `leaves`, for a vector with their names in their order; `fixed` has buffers by name in place of the network's own."
+    count, total = _samples(batches), None
+    with evaluated(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _telling(twice=True): # the other kernels of attention cannot be differentiated twice
+        for losses in _losses(model, leaves | dict(fixed), batches):
             grads = torch.autograd.grad(losses.sum() / count, leaves.values(), create_graph=True, materialize_grads=True)
             used = [(g, vector[name]) for name, g in zip(leaves, grads) if g.requires_grad]
-            own = torch.autograd.grad([g for g, _ in used], leaves.values(), [v for _, v in used], materialize_grads=True)
+            own = torch.autograd.grad([g for g, _ in used], leaves.values(), [v for _, v in used], materialize_grads=True) if used else [torch.zeros_like(p) for p in leaves.values()]
             del grads, used
             if total is None: total = own
             else: torch._foreach_add_(total, own)
     return dict(zip(leaves, total))
+
+def _hessian_vector(model, batches, vector):
+    "H v, for a vector with the names of `model` in their order."
+    return _hessian_at(model, _leaves(model), batches, vector)
+
+# %% ../nbs/32_curvature.ipynb #2dd6ff0b
+def _sketch(vector, groups=256, most=2**20):
+    "The tensors of a vector in double precision; large ones as sums over groups, with the same random signs in each call."
+    found, draw = {}, torch.Generator().manual_seed(0)
+    for name, v in vector.items():
+        if v.numel() > most:
+            sums = torch.zeros(groups, dtype=torch.float64)
+            for piece in (rows.reshape(-1) for rows in v.split(max(1, most*len(v)//v.numel()))):
+                signs = (2*torch.randint(2, piece.shape, generator=draw, dtype=torch.int8) - 1).to(piece.device)
+                whole = piece.numel()//groups*groups
+                sums += (piece*signs)[:whole].view(-1, groups).sum(0, dtype=torch.float64).cpu()
+                sums[:piece.numel() - whole] += (piece*signs)[whole:].double().cpu()
+            v = sums
+        found[name] = v.detach().double().cpu()
+    return found
+
+def _furthest(u, v, tolerance, floor):
+    "Name of the tensor in which `u` is furthest from `v`, relative to that of `v`, and how far; None and 0 if they agree."
+    whole = sum(x.norm()**2 for x in v.values())**.5
+    off = {name: (((u[name] - x).norm() - floor*whole).clamp(min=0)/x.norm()).nan_to_num(0., math.inf).item() if u[name].isfinite().all() else math.inf for name, x in v.items()}
+    name = max(off, key=off.get)
+    return (name, off[name]) if off[name] > tolerance else (None, 0.)
+
+# %% ../nbs/32_curvature.ipynb #ee1515de
+def _probe(leaves, seed=0):
+    "A random direction, in every tensor as long as the weights are, or a hundredth for each."
+    draw = torch.Generator().manual_seed(seed)
+    def drawn(p): return torch.randn(p.shape, generator=draw, dtype=p.dtype).to(p.device)*max((_square({0: p})/max(p.numel(), 1))**.5, 1e-2)
+    return {name: drawn(p) for name, p in leaves.items()}
+
+def _moved(leaves, d, at):
+    "The weights moved by `at` along `d`, in double precision."
+    return {name: p.detach().to(torch.float64, copy=True).add_(d[name], alpha=at).requires_grad_() for name, p in leaves.items()}
+
+def _mean_loss(model, weights, few, buffers):
+    "Mean cross-entropy on `few` in double precision; buffers are left alone."
+    fixed = {name: x.to(torch.float64, copy=True) if x.is_floating_point() else x.clone() for name, x in buffers.items()}
+    with evaluated(model): return next(_losses(model, weights | fixed, few)).mean()
+
+@torch.enable_grad()
+def _side(model, weights, few, buffers):
+    "Sketch of the gradient at `weights`."
+    return _sketch(dict(zip(weights, torch.autograd.grad(_mean_loss(model, weights, few, buffers), weights.values(), materialize_grads=True))))
+
+def _difference(model, leaves, d, few, buffers, step, shift):
+    "Sketch of the difference of gradients `step` to both sides of the weights moved by `shift`, along `d`."
+    up, down = (_side(model, _moved(leaves, d, shift + sign*step), few, buffers) for sign in (1, -1))
+    return {name: (x - down[name])/(2*step) for name, x in up.items()}
+
+@torch.enable_grad()
+def _is_derivative(model, leaves, d, few, buffers, shift, step=1e-6):
+    "Whether the loss changes along each tensor of `d` as its gradient says; where numbers are rounded on purpose it does not."
+    at = _moved(leaves, d, shift)
+    for (name, p), g in zip(at.items(), torch.autograd.grad(_mean_loss(model, at, few, buffers), at.values(), materialize_grads=True)):
+        with torch.no_grad():
+            sides = [_mean_loss(model, at | {name: p.detach().add(d[name], alpha=sign*step)}, few, buffers).item() for sign in (1, -1)]
+            slope, told = (sides[0] - sides[1])/(2*step), (g*d[name]).sum().item()
+        if not abs(slope - told) <= .02*abs(told) + 1e-7*(1 + abs(sides[0])): return False
+    return True
+
+def _way_out(model, name):
+    "What to do about second derivatives that are wrong in the parameter `name`."
+    made = [*model.modules(), *[hook for m in model.modules() for hook in m._forward_pre_hooks.values()]]
+    if any(type(m).__name__.endswith('WeightNorm') for m in made):
+        return 'the fused kernel of weight_norm is known for it: measure the network with plain weights, after torch.nn.utils.parametrize.remove_parametrizations (or remove_weight_norm)'
+    return 'some operation hides a part of them, such as an autograd.Function whose backward pass is cut off from the graph (detach, once_differentiable): measure the same function without it'
+
+_CHECKED = WeakKeyDictionary() # networks whose second derivatives are right, and what they consisted of
+
+@torch.no_grad()
+def _check_second(model, batches, tolerance=.02, shift=1e-3):
+    "Raise `ValueError` if products with the Hessian, on four samples, are not what differences of gradients converge to; once for each network, as long as it consists of the same modules."
+    _samples(batches)
+    made = str(model), *((name, p.shape, p.dtype, p.device) for name, p in _leaves(model).items())
+    if _CHECKED.get(model) == made: return
+    leaves, few, buffers = _leaves(model), [(x[:4], y[:4]) for x, y in batches if len(y)][:1], dict(model.named_buffers())
+    like, d = next(iter(leaves.values())), _probe(leaves)
+    devices, floor = [like.device] if like.device.type == 'cuda' else [], 1e-3 if like.dtype == torch.float32 else 1e-5
+    with torch.random.fork_rng(devices=devices), products('fp32', like.device):
+        moved = {name: p.detach().add(d[name], alpha=shift).requires_grad_() for name, p in leaves.items()}
+        try: product, found = _sketch(_hessian_at(model, moved, few, d, {k: x.clone() for k, x in buffers.items()})), []
+        except Exception: return                                                              # the measurement will say why, or it takes no four samples
+        del moved
+        for step in (1e-4, 1e-5, 1e-6, 1e-7, 1e-8):
+            try: found.append(_difference(model, leaves, d, few, buffers, step, shift))
+            except Exception: return                                                          # it cannot compute in double precision
+            name, off = _furthest(product, found[-1], tolerance, floor)
+            if name is None:
+                _CHECKED[model] = made
+                return
+            agree = len(found) > 2 and not any(_furthest(x, found[-1], tolerance/4, floor)[0] for x in found[-3:])
+            if agree:
+                if not _is_derivative(model, leaves, d, few, buffers, shift): return
+                raise ValueError(f"PyTorch's second derivatives of this network are wrong in {name}, by {off:.0%} of what differences of its gradients converge to; {_way_out(model, name)}")
 
 # %% ../nbs/32_curvature.ipynb #081018b7
 def _projected(model, vector, parts):
@@ -138,8 +254,9 @@ def hessian_product(
     vector:dict,     # name of a parameter: tensor of its shape
     parts=None       # one, or several, of `PARTS`; None for the whole space, and for networks that were not embedded
 )->dict:             # the same names
-    "P H P v: the Hessian of the mean cross-entropy times a vector, both sides projected on `parts`. Raises `ValueError` for no samples, unknown parts, or another network's vector."
+    "P H P v: the Hessian of the mean cross-entropy times a vector, both sides projected on `parts`. Raises `ValueError` for no samples, unknown parts, another network's vector, or second derivatives that PyTorch has not or has wrong."
     start = _projected(model, _checked(model, vector), parts)
+    _check_second(model, batches)
     return _restrict(model, _hessian_vector(model, batches, start), parts)
 
 # %% ../nbs/32_curvature.ipynb #b61c27e7
@@ -269,19 +386,8 @@ def _shifted(model, batches, parts, k, sign, seed):
     return product, c
 
 # %% ../nbs/32_curvature.ipynb #05770837
-def top_eigenvalues(
-    model:nn.Module,      # any classifier
-    batches:list,         # (images, labels) pairs
-    k:int=1,              # how many
-    parts=None,           # one, or several, of `PARTS`; None for the whole space
-    which:str='largest',  # or 'smallest', by value with sign
-    vectors:bool=False,   # the eigenvectors too
-    tol:float=1e-4,       # relative to the width of the spectrum
-    seed:int=0,           # of the start vector
-    restarts:int=300,     # at most
-    basis:int=None        # vectors that ARPACK keeps, more than k: many converge in fewer products; None for 20, or 6 from a million parameters on, and at least 2k + 2
-)->tuple:                 # NumPy (k,) from the outermost inwards; list of k vectors of norm 1, or None
-    "Eigenvalues of the Hessian restricted to `parts`, by ARPACK. Raises `ValueError` for impossible `k`, `parts` or `which`, `RuntimeError` if ARPACK does not converge."
+def _outermost(model, batches, k, parts, which, vectors, tol, seed, restarts, basis):
+    "`top_eigenvalues`, without a check of the second derivatives."
     size, like = _dimension(model, parts), _leaves(model)
     if which not in ('largest', 'smallest'): raise ValueError(f"which must be 'largest' or 'smallest', not {which!r}")
     if not 1 <= k < size: raise ValueError(f'k must lie between 1 and {size-1}, below the number of directions, not {k}')
@@ -296,6 +402,23 @@ def top_eigenvalues(
     order = np.argsort(values)[::-sign]
     return values[order], [_unflat(np.ascontiguousarray(found[1][:,i]), like) for i in order] if vectors else None
 
+# %% ../nbs/32_curvature.ipynb #35b4e345
+def top_eigenvalues(
+    model:nn.Module,      # any classifier
+    batches:list,         # (images, labels) pairs
+    k:int=1,              # how many
+    parts=None,           # one, or several, of `PARTS`; None for the whole space
+    which:str='largest',  # or 'smallest', by value with sign
+    vectors:bool=False,   # the eigenvectors too
+    tol:float=1e-4,       # relative to the width of the spectrum
+    seed:int=0,           # of the start vector
+    restarts:int=300,     # at most
+    basis:int=None        # vectors that ARPACK keeps, more than k: many converge in fewer products; None for 20, or 6 from a million parameters on, and at least 2k + 2
+)->tuple:                 # NumPy (k,) from the outermost inwards; list of k vectors of norm 1, or None
+    "Eigenvalues of the Hessian restricted to `parts`, by ARPACK. Raises `ValueError` for impossible `k`, `parts` or `which`, or as `hessian_product` does, `RuntimeError` if ARPACK does not converge."
+    _check_second(model, batches)
+    return _outermost(model, batches, k, parts, which, vectors, tol, seed, restarts, basis)
+
 # %% ../nbs/32_curvature.ipynb #585ca3f5
 def trace(
     model:nn.Module, # any classifier
@@ -304,9 +427,10 @@ def trace(
     probes:int=10,   # random vectors, a Hessian product each
     seed:int=0
 )->tuple:            # mean, and its standard error (nan for a single probe)
-    "Trace of the Hessian restricted to `parts`, estimated with random signs (Hutchinson 1989). Raises `ValueError` for no probes or impossible parts."
+    "Trace of the Hessian restricted to `parts`, estimated with random signs (Hutchinson 1989). Raises `ValueError` for no probes, impossible parts, or as `hessian_product` does."
     if probes < 1: raise ValueError(f'the number of probes must be 1 or more, not {probes}')
     _dimension(model, parts)
+    _check_second(model, batches)
     generator, product, found = torch.Generator().manual_seed(seed), _restricted(model, batches, parts), []
     for _ in range(probes):
         signs = {name: (2*torch.randint(2, p.shape, generator=generator, dtype=p.dtype) - 1).to(p.device) for name, p in model.named_parameters()}
@@ -323,8 +447,9 @@ def spectral_density(
     probes:int=3,    # random start vectors
     seed:int=0
 )->pd.DataFrame:     # columns: probe, node (an eigenvalue's place), weight (share of the directions; adds up to 1 for each probe)
-    "Density of eigenvalues of the Hessian restricted to `parts`, by stochastic Lanczos quadrature. Raises `ValueError` for no steps or probes, or impossible parts."
+    "Density of eigenvalues of the Hessian restricted to `parts`, by stochastic Lanczos quadrature. Raises `ValueError` for no steps or probes, impossible parts, or as `hessian_product` does."
     if min(steps, probes) < 1: raise ValueError(f'steps and probes must be 1 or more, not {steps} and {probes}')
+    _check_second(model, batches)
     steps, product, tables = min(steps, _dimension(model, parts)), _restricted(model, batches, parts), []
     for probe in range(probes):
         nodes, vectors = eigh_tridiagonal(*_lanczos(product, random_direction(model, parts, seed + 1000*probe), steps))
@@ -379,7 +504,7 @@ def _directions(model, batches, seed, tol):
         own = _copied(_projected(model, g, parts))
         if _square(own): yield 'gradient', part, _normalised(own)
         yield 'random', part, random_direction(model, parts, seed)
-        if _dimension(model, parts) > 1: yield 'eigenvector', part, top_eigenvalues(model, batches, 1, parts, vectors=True, tol=tol, seed=seed)[1][0]
+        if _dimension(model, parts) > 1: yield 'eigenvector', part, _outermost(model, batches, 1, parts, 'largest', True, tol, seed, 300, None)[1][0]
 
 def sharpness(
     model:nn.Module,  # an embedded network
@@ -388,8 +513,9 @@ def sharpness(
     seed:int=0,       # of the random directions and of ARPACK's start
     tol:float=1e-3    # of the eigenvectors, relative
 )->pd.DataFrame:      # columns: direction, part, slope (gradient), curvature (d H d), rise (nats; the larger of the two sides)
-    "Slope, curvature and rise of the loss along the gradient, a random direction and the top eigenvector, in the whole space and in each part. Raises `ValueError` as `gradient` and `shares` do."
+    "Slope, curvature and rise of the loss along the gradient, a random direction and the top eigenvector, in the whole space and in each part. Raises `ValueError` as `gradient`, `hessian_product` and `shares` do."
     if not radius > 0: raise ValueError(f'the radius must be positive, not {radius}')
+    _check_second(model, batches)
     unit, g, here, rows = _unit_of_length(model), gradient(model, batches), _loss(model, batches, _leaves(model)), []
     for direction, part, d in _directions(model, batches, seed, tol):
         rise = max(_losses_along(model, batches, [[(radius*unit, d)], [(-radius*unit, d)]])) - here

@@ -85,11 +85,12 @@ def first_rows(
     study:Study,
     n:int=6        # units
 )->dict:           # arrays: before, after, off-local, FCN (n, height, width), windows (bool), units (n,), seed, relax
-    "Rows of the first layer at relaxing and at the end, off-local part alone, and of the FCN: means over the input channels; first seed, second relax time (or the only one) that did not diverge. Raises `ValueError` if there is none."
+    "Rows of the first layer at relaxing and at the end, off-local part alone, and of the FCN: means over the input channels; first seed, second relax time (or the only one) that did not diverge. Raises `ValueError` if there is none, or for complex weights."
     seed, layer = study.seeds[0], lambda model: next(iter(released_layers(model).values()))
     times = [t for t in study.relax_times if not study.lost('relaxed', seed, t)]
     if not times or study.lost('fcn', seed): raise ValueError('the first seed has no relaxed network and FCN that came to their ends')
     before, after, fcn = layer(study.start('relaxed', seed, times[:2][-1])), layer(study.network('relaxed', seed, times[:2][-1])), layer(study.network('fcn', seed))
+    if before.weight.is_complex(): raise ValueError('rows are shown as images of real numbers, and the first layer has complex weights')
     g, positions = before.geometry, math.prod(before.geometry.output_size)
     moved = (after.weight - before.weight).detach().unflatten(0, (g.out_channels, -1)).square().sum((1, 2))
     at = torch.linspace(.15, .85, n).mul(positions).long()

@@ -9,7 +9,7 @@ __all__ = ['NULLS', 'FORMATS', 'SHUFFLES', 'check_density', 'check_mask', 'rando
            'release_rank']
 
 # %% ../nbs/05_parametrizations.ipynb #3aa0a762
-import math
+import gc, math
 from numbers import Integral, Real
 
 import tensorly as tl
@@ -152,20 +152,45 @@ def masks_of(
     "The masks that layers of `model` are held to."
     return {name: _held(m).mask for name, m in model.named_modules() if not isinstance(m, parametrize.ParametrizationList) and _held(m)}
 
+def _layers(model):
+    "Modules that have a weight, by every name that they have in `model`."
+    return {name: m for name, m in model.named_modules(remove_duplicate=False) if torch.is_tensor(getattr(m, 'weight', None)) and not isinstance(m, parametrize.ParametrizationList)}
+
+def _is_plain(layer):
+    "Whether the weight is the layer's own, and not computed by a parametrization or a hook."
+    return 'weight' in layer._parameters or 'weight' in layer._buffers
+
+def _own(layer):
+    "The parameter behind a layer's weight."
+    return layer.parametrizations.weight.original if _held(layer) else layer.weight
+
+def _check_ties(model, layers, masks):
+    "Raise `ValueError` unless all that shares the weight of a layer in `masks` is held to the same mask as that layer."
+    owners = {}
+    for name, m in model.named_modules(remove_duplicate=False):
+        for k, p in m._parameters.items(): owners.setdefault(id(p), []).append((name, k))
+    for name, mask in masks.items():
+        for other, k in owners.get(id(_own(layers[name])), []):
+            other = other.removesuffix('parametrizations.weight').rstrip('.') if k == 'original' else other
+            if layers.get(other) is layers[name] and other not in masks: continue                 # another name of the same layer
+            if not (k in ('weight', 'original') and other in masks and torch.equal(masks[other].cpu(), mask.cpu())):
+                raise ValueError(f'the layers {name!r} and {other!r} share their weight: hold both to the same mask, or give one a weight of its own first')
+
 @torch.no_grad()
 def hold_to_masks(
     model:nn.Module, # changed in place
     masks:dict       # name of a layer: bool tensor of the shape of its weight
 ):
-    "Hold the weights of some layers to masks, or to other masks than before; outside they are set to zero. Raises `ValueError`, before anything is changed, for a name without a weight, a mask that does not fit, or a weight that is parametrized already."
-    layers = {name: m for name, m in model.named_modules() if torch.is_tensor(getattr(m, 'weight', None))}
+    "Hold the weights of some layers to masks, or to other masks than before; outside they are set to zero, and layers that share a weight go on sharing it. Raises `ValueError`, before anything is changed, for a name without a weight, a mask that does not fit, a weight that is parametrized already, or one shared by layers that are not all given the same mask."
+    layers = _layers(model)
     for name, mask in masks.items():
-        if name in layers and parametrize.is_parametrized(layers[name], 'weight') and not _held(layers[name]): raise ValueError(f'the weight of layer {name!r} is parametrized in another way: remove that first')
+        if name in layers and not _held(layers[name]) and not _is_plain(layers[name]): raise ValueError(f'the weight of layer {name!r} is parametrized in another way: remove that first')
         if name not in layers: raise ValueError(f'the network has no layer {name!r} with a weight; it has {", ".join(map(repr, layers))}')
         try: check_mask(mask, layers[name].weight.shape)
         except ValueError as e: raise ValueError(f'layer {name!r}: {e}') from None
-    for name, mask in masks.items():
-        layer, held = layers[name], _held(layers[name])
+    _check_ties(model, layers, masks)
+    for layer, mask in {layers[name]: mask for name, mask in masks.items()}.items():      # a layer with two names once
+        held = _held(layer)
         if held is None: parametrize.register_parametrization(layer, 'weight', Masked(mask.to(layer.weight.device)))
         else:
             held.mask.copy_(mask)
@@ -330,6 +355,20 @@ class LowRank(nn.Module):
     def extra_repr(self): return f'{self.format} of rank {self.rank}, {self.shape}' + ', shuffled'*self.shuffled
 
 # %% ../nbs/05_parametrizations.ipynb #74404f9b
+def _keepers(p):
+    "The dictionaries in which modules, anywhere in the process, keep the parameter `p`."
+    found = [d for d in gc.get_referrers(p) if type(d) is dict and any(x is p for x in d.values())]
+    if len(found) < 2: return found                                        # the module's own
+    owners = [owner if type(owner) is dict else vars(owner) for owner in gc.get_referrers(*found) if type(owner) is dict or isinstance(owner, nn.Module)]
+    return [d for d in found if any(owner.get('_parameters') is d for owner in owners)]
+
+def _check_alone(layer, p):
+    "Raise `ValueError` if another module keeps `p`, a parameter of `layer`, too."
+    if len(_keepers(p)) < 2: return
+    gc.collect()                                                           # of modules that nothing refers to any more
+    others = [d for d in _keepers(p) if d is not layer._parameters]
+    if others: raise ValueError(f'the kernel of this {type(layer).__name__} is shared with another module, and cores would be of this one alone: hold the module itself in both places, or give it a kernel of its own first (conv.weight = nn.Parameter(conv.weight.detach().clone()))')
+
 @torch.no_grad()
 def hold_to_rank(
     conv:nn.Module,      # a convolution, changed in place
@@ -339,12 +378,13 @@ def hold_to_rank(
     seed:int=0,          # of the order, and of the cores
     start:str='random'   # or 'decompose': as near to the kernel that is there as tensorly finds
 ):
-    "Hold the kernel of a convolution to a tensor format. At random, cores are normal, and the kernel has the norm of the one that was there. Raises `ValueError` for what is no convolution, a rank that the kernel does not allow, or unknown words."
+    "Hold the kernel of a convolution to a tensor format. At random, cores are normal, and the kernel has the norm of the one that was there. Raises `ValueError` for what is no convolution, a rank that the kernel does not allow, a kernel that another module shares, or unknown words."
     if start not in ('random', 'decompose'): raise ValueError(f"start must be 'random' or 'decompose', not {start!r}")
     kernel = getattr(conv, 'weight', None)
     if not torch.is_tensor(kernel) or kernel.dim() < 3: raise ValueError(f'{type(conv).__name__} has no kernel (out channels, in channels, *taps) to hold to a rank')
     if start == 'random' and not 0 < kernel.norm() < math.inf: raise ValueError('the kernel must have a finite norm above 0, which the composed one takes over')
-    if parametrize.is_parametrized(conv, 'weight'): raise ValueError('the kernel is parametrized already: remove that first (parametrize.remove_parametrizations)')
+    if not _is_plain(conv): raise ValueError('the kernel is parametrized already: remove that first (parametrize.remove_parametrizations)')
+    _check_alone(conv, kernel)
     generator, shape, cores = torch.Generator().manual_seed(seed), (len(kernel), kernel[0,0].numel(), kernel.shape[1]), None
     order, shapes = entry_order(kernel.shape, shuffle, generator), core_shapes(format, shape, rank)
     if start == 'random':

@@ -7,37 +7,49 @@ __all__ = ['PATHS', 'in_fcn_space', 'interpolate', 'interpolate_curvilinear', 'O
            'barrier', 'string', 'arc_length', 'along_string', 'barrier_matrix']
 
 # %% ../nbs/31_paths.ipynb #6c6796da
-import copy, math
-from contextlib import contextmanager
+import copy, functools, itertools, math, types
+from numbers import Number
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from .embedding import BATCHNORMS, convert, embed
 from .geometry import CONVOLUTIONS
 from .layers import LocallyConnected
-from .training import Diverged, evaluate
+from .training import Diverged, evaluate, evaluated, modes_kept, start_training
 
 # %% ../nbs/31_paths.ipynb #0d449a61
+def _tensors(model):
+    "Parameters and buffers by name. Raises `ValueError` for some that have no shape yet."
+    found = dict(model.named_parameters()) | dict(model.named_buffers())
+    lazy = [name for name, x in found.items() if is_lazy(x)]
+    if lazy: raise ValueError(f'{lazy[0]} has no shape yet: run a batch through the network first')
+    return found
+
+def _mixes(x): return x.is_floating_point() or x.is_complex()
+
 def _state(model):
-    "Parameters and floating buffers by name."
-    return dict(model.named_parameters()) | {name: x for name, x in model.named_buffers() if x.is_floating_point()}
+    "Parameters and buffers that can be mixed, by name: real or complex numbers."
+    return {name: x for name, x in _tensors(model).items() if _mixes(x)}
 
 def _difference(a, b):
     "What is the first tensor in which `a` and `b` differ in name or shape, in words; None if there is none."
-    a, b = ({name: tuple(x.shape) for name, x in _state(model).items()} for model in (a, b))
+    a, b = ({name: tuple(x.shape) for name, x in _tensors(model).items()} for model in (a, b))
     for name in a | b:
         if a.get(name) != b.get(name): return f'{name} is {a.get(name, "missing")} in the first and {b.get(name, "missing")} in the second'
 
 def _pairs(a, b):
-    "Name and both values of each parameter and floating buffer. Raises `ValueError` if the networks have not the same."
+    "Name and both values of each tensor that can be mixed. Raises `ValueError` if the networks have not the same."
     found = _difference(a, b)
     if found: raise ValueError(f'no path joins these networks: {found}; take two of one architecture, and bring CNN, eLCN and eFCN into one space by in_fcn_space')
     other = _state(b)
-    return [(name, p, other[name].to(p)) for name, p in _state(a).items()]
+    return [(name, p, other[name].to(p) if name in other else None) for name, p in _state(a).items()]
 
 # %% ../nbs/31_paths.ipynb #702203c9
 def _as_fcn(model, input_shape, trim):
@@ -59,23 +71,136 @@ def in_fcn_space(
         if found: raise ValueError(f'{first} and {name} do not lie in one space: {found}; take networks of one architecture and one input_shape, all embedded with the same trim')
     return models
 
+# %% ../nbs/31_paths.ipynb #c9bf820c
+def _is_count(model, name):
+    "Whether the buffer `name` counts the batches that BatchNorm has seen."
+    owner, _, own = name.rpartition('.')
+    return own == 'num_batches_tracked' and isinstance(model.get_submodule(owner), _NormBase)
+
+def _binary(x): return bool(((x == 0) | (x == 1) | x.isinf()).all())
+
+def _apart(a, b):
+    "Why some tensor of `a` and its fellow in `b` have nothing between them, in words; None if all can be mixed."
+    other = _tensors(b)
+    for name, p in _tensors(a).items():
+        q, both = other[name], f'{name} is {{}} in the first and {{}} in the second; bring both to one '
+        if p.dtype != q.dtype: return both.format(p.dtype, q.dtype) + 'type, by .float() or .double()'
+        if p.device != q.device: return both.format(p.device, q.device) + 'device, by .to(device)'
+        if _is_count(a, name) or torch.equal(p, q): continue
+        if not _mixes(p): what = f'{name} holds {str(p.dtype).removeprefix("torch.")} values, a mask, an order or a table,'
+        elif not isinstance(p, nn.Parameter) and not _is_statistic(a, name) and _binary(p) and _binary(q): what = f'{name} is a mask of zeros and ones, or of infinite numbers,'
+        else: continue
+        return what + (' in which they differ, and there is nothing between the two; take networks that have it in common, or make their weights plain first '
+                       '(release_masks, release_rank, parametrize.remove_parametrizations, prune.remove)')
+
+def _is_statistic(model, name): return isinstance(model.get_submodule(name.rpartition('.')[0]), _NormBase)
+
+# %% ../nbs/31_paths.ipynb #63553609
+def _read_by(f, found=None):
+    "Names that a function reads, and those that functions within it and the ones that it calls by name read (PyTorch's own left out)."
+    found, codes = set() if found is None else found, [f.__code__]
+    for code in codes:
+        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+        new = {*code.co_names, *[c for c in code.co_consts if isinstance(c, str)]} - found
+        found |= new
+        called = [f.__globals__.get(name) for name in new]
+        for g in called:
+            if isinstance(g, types.FunctionType) and not g.__module__.startswith('torch.'): _read_by(g, found)
+    return found
+
+def _functions(model):
+    "The functions of all classes in the network and of their bases, but for those that make or print a module, and those that modules hold."
+    classes = {c for m in model.modules() for c in type(m).__mro__ if c not in (nn.Module, object)}
+    found = [getattr(f, 'fget', None) or f for c in classes for k, f in vars(c).items() if k not in ('__init__', '__repr__', 'extra_repr')]
+    found = [getattr(f, '__func__', f) for f in found + [x for m in model.modules() for x in vars(m).values()]]
+    return [f for f in found if isinstance(f, types.FunctionType)]
+
+def _held(f): return [c.cell_contents for c in f.__closure__ or () if c != types.CellType()]
+
+def _same(u, v, places):
+    "Whether two attributes are alike; `places` has the names of the modules of both networks by id."
+    if u is v or (id(u) in places and places[id(u)] == places.get(id(v))): return True
+    if isinstance(u, types.FunctionType) and isinstance(v, types.FunctionType):
+        if any(isinstance(x, (nn.Module, torch.Tensor)) for x in _held(u) + _held(v)): return False
+        return _same([u.__code__, _held(u), u.__defaults__, u.__kwdefaults__], [v.__code__, _held(v), v.__defaults__, v.__kwdefaults__], places)
+    if type(u) is not type(v): return isinstance(u, Number) and isinstance(v, Number) and u == v
+    if isinstance(u, types.CodeType): return _same([u.co_code, u.co_names, u.co_freevars, u.co_consts], [v.co_code, v.co_names, v.co_freevars, v.co_consts], places)
+    if isinstance(u, types.MethodType): return _same(u.__func__, v.__func__, places)
+    if isinstance(u, functools.partial): return _same([u.func, u.args, u.keywords], [v.func, v.args, v.keywords], places)
+    if isinstance(u, torch.Tensor): return u.shape == v.shape and u.dtype == v.dtype and torch.equal(u.cpu(), v.cpu())
+    if isinstance(u, nn.Module): return _same(u.state_dict(), v.state_dict(), places)
+    if isinstance(u, dict): return u.keys() == v.keys() and all(_same(u[k], v[k], places) for k in u)
+    if isinstance(u, (list, tuple)): return len(u) == len(v) and all(_same(x, y, places) for x, y in zip(u, v))
+    if isinstance(u, np.ndarray): return np.array_equal(u, v)
+    if type(u).__eq__ is object.__eq__ and hasattr(u, '__dict__'): return _same(vars(u), vars(v), places | {id(u): u, id(v): u})
+    return bool(u == v) or (u != u and v != v)
+
+# %% ../nbs/31_paths.ipynb #c045d6e4
+_MACHINERY = {*vars(nn.Module())} # what PyTorch keeps in every module
+
+def _kind(m):
+    "Name of a module's class, and of a sequence the names of its members in their order."
+    kind = parametrize.type_before_parametrizations(m)
+    return f'{kind.__module__}.{kind.__qualname__}' + (str([*m._modules]) if isinstance(m, nn.Sequential) else '')
+
+def _attributes(m):
+    "What a copy takes along and is no module, parameter, buffer or machinery, but for tensors that a hook computes before each forward pass."
+    taken = getattr(parametrize.type_before_parametrizations(m), '__getstate__', vars)(m)
+    made = {getattr(hook, key, None) for hook in m._forward_pre_hooks.values() for key in ('name', '_tensor_name')}
+    return {k: v for k, v in (taken if isinstance(taken, dict) else vars(m)).items() if k not in _MACHINERY and k not in made}
+
+def _unlike(a, b):
+    "In which module or attribute `a` and `b` differ, in words; None if there is none."
+    first, second = (dict(m.named_modules()) for m in (a, b))
+    places = {id(m): name for modules in (first, second) for name, m in modules.items()}
+    read = {'forward'} | {name for model in (a, b) for f in _functions(model) for name in _read_by(f)}
+    for name in first | second:
+        p, q = (_kind(found[name]) if name in found else 'missing' for found in (first, second))
+        if p != q: return f'{name or "the network"} is {p} in the first and {q} in the second; take two of one architecture'
+        u, v = _attributes(first[name]), _attributes(second[name])
+        for k in u | v:
+            if k in read and not (k in u and k in v and _same(u[k], v[k], places)): return f'they differ in the attribute {".".join(filter(None, [name, k]))}, which is no parameter or buffer; take two that have it in common'
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in (first[name], second[name])]
+        if hooks[0] != hooks[1]: return f'{name or "the network"} has {hooks[0]} hooks in the first and {hooks[1]} in the second; take two that have the same'
+
+def _check_joined(a, b, called='these networks'):
+    "Raise `ValueError` unless every tensor of `a` can be mixed with its fellow in `b` and all else is the same."
+    _pairs(a, b)
+    found = _apart(a, b) or _unlike(a, b)
+    if found: raise ValueError(f'no path joins {called}: {found}')
+
 # %% ../nbs/31_paths.ipynb #55dfeb21
+def _copy(model, memory=()):
+    "`copy.deepcopy`, also of a network that has tensors of its last forward pass; `memory` as deepcopy's. Raises `ValueError` if that cannot be."
+    stored = [x for m in model.modules() for x in vars(m).values() if isinstance(x, torch.Tensor) and not x.is_leaf]
+    try: return copy.deepcopy(model, {id(x): x.detach().clone() for x in stored} | dict(memory))
+    except Exception as e:
+        raise ValueError(f'{type(model).__name__} cannot be copied ({(str(e) or type(e).__name__).splitlines()[0]}); take from it what only a running program can hold, such as activations, locks or open files') from e
+
 def _with_state(model, state):
     "A copy of `model` with the tensors of `state`, by name, in place of its own."
     new = {id(x): nn.Parameter(state[name], x.requires_grad) if isinstance(x, nn.Parameter) else state[name] for name, x in _state(model).items()}
-    return copy.deepcopy(model, new)
+    return _copy(model, new)
+
+def _mix(p, q, t):
+    "(1-t) p + t q; equal buffers as they are, infinite numbers in them too."
+    return p.clone() if not isinstance(p, nn.Parameter) and torch.equal(p, q) else ((1-t)*p).add_(q, alpha=t)
 
 @torch.no_grad()
 def interpolate(
     a:nn.Module,
     b:nn.Module, # with parameters of the same names and shapes
     t:float      # 0 is `a`, 1 is `b`; may lie beyond
-)->nn.Module:    # a copy of `a` with new values
-    "The network with parameters (1-t) a + t b, floating buffers likewise; exact at both ends. Raises `ValueError` if names or shapes differ."
-    return _with_state(a, {name: ((1-t)*p).add_(q, alpha=t) for name, p, q in _pairs(a, b)})
+)->nn.Module:    # a copy of `a` with new values; at 1 of `b`
+    "The network with parameters (1-t) a + t b, buffers of real or complex numbers likewise; at both ends a copy of that network. Raises `ValueError` if names or shapes differ, or elsewhere what has nothing between, such as masks or types."
+    if not math.isfinite(t): raise ValueError(f'a place on the line is a finite number, not {t}')
+    pairs = _pairs(a, b)
+    if t == 0 or t == 1: return _with_state(a if t == 0 else b, {name: x.clone() for name, x in _state(a if t == 0 else b).items()})
+    _check_joined(a, b)
+    return _with_state(a, {name: _mix(p, q, t) for name, p, q in pairs})
 
 # %% ../nbs/31_paths.ipynb #5d4f1f21
-def _norm(x): return torch.linalg.vector_norm(x, dtype=torch.float64).item()
+def _norm(x): return torch.linalg.vector_norm(x, dtype=torch.complex128 if x.is_complex() else torch.float64).item()
 
 @torch.no_grad()
 def interpolate_curvilinear(
@@ -83,44 +208,38 @@ def interpolate_curvilinear(
     b:nn.Module, # with parameters of the same names and shapes
     t:float      # from 0, `a`, to 1, `b`
 )->nn.Module:    # a copy of `a` with new values
-    "The linear interpolation with each parameter rescaled to the norm (1-t) |a| + t |b| (d'Ascoli et al. 2019). Raises `ValueError` for `t` outside [0, 1], or if names or shapes differ."
+    "The linear interpolation with each parameter rescaled to the norm (1-t) |a| + t |b| (d'Ascoli et al. 2019). Raises `ValueError` for `t` outside [0, 1], or as `interpolate` does."
     if not 0 <= t <= 1: raise ValueError(f'the curvilinear path runs from t=0 to t=1, not to {t}; the linear one goes on beyond its ends')
     model, p, q = interpolate(a, b, t), _state(a), _state(b)
-    for name, r in model.named_parameters():
+    for name, r in model.named_parameters() if 0 < t < 1 else ():
+        if not _mixes(r): continue
         length = _norm(r)
         if length > 0: r.mul_(((1-t)*_norm(p[name]) + t*_norm(q[name]))/length)
     return model
 
 # %% ../nbs/31_paths.ipynb #8c928943
 class OutputAverage(nn.Module):
-    "Both networks at once: logits (1-t) a(x) + t b(x), (N, classes). Raises `ValueError` if the two have not one shape."
+    "Both networks at once: logits (1-t) a(x) + t b(x), (N, classes); at both ends those of one. Raises `ValueError` if the two have not one shape."
     def __init__(self, a:nn.Module, b:nn.Module, t:float):
         super().__init__()
         self.a, self.b, self.t = a, b, t
 
     def forward(self, x):
         p, q = self.a(x), self.b(x)
+        if not torch.is_tensor(p) or not torch.is_tensor(q): raise ValueError(f'outputs of the types {type(p).__name__} and {type(q).__name__} have no average; take networks that return one tensor of logits')
         if p.shape != q.shape: raise ValueError(f'outputs of shapes {tuple(p.shape)} and {tuple(q.shape)} have no average; take networks for the same classes')
-        return (1-self.t)*p + self.t*q
+        return p if self.t == 0 else q if self.t == 1 else (1-self.t)*p + self.t*q
 
 # %% ../nbs/31_paths.ipynb #3bbbbf62
-@contextmanager
-def _modes_kept(model):
-    "Whatever happens inside, every module is in training or evaluation mode again as before."
-    modes = [(m, m.training) for m in model.modules()]
-    try: yield
-    finally:
-        for m, mode in modes: m.training = mode
-
 def _norms(model):
     "The BatchNorm layers that keep running statistics."
     return [m for m in model.modules() if isinstance(m, BATCHNORMS) and m.running_mean is not None]
 
 def _refresh(model, norms, data, batch_size):
-    "One pass over `data` with `norms` alone in training mode, counting from zero."
-    model.eval()
-    for norm in norms: norm.train().reset_running_stats()
-    for norm in norms: norm.momentum = None
+    "One pass over `data` with `norms` alone in training mode, counting from zero; the others are in evaluation mode already."
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.training, norm.momentum = True, None
     for index in torch.arange(len(data)).tensor_split(math.ceil(len(data)/batch_size)): model(data.batch(index)[0])
 
 # %% ../nbs/31_paths.ipynb #118f2437
@@ -136,7 +255,7 @@ def refresh_batchnorm(
     if batch_size < 1 or not len(data): raise ValueError(f'running statistics need images, in batches of at least one: not {len(data)} in batches of {batch_size}')
     momenta = [norm.momentum for norm in norms]
     try:
-        with _modes_kept(model): _refresh(model, norms, data, batch_size)
+        with evaluated(model): _refresh(model, norms, data, batch_size)
     finally:
         for norm, momentum in zip(norms, momenta): norm.momentum = momentum
     return model
@@ -148,13 +267,11 @@ def _refreshed(models, train, batch_size, own=False):
         if not _norms(model): yield model
         elif train is None:
             raise ValueError('these networks have BatchNorm, whose running statistics belong to no network between the ends; give train=, the images to compute them from')
-        else: yield refresh_batchnorm(model if own else copy.deepcopy(model), train, batch_size)
+        else: yield refresh_batchnorm(model if own else _copy(model), train, batch_size)
 
 def _measured(path, ts, models, data, batch_size):
     "Table of loss and accuracy of `models` at `ts`."
-    rows = []
-    for t, model in zip(ts, models):
-        with _modes_kept(model): rows.append(dict(path=path, t=t, **evaluate(model, data, batch_size)))
+    rows = [dict(path=path, t=t, **evaluate(model, data, batch_size)) for t, model in zip(ts, models)]
     return pd.DataFrame(rows, columns=['path', 't', 'loss', 'accuracy'])
 
 # %% ../nbs/31_paths.ipynb #c1d4e6f6
@@ -172,6 +289,7 @@ def along(
     "Loss and accuracy at equally spaced points of a path. Raises `ValueError` for an unknown path, fewer than two points, networks that do not match, or BatchNorm without `train`."
     if kind not in PATHS: raise ValueError(f'unknown path {kind!r}; known are {", ".join(PATHS)}')
     if points < 2: raise ValueError(f'a path has two ends, so there must be two points or more, not {points}')
+    if kind != 'outputs': _check_joined(a, b)                                          # before anything is measured
     ts = [i/(points-1) for i in range(points)]
     models = (PATHS[kind](a, b, t) for t in ts)
     return _measured(kind, ts, models if kind == 'outputs' else _refreshed(models, train, batch_size, own=True), data, batch_size)
@@ -232,7 +350,7 @@ def _endless(data, batch_size, seed):
 def _pull_taut(models, batches, steps, lr, stiffness):
     "Train and smooth all but the first and the last of `models`, in place, for `steps` batches."
     states = [dict(model.named_parameters()) for model in models]
-    strands = [[state[name].detach() for state in states] for name in states[0]]
+    strands = [[state[name].detach() for state in states] for name, p in states[0].items() if _mixes(p)]
     for step in range(1, steps+1):
         x, y = next(batches)
         losses = torch.stack([_descend(model, x, y, lr) for model in models[1:-1]])
@@ -252,14 +370,15 @@ def string(
     seed:int=0,         # of the order of images and of dropout
     start=None          # networks to start from, in place of `beads` on the straight line
 )->list:                # of networks: `a` itself, the beads, `b` itself
-    "Beads that take a step of descent and are pulled to their neighbours, in turns (after d'Ascoli et al. 2019). Raises `ValueError` for impossible settings, `Diverged` if a loss is not finite."
+    "Beads that take a step of descent and are pulled to their neighbours, in turns (after d'Ascoli et al. 2019). Raises `ValueError` for impossible settings or networks that no line joins, `Diverged` if a loss is not finite."
     beads = beads if start is None else len(start)
     _check_string(beads, steps, lr, stiffness, data)
+    for other in [b, *(start or [])]: _check_joined(a, other)
     inner = nn.ModuleList([interpolate(a, b, i/(beads+1)) for i in range(1, beads+1)] if start is None else [interpolate(bead, a, 0) for bead in start])
     device = next(a.parameters()).device
-    with _modes_kept(inner), torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+    with modes_kept(inner), torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         torch.manual_seed(seed)
-        inner.train()
+        for bead in inner: start_training(bead)
         _pull_taut([a, *inner, b], _endless(data, batch_size, seed), steps, lr, stiffness)
     return [a, *inner, b]
 
@@ -269,7 +388,7 @@ def arc_length(
     models:list # networks with parameters of the same names and shapes
 )->np.ndarray:  # float64, one for each network; the first is 0
     "Euclidean distance of parameters from one network to the next, summed up from the first. Raises `ValueError` if names or shapes differ."
-    steps = [math.hypot(*(_norm(p - q) for _, p, q in _pairs(a, b) if isinstance(p, nn.Parameter))) for a, b in zip(models, models[1:])]
+    steps = [math.hypot(*(_norm(p - q) for _, p, q in _pairs(a, b) if isinstance(p, nn.Parameter) and q is not None)) for a, b in zip(models, models[1:])]
     return np.cumsum([0., *steps])
 
 def along_string(
@@ -297,6 +416,7 @@ def barrier_matrix(
 )->pd.DataFrame:        # index and columns: names; heights in nats
     "Barrier in the loss between all pairs of networks in fully-connected space: symmetric, zero on the diagonal. Raises `ValueError` as `in_fcn_space` and `along` do."
     models = in_fcn_space(models, input_shape, trim)
+    for (a, p), (b, q) in itertools.combinations(models.items(), 2) if kind != 'outputs' else (): _check_joined(p, q, f'{a} and {b}')
     found = pd.DataFrame(0., index=[*models], columns=[*models])
     for i, a in enumerate(models):
         for b in [*models][:i]: found.loc[a, b] = found.loc[b, a] = barrier(along(models[a], models[b], data, kind, points, train, batch_size)).height.iloc[0]

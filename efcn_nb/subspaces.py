@@ -36,9 +36,15 @@ def project_cnn(
     return matrix_from_kernel(kernel_from_local(local_from_matrix(W, g), g), g)
 
 # %% ../nbs/30_subspaces.ipynb #be8860dc
+def _real(x):
+    "Real numbers as they are; of complex ones the two parts, along one more axis."
+    return torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x
+
 def _square(x):
-    "Squared norm in double precision."
-    return torch.linalg.vector_norm(x, dtype=torch.float64).item()**2
+    "Squared norm in double precision, of complex numbers that of their moduli."
+    return torch.linalg.vector_norm(_real(x), dtype=torch.float64).item()**2
+
+def _double(x): return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 PARTS = ('convolutional', 'unshared', 'off_local', 'other')
 
@@ -76,7 +82,7 @@ def _small_squares(W, g):
     at, tap, first, count = (t.to(W.device) for t in _taps(g, W.dim() == 2))
     off = _square(W.masked_fill(_mask(g).to(W.device), 0)) if W.dim() == 2 else 0.
     if not len(at): return dict(convolutional=0., unshared=0., off_local=off)                     # no tap reads anything
-    entries = W.flatten()[at].double()
+    entries = _double(W.flatten()[at])
     apart = entries - entries[first][tap]                                                         # exactly zero where weights are shared
     mean = apart.new_zeros(len(count)).index_add(0, tap, apart) / count
     return dict(convolutional=_square((entries[first] + mean)[tap]), unshared=_square(apart - mean[tap]), off_local=off)
@@ -267,7 +273,7 @@ def _pixel_squares(layer):
     g, positions, pixels = layer.geometry, math.prod(layer.geometry.output_size), math.prod(layer.geometry.input_size)
     same, every = torch.zeros(2, positions, pixels, dtype=torch.float64)
     for co, rows in enumerate(layer.weight.view(g.out_channels, positions, g.groups, -1, pixels)):    # positions, groups, in channels, pixels
-        by_group = rows.double().square().sum(2).cpu()
+        by_group = (_real(rows).double().square().sum(-1) if rows.is_complex() else rows.double().square()).sum(2).cpu()
         same, every = same + by_group[:,co*g.groups//g.out_channels], every + by_group.sum(1)
     return same, every
 
@@ -294,8 +300,8 @@ def bias_spread(
     rows = {}
     for name, m in released_layers(model).items():
         if m.bias is None: continue
-        parts = _split_bias(m.bias.double(), m.geometry)
-        mean, spread = (parts[p].square().mean().item()**.5 for p in ('convolutional', 'unshared'))
+        parts = _split_bias(_double(m.bias), m.geometry)
+        mean, spread = ((_square(parts[p])/len(m.bias))**.5 if m.bias.is_complex() else parts[p].square().mean().item()**.5 for p in ('convolutional', 'unshared'))
         rows[name] = dict(mean=mean, spread=spread, ratio=spread/mean if mean else math.inf if spread else 0.)
     return pd.DataFrame.from_dict(rows, orient='index', columns=['mean', 'spread', 'ratio'])
 
@@ -328,7 +334,8 @@ def template_similarity(
     units=None,      # flat indices of output units; None for at most 200, evenly spread
     chunk:int=2000   # images at a time
 )->pd.DataFrame:     # unit, class_name, class_similarity, image, image_similarity
-    "For the off-local part of each row, the class mean and the training image that are most like it, less the mean over all images, with the cosine (its sign shows whether it is the negative); 0 for a row without off-local part. Raises `ValueError` if images do not fit the layer, or there are none."
+    "For the off-local part of each row, the class mean and the training image that are most like it, less the mean over all images, with the cosine (its sign shows whether it is the negative); 0 for a row without off-local part. Raises `ValueError` if images do not fit the layer, there are none, or for complex weights."
+    if isinstance(layer, FullyConnected) and layer.weight.is_complex(): raise ValueError('templates are likened to real images, and this layer has complex weights; give a copy with their real or imaginary parts')
     if layer.geometry.in_shape != data.shape: raise ValueError(f'the layer sees inputs of shape {layer.geometry.in_shape}, the images have {data.shape}; take the first layer')
     if not len(data): raise ValueError('there must be images to compare with, not none')
     n = math.prod(layer.geometry.out_shape)

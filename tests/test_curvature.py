@@ -1,6 +1,8 @@
 "Curvature against dense second derivatives and against curvlinops, in float64; what it refuses; what it leaves alone; how much memory it takes."
+import copy
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -84,6 +86,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    "Each test draws from its own start, whatever ran before."
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
 @pytest.fixture(scope="module", params=CASES)
 def case(request): return Case(*CASES[request.param])
 
@@ -146,6 +156,191 @@ def test_frozen_parameters_count():
     for p in case.net.parameters(): p.requires_grad_(False)
     close(case.flat(gradient(case.net, case.batches)), case.g, 1e-12)
     assert not any(p.requires_grad for p in case.net.parameters())
+
+
+# Second derivatives that PyTorch has not, or has wrong
+
+class Attention(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.inner, self.head = kind, nn.MultiheadAttention(4, 2, batch_first=True) if kind == "module" else nn.Linear(4, 12), nn.Linear(4, 3)
+
+    def forward(self, x):
+        if self.kind == "module": return self.head(self.inner(x, x, x, need_weights=False)[0].mean(1))
+        q, k, v = self.inner(x).unflatten(-1, (6, 2)).transpose(1, 2).chunk(3, 1)
+        if self.kind == "function": out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else: out = (q @ k.mT/2**.5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1) @ v
+        return self.head(out.transpose(1, 2).flatten(2).mean(1))
+
+
+def transformer(): return nn.Sequential(nn.TransformerEncoderLayer(4, 2, 6, batch_first=True), nn.Flatten(), nn.Linear(20, 3))
+
+
+def dense_hessian(net, batches):
+    "From gradients of gradients by attention's plain kernel, a column at a time."
+    leaves = [p for p in net.parameters()]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        grads = torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(net.eval()(batches[0][0]), batches[0][1]), leaves, create_graph=True)])
+        return torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(e, leaves, retain_graph=True, materialize_grads=True)]) for e in grads])
+
+
+@pytest.mark.parametrize("make", [lambda: Attention("module"), lambda: Attention("function"), lambda: Attention("plain"), transformer], ids=["module", "function", "plain", "transformer"])
+def test_attention(make):
+    "The kernel that can be differentiated twice is chosen for the product alone."
+    net, batches = make().double(), [(torch.randn(5, 5, 4, dtype=torch.float64), torch.arange(5) % 3)]
+    H, v = dense_hessian(net, batches), random_direction(net, seed=1)
+    flat = torch.cat([x.flatten() for x in v.values()])
+    close(torch.cat([x.flatten() for x in hessian_product(net, batches, v).values()]), H @ flat, 1e-9)
+    close(top_eigenvalues(net, batches, tol=1e-9)[0], torch.linalg.eigvalsh(H)[-1], 1e-7)
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+class Cut(torch.autograd.Function):
+    "A cube whose backward pass is cut off from the graph, in one of several ways."
+    @staticmethod
+    def forward(ctx, x, way):
+        ctx.way = way
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        if ctx.way == "detach": x = x.detach()
+        if ctx.way == "both": x, grad = x.detach(), grad.detach()
+        if ctx.way == "numpy": x = torch.from_numpy(x.detach().numpy())
+        if ctx.way == "factor" and torch.is_grad_enabled(): x = x + .1*(x - x.detach())          # the value is right, its derivative 10 % off
+        return 3*x**2*grad, None
+
+
+class Once(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: ctx.save_for_backward(x) or x**3)
+    backward = staticmethod(torch.autograd.function.once_differentiable(lambda ctx, g: 3*ctx.saved_tensors[0]**2*g))
+
+
+class Of(nn.Module):
+    "A function as a module."
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x): return self.f(x)
+
+
+def cubed(way): return nn.Sequential(nn.Linear(4, 4), Of(Once.apply if way == "once" else lambda x: Cut.apply(x, way)), nn.Linear(4, 3))
+
+
+def normed(layer, after, old=False, **kw):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = (nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm)(layer, **kw)
+    return nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(after, 3))
+
+
+WRONG = {
+    "weight norm": (lambda: normed(nn.Linear(4, 6), 6), (4,), "wrong in 0.parametrizations.weight.original1, by .*fused kernel of weight_norm .*remove_parametrizations"),
+    "weight norm of a convolution": (lambda: normed(nn.Conv2d(2, 3, 2), 27), (2, 4, 4), "original1, by .* weight_norm"),
+    "weight norm over the other axis": (lambda: normed(nn.Linear(4, 6), 6, dim=1), (4,), "original1, by .* weight_norm"),
+    "weight norm by a hook": (lambda: normed(nn.Linear(4, 6), 6, old=True), (4,), "0.weight_v, by .* remove_weight_norm"),
+    "weight norm deep inside": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), normed(nn.Linear(4, 6), 6)), (4,), "2.0.parametrizations.weight.original1"),
+    "detached": (lambda: cubed("detach"), (4,), "wrong in 0.*, by .* cut off from the graph"), "detached twice": (lambda: cubed("both"), (4,), "wrong in 0.*, by"),
+    "through numpy": (lambda: cubed("numpy"), (4,), "wrong in 0.*, by"), "a tenth off": (lambda: cubed("factor"), (4,), "wrong in 0.*, by"), "once differentiable": (lambda: cubed("once"), (4,), "cut off from the graph"),
+    "none at all": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Hardsigmoid(), nn.Linear(4, 3)), (4,), r"has none in PyTorch \(derivative for aten::hardsigmoid_backward is not implemented\); compute the same"),
+    "compiled": (lambda: torch.compile(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), backend="aot_eager"), (4,), "has none in PyTorch .*; measure the network as it was before torch.compile"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wrong_second_derivatives_are_refused(what, dtype):
+    make, shape, sentence = WRONG[what]
+    net, batches = make().to(dtype), [(torch.randn(6, *shape, dtype=dtype), torch.arange(6) % 3)]
+    for call in (lambda: hessian_product(net, batches, random_direction(net)), lambda: top_eigenvalues(net, batches), lambda: trace(net, batches, probes=1), lambda: spectral_density(net, batches, steps=2)):
+        with pytest.raises(ValueError, match=sentence): call()
+    gradient(net, batches)                                                        # first derivatives are right
+
+
+def test_the_way_out_of_weight_norm():
+    net, batches = normed(nn.Linear(4, 6), 6).double(), [(torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3)]
+    with pytest.raises(ValueError, match="remove_parametrizations"): trace(net, batches)
+    nn.utils.parametrize.remove_parametrizations(net[0], "weight")
+    close(top_eigenvalues(net, batches, tol=1e-9)[0], torch.linalg.eigvalsh(dense_hessian(net, batches))[-1], 1e-7)
+    nn.utils.parametrizations.weight_norm(net[0])                                 # a verdict holds for what the network consists of
+    with pytest.raises(ValueError, match="weight_norm"): trace(net, batches)
+
+
+def kinked(act): return nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), act, nn.MaxPool2d(2), nn.Conv2d(6, 8, 3, padding=1), act, nn.Flatten(), nn.Linear(128, 3))
+
+
+RIGHT = {act.__name__: (lambda act=act: kinked(act())) for act in (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardtanh, nn.ReLU6, nn.Softplus, nn.PReLU, nn.Softshrink, nn.Hardshrink, nn.LogSigmoid)} | {
+    "all zero": lambda: kinked(nn.ReLU()), "wide": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 800), nn.ReLU(), nn.Linear(800, 400), nn.ReLU(), nn.Linear(400, 3)),
+    "steep": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), Of(lambda x: 1e3*x), nn.Linear(20, 3)), "dead": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.Threshold(1e6, 0.), nn.Linear(9, 3)),
+    "released": lambda: embed(kinked(nn.ReLU()), (1, 8, 8)), "normalised": lambda: nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.GroupNorm(2, 6), nn.Flatten(), nn.LayerNorm(216), nn.Linear(216, 3)),
+    "spectral norm": lambda: nn.Sequential(nn.Flatten(), nn.utils.parametrizations.spectral_norm(nn.Linear(64, 5)), nn.ReLU(), nn.Linear(5, 3)),
+    "noise": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 9), Of(lambda x: x + .1*torch.randn_like(x)), nn.Linear(9, 3)), "rounded": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 9), Of(lambda x: x.bfloat16().to(x)), nn.ReLU(), nn.Linear(9, 3)),
+    "straight through": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 9), Of(lambda x: x + ((4*x).round()/4 - x).detach()), nn.Linear(9, 3)),
+    "in float32 alone": lambda: nn.Sequential(nn.Flatten(), Of(lambda x: x.float()), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 3)).float(), "for six images alone": lambda: nn.Sequential(Of(lambda x: x.view(6, 64)), nn.Linear(64, 9), nn.Tanh(), nn.Linear(9, 3)),
+}
+
+
+@pytest.mark.parametrize("what", RIGHT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_is_said_of_right_ones(what, dtype):
+    "Kinks, zeros on kinks, saturated and dead units, noise, rounding, and networks that cannot be compared."
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net = RIGHT[what]().to(torch.float32 if what == "in float32 alone" else dtype)
+        x, y = torch.randn(6, 1, 8, 8, dtype=dtype)*(what != "all zero"), torch.arange(6) % 3
+        if what == "all zero": [nn.init.zeros_(p) for name, p in net.named_parameters() if name.endswith("bias")]
+        state, before = torch.get_rng_state(), {k: v.clone() for k, v in net.state_dict().items()}
+        curvature._check_second(net, [(x, y)])
+        assert torch.equal(state, torch.get_rng_state()) and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+        trace(net, [(x, y)], probes=1)
+
+
+def shared_module():
+    act = nn.PReLU()
+    return nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act, nn.Linear(4, 3))
+
+
+def shared_weight():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    net[2].weight = net[0].weight
+    return net
+
+
+def shared_buffer():
+    norm = nn.BatchNorm1d(4)
+    norm.running_mean.fill_(.3)
+    return nn.Sequential(nn.Linear(4, 4), norm, nn.Tanh(), nn.Linear(4, 4), norm, nn.Linear(4, 3))
+
+
+def shared_twice():
+    block = nn.Sequential(nn.Linear(4, 4), nn.PReLU())
+    return nn.ModuleDict(dict(a=block, b=nn.Sequential(block, block, nn.Linear(4, 3))))["b"]
+
+
+@pytest.mark.parametrize("make", [shared_module, shared_weight, shared_buffer, shared_twice])
+def test_what_is_shared_counts_once_and_stays(make):
+    net, batches = make().double(), [(torch.randn(5, 4, dtype=torch.float64), torch.arange(5) % 3)]
+    before, own = copy.deepcopy(net.state_dict()), [*net.parameters()]
+    H, v = dense_hessian(net, batches), random_direction(net)
+    close(torch.cat([x.flatten() for x in hessian_product(net, batches, v).values()]), H @ torch.cat([x.flatten() for x in v.values()]), 1e-9)
+    close(top_eigenvalues(net, batches, tol=1e-9)[0], torch.linalg.eigvalsh(H)[-1], 1e-7)
+    curvature._losses_along(net, batches, [[(1., v)]])
+    assert all(torch.equal(x, before[k]) for k, x in net.state_dict().items()) and all(p is q for p, q in zip(net.parameters(), own, strict=True))
+
+
+def test_large_vectors_are_compared_by_sums():
+    "Groups with signs: as long as the vector on average, the same in every call, whatever the layout; a gradient whose rows add up to zero does not vanish."
+    v = torch.randn(7, 9000, dtype=torch.float64)
+    v -= v.mean(0)
+    one, two = (curvature._sketch({"a": x}, most=5000)["a"] for x in (v, v.T.contiguous().T))
+    assert torch.equal(one, two) and one.shape == (256,) and .8 < one.norm()/v.norm() < 1.2
+    assert torch.equal(curvature._sketch({"a": v})["a"], v)
+    name, off = curvature._furthest({"a": one, "b": 1.1*v}, {"a": one, "b": v}, .02, 1e-5)
+    assert name == "b" and off == pytest.approx(.1, rel=1e-3) and curvature._furthest({"a": one}, {"a": one}, .02, 0)[0] is None
+    assert curvature._furthest({"a": torch.full_like(v, torch.nan)}, {"a": v}, .02, 0)[0] == "a"
 
 
 # Spectra
@@ -237,6 +432,7 @@ def test_smooth_density_is_a_density():
                                   nn.Conv3d(2, 2, 2), nn.ConvTranspose1d(2, 3, 3, stride=2)], ids=str)
 def test_kernel_gradient_is_tied_sum(conv, to):
     torch.manual_seed(0)
+    conv.reset_parameters()
     shape = (2,) + (4,)*(conv.weight.dim() - 2)
     data = [(torch.randn(5, *shape, dtype=torch.float64), torch.randint(3, (5,)))]
     net = nn.Sequential(conv, nn.GELU(), nn.Flatten(), nn.LazyLinear(3)).double()

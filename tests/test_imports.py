@@ -23,7 +23,7 @@ ALLOWED = {
     "cli": {"bench", "measures", "relaxation", "plots", "data", "models", "training", "runs"},
     "subspaces": {"geometry", "layers", "embedding", "training"},
     "paths": {"embedding", "layers", "geometry", "training"},
-    "curvature": {"layers", "subspaces"},
+    "curvature": {"layers", "subspaces", "training"},
     "measures": {"data", "embedding", "relaxation", "subspaces", "paths", "curvature", "runs", "training"},
     "infinite_width": {"controls", "geometry", "layers", "embedding"},
     "studies.pruning": {"controls", "effects", "embedding", "layers", "models", "parametrizations", "runs", "training"},

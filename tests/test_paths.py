@@ -1,6 +1,10 @@
 "Paths between networks, against loops written out, closed forms and a string of deep copies with `torch.optim.SGD`."
 import copy
+import functools
 import math
+import threading
+import types
+from collections import OrderedDict
 
 import numpy as np
 import pandas as pd
@@ -8,10 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from efcn_nb.data import Dataset
 from efcn_nb.embedding import convert, embed, reinitialize
 from efcn_nb.models import make_model
+from efcn_nb.parametrizations import hold_to_masks, hold_to_rank, random_mask, release_masks
 from efcn_nb.paths import (PATHS, OutputAverage, along, along_string, arc_length, barrier, barrier_matrix, in_fcn_space, interpolate, interpolate_curvilinear,
                            refresh_batchnorm, string)
 from efcn_nb.training import Diverged, evaluate
@@ -20,6 +26,14 @@ SHAPE = (1, 16, 16)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    "Each test draws from its own start, whatever ran before."
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 class Doubles(Dataset):
@@ -176,6 +190,245 @@ def test_average_of_outputs():
     a, b, x = mlp(0), mlp(1, (2, 5, 2)), dataset(7, (2,)).batch(range(7))[0]
     for t in (0, .3, 1): torch.testing.assert_close(OutputAverage(a, b, t)(x), (1 - t)*a(x) + t*b(x), rtol=0, atol=1e-15)
     with pytest.raises(ValueError, match=r"\(7, 2\) and \(7, 3\) have no average"): OutputAverage(a, mlp(0, (2, 3)), .5)(x)
+
+
+# What has nothing between: at each end that network's function to the last bit; in between a network, or a sentence
+
+class Scaled(nn.Module):
+    "A linear layer, with attributes and buffers that its forward pass reads."
+    def __init__(self, seed, buffers=(), **attributes):
+        super().__init__()
+        self.seed, self.name = seed, f"network {seed}"                               # nothing reads them
+        self.inner = mlp(seed, (2, 4, 2))
+        for name, x in dict(buffers).items(): self.register_buffer(name, x)
+        for name, x in attributes.items(): setattr(self, name, x)
+
+    def forward(self, x):
+        x = self.inner(x)
+        if hasattr(self, "factor"): x = x*self.factor
+        if hasattr(self, "order"): x = x[:, self.order]
+        if hasattr(self, "after"): x = self.after(x)
+        return strangely(self, x)
+
+
+def strangely(net, x): return x*getattr(net, "gain", 1.) + getattr(net, "shift", 0.)
+
+
+class Counting(nn.Linear):
+    "Counts its calls in a buffer of whole numbers, which its function reads."
+    def __init__(self, calls):
+        super().__init__(2, 2, dtype=torch.float64)
+        self.register_buffer("calls", torch.tensor(calls))
+
+    def forward(self, x): return super().forward(x)*self.calls
+
+
+class Lists(nn.Module):
+    "Layers in a plain list, which PyTorch does not know."
+    def __init__(self, seed):
+        super().__init__()
+        self.known, self.unknown = mlp(seed, (2, 2)), [mlp(seed + 5, (2, 2))]
+
+    def forward(self, x): return self.unknown[0](self.known(x))
+
+
+def generator(seed): return torch.Generator().manual_seed(seed)
+
+
+def masked(seed, mask=None):
+    net = mlp(seed)
+    hold_to_masks(net, {"0": random_mask((8, 2), .5, generator(seed if mask is None else mask))})
+    return net
+
+
+def ranked(seed, order=None):
+    net = nn.Sequential(nn.Unflatten(1, (2, 1, 1)), nn.ZeroPad2d(1), nn.Conv2d(2, 2, 3), nn.Flatten()).double()
+    torch.manual_seed(seed)
+    net[2].reset_parameters()
+    hold_to_rank(net[2], "cp", 2, "everything", seed if order is None else order)
+    return net
+
+
+def pruned(seed, once=None):
+    net = mlp(seed)
+    prune.custom_from_mask(net[0], "weight", random_mask((8, 2), .5, generator(seed if once is None else once)))
+    return net
+
+
+def reaching(seed):
+    "A closure over a submodule, which copies would share."
+    net = Scaled(seed)
+    head = net.head = mlp(seed + 7, (2, 2))
+    net.after = lambda x: head(x)
+    return net
+
+
+def patched(seed, gain):
+    net = mlp(seed, (2, 2))
+    net.forward = types.MethodType(lambda self, x: gain*nn.Sequential.forward(self, x), net)
+    return net
+
+
+def changed(net, **attributes):
+    for name, x in attributes.items(): setattr(net, name, x)
+    return net
+
+
+def hooked(seed, factor=None):
+    net = mlp(seed)
+    if factor: net[0].register_forward_hook(lambda m, args, out: factor*out)
+    return net
+
+
+NOTHING_BETWEEN = {
+    "masks": (masked, "0.parametrizations.weight.0.mask holds bool values, a mask, an order or a table, in which they differ, .*release_masks"),
+    "masks of prune": (pruned, "0.weight_mask is a mask of zeros and ones, .* in which they differ, .*prune.remove"),
+    "shuffles": (ranked, "order holds int64 values"),
+    "permutations": (lambda s: Scaled(s, dict(order=torch.tensor([s, 1 - s]))), "order holds int64 values"),
+    "orders that are attributes": (lambda s: Scaled(s, order=torch.tensor([s, 1 - s])), "differ in the attribute order"),
+    "orders that are lists": (lambda s: Scaled(s, order=[s, 1 - s]), "differ in the attribute order"),
+    "masks of numbers": (lambda s: Scaled(s, dict(factor=torch.tensor([s, 1. - s]))), "factor is a mask of zeros and ones"),
+    "masks that are added": (lambda s: Scaled(s, dict(shift=torch.tensor([s, 1 - s]).log().double())), "shift is a mask of zeros and ones, or of infinite numbers,"),
+    "a dense and a sparse mask": (lambda s: Scaled(s, dict(factor=torch.tensor([1., 1. - s]))), "factor is a mask"),
+    "whole parameters": (lambda s: changed(Scaled(s), order=nn.Parameter(torch.tensor([s, 1 - s]), requires_grad=False)), "order holds int64"),
+    "counts that are read": (lambda s: Counting(s + 1), "calls holds int64 values"),
+    "factors": (lambda s: Scaled(s, factor=s + 1.), "differ in the attribute factor"),
+    "read in a function": (lambda s: Scaled(s, gain=s + 1.), "differ in the attribute gain"),
+    "one has an attribute": (lambda s: Scaled(s, shift=1.) if s else Scaled(s), "differ in the attribute shift"),
+    "activations": (lambda s: mlp(s, between=[nn.Tanh, nn.ReLU][s]), r"1 is torch.nn.modules.activation.Tanh in the first and torch.nn.modules.activation.ReLU in the second; take two of one architecture"),
+    "functions": (lambda s: Scaled(s, after=[torch.tanh, torch.relu][s]), "differ in the attribute after"),
+    "lambdas": (lambda s: Scaled(s, after=(lambda x: x.tanh()) if s else (lambda x: x.relu())), "differ in the attribute after"),
+    "what lambdas hold": (lambda s: Scaled(s, after=lambda x: x*(s + 1)), "differ in the attribute after"),
+    "what partials hold": (lambda s: Scaled(s, after=functools.partial(F.leaky_relu, negative_slope=.1 + s)), "differ in the attribute after"),
+    "a closure over a submodule": (reaching, "differ in the attribute after"),
+    "methods put in": (lambda s: patched(s, s + 1), "differ in the attribute forward"),
+    "strides": (lambda s: nn.Sequential(nn.Unflatten(1, (1, 2)), nn.Conv1d(1, 2, 1, stride=1 + s), nn.AdaptiveAvgPool1d(1), nn.Flatten()).double(), "differ in the attribute 1.stride"),
+    "slopes": (lambda s: nn.Sequential(mlp(s), nn.LeakyReLU(.1 + s)), "differ in the attribute 1.negative_slope"),
+    "orders of layers": (lambda s: nn.Sequential(*[(nn.Tanh(), nn.ReLU())[s], mlp(s)]), "Tanh"),
+    "names in another order": (lambda s: nn.Sequential(OrderedDict([[("a", mlp(s, (2, 2))), ("b", mlp(s, (2, 2)))], [("b", mlp(s, (2, 2))), ("a", mlp(s, (2, 2)))]][s])), r"\['a', 'b'\] in the first"),
+    "hooks": (lambda s: hooked(s, 2*s), "0 has 0 hooks in the first and 1 in the second"),
+    "layers in lists": (Lists, "differ in the attribute unknown"),
+    "types": (lambda s: mlp(s).to([torch.float64, torch.float32][s]), "0.weight is torch.float64 in the first and torch.float32 in the second; bring both to one type"),
+    "types of buffers": (lambda s: Scaled(s, dict(factor=torch.tensor([.3, .4], dtype=[torch.float64, torch.float32][s]))), "factor is torch.float64 in the first"),
+    "a weight and a parametrized one": (lambda s: masked(0) if s else mlp(0), "is missing in the first|missing in the second"),
+    "a buffer more": (lambda s: Scaled(s, dict(order=torch.tensor([0, 1]))) if s else Scaled(s), r"order is missing in the first and \(2,\) in the second"),
+}
+
+
+def answers(net, x):
+    "What the network says in evaluation mode, whatever the type of its parameters."
+    with torch.no_grad(): return copy.deepcopy(net).eval()(x.to(kind(net)))
+
+
+def kind(net): return next(p.dtype for p in net.parameters() if p.is_floating_point() or p.is_complex()).to_real()
+
+
+@pytest.mark.parametrize("what", NOTHING_BETWEEN)
+def test_what_has_nothing_between_is_refused(what):
+    make, sentence = NOTHING_BETWEEN[what]
+    a, b, data = make(0), make(1), moons(12)
+    x = data.batch(range(12))[0]
+    copied, before = [values(net) for net in (a, b)], [m.training for m in b.modules()]
+    if "missing" not in sentence:
+        for between in (interpolate, interpolate_curvilinear):
+            for t, end in [(0, a), (1, b), (1., b)]:
+                point = between(a, b, t)
+                assert point is not end and torch.equal(answers(point, x), end.eval()(x.to(kind(end)))), (what, t)
+                assert all(p is not q for p, q in zip(point.parameters(), end.parameters(), strict=True))
+                end.train()
+    elsewhere = [lambda: interpolate(a, b, .5), lambda: interpolate(a, b, 2), lambda: interpolate_curvilinear(a, b, .5), lambda: along(a, b, Untouched(data), points=2),
+                 lambda: string(a, b, Untouched(data), beads=1, steps=1), lambda: string(a, a, Untouched(data), start=[b], steps=1)]
+    for call in elsewhere:
+        with pytest.raises(ValueError, match=f"no path joins these networks: .*({sentence})"): call()
+    assert all(torch.equal(p, q) for net, old in zip((a, b), copied) for p, q in zip(values(net), old))
+
+
+class Untouched:
+    "Data of which no image may be asked for."
+    def __init__(self, data): self.data = data
+    def __len__(self): return len(self.data)
+    def batches(self, *args): pytest.fail("the data were read before the networks were refused")
+
+
+def twisted(seed):
+    "Complex weights and buffers; real answers."
+    class Twist(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 2, dtype=torch.complex128, generator=generator(seed)))
+            self.register_buffer("phase", torch.randn(2, dtype=torch.complex128, generator=generator(seed + 9)))
+
+        def forward(self, x): return ((x + 0j) @ self.weight + self.phase).abs()
+    return Twist()
+
+
+def old_norm(seed):
+    "Weight norm by a hook, after a forward pass: the weight is no leaf."
+    net = mlp(seed)
+    with pytest.warns(FutureWarning): nn.utils.weight_norm(net[0])
+    net(torch.ones(1, 2).double())
+    return net
+
+
+SOMETHING_BETWEEN = {
+    "plain": mlp, "names and seeds": Scaled, "one mask": lambda s: masked(s, 3), "one shuffle": lambda s: ranked(s, 3), "one mask of prune": lambda s: pruned(s, 3),
+    "weights released from masks": lambda s: (lambda net: release_masks(net) or net)(masked(s)),
+    "one mask that is added": lambda s: changed(Scaled(s, dict(hidden=torch.tensor([0, -math.inf]).double())), after=lambda x: x),
+    "tables": lambda s: Scaled(s, dict(order=torch.tensor([1, 0]))), "one lambda": lambda s: Scaled(s, after=lambda x: x.tanh()), "one closure": lambda s: Scaled(s, after=(lambda n: lambda x: n*x)(3)),
+    "one method put in": lambda s: patched(s, 3), "running statistics": lambda s: Scaled(s, dict(shift=torch.full((2,), .3 + s).double())), "complex": twisted, "weight norm": lambda s: nn.Sequential(parametrizations.weight_norm(mlp(s)[0])),
+    "weight norm by a hook": old_norm, "another mode": lambda s: mlp(s).train(bool(s)), "an activation kept": lambda s: changed(mlp(s), last=torch.ones(2, requires_grad=True)*(1. + s)),
+}
+
+
+@pytest.mark.parametrize("what", SOMETHING_BETWEEN)
+def test_what_has_something_between(what):
+    "Ends to the last bit, and half-way all numbers half-way, whether or not the networks are alike in what nobody reads."
+    a, b, x = SOMETHING_BETWEEN[what](0), SOMETHING_BETWEEN[what](1), moons(12).batch(range(12))[0]
+    for t, end in [(0, a), (1, b)]:
+        for between in (interpolate, interpolate_curvilinear): assert torch.equal(answers(between(a, b, t), x), end(x))
+    middle, state = interpolate(a, b, .5), b.state_dict()
+    for name, p in a.state_dict().items(): torch.testing.assert_close(middle.state_dict()[name], (p + state[name])/2 if p.is_floating_point() or p.is_complex() else p)
+    bent = interpolate_curvilinear(a, b, .5)
+    for (name, p), q, r in zip(a.named_parameters(), b.parameters(), bent.parameters()): assert r.abs().square().sum().sqrt().item() == pytest.approx((p.abs().square().sum().sqrt() + q.abs().square().sum().sqrt()).item()/2)
+    assert torch.isfinite(middle(x)).all() and np.isfinite(arc_length([a, middle, b])).all()
+
+
+def test_what_is_infinite_in_both_stays_beyond_the_ends():
+    a, b = (Scaled(seed, dict(shift=torch.tensor([0, -math.inf]).double())) for seed in (0, 1))
+    for t in (-1, .5, 2): assert torch.equal(interpolate(a, b, t).shift, a.shift)
+
+
+def test_counts_of_batches_may_differ():
+    a, b = normed(0), normed(1)
+    b(dataset(8).batch(range(8))[0])
+    assert b[1].num_batches_tracked == 1 and interpolate(a, b, .5)[1].num_batches_tracked == 0 and interpolate(a, b, 1)[1].num_batches_tracked == 1
+
+
+def test_masks_are_found_before_any_pair_is_measured():
+    cnn = make_model("small", SHAPE, 3, width=2).double()
+    nets = dict(a=embed(cnn, SHAPE), b=embed(cnn, SHAPE), c=embed(cnn, SHAPE), d=embed(cnn, SHAPE))
+    for seed, net in enumerate(nets.values()): hold_to_masks(net, {"0": random_mask(net[0].weight.shape, .5, generator(seed//2))})
+    with pytest.raises(ValueError, match="no path joins a and c: 0.parametrizations.weight.0.mask holds bool"): barrier_matrix(nets, Untouched(dataset(9)), SHAPE)
+    assert not barrier_matrix(nets, dataset(9), SHAPE, "outputs", points=2).values.any()
+
+
+@pytest.mark.parametrize("wrong, sentence", [(lambda: interpolate(mlp(0), mlp(1), math.nan), "a place on the line is a finite number, not nan"), (lambda: interpolate(mlp(0), mlp(1), math.inf), "not inf"),
+    (lambda: interpolate(nn.LazyLinear(2), nn.LazyLinear(2), .5), "weight has no shape yet: run a batch through the network first"),
+    (lambda: interpolate(changed(mlp(0), lock=threading.Lock()), mlp(1), 0), "Sequential cannot be copied .*; take from it what only a running program can hold"),
+    (lambda: OutputAverage(nn.LSTM(2, 2), nn.LSTM(2, 2), .5)(torch.ones(1, 2)), "outputs of the types tuple and tuple have no average")])
+def test_other_impossible_points(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence): wrong()
+
+
+def test_frozen_batchnorm_of_beads_stays_frozen():
+    def net(seed):
+        made = normed(seed)
+        made[1].eval()
+        return made
+    a, b = net(0), net(1)
+    first, bead, last = string(a, b, dataset(20), beads=1, steps=2, lr=.01)
+    torch.testing.assert_close(bead[1].running_mean, (a[1].running_mean + b[1].running_mean)/2)
+    assert bead[6].num_batches_tracked == 2 and bead[1].num_batches_tracked == 0 and [m.training for m in bead] == [m.training for m in a]
 
 
 # BatchNorm

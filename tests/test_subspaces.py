@@ -11,9 +11,21 @@ import tiny
 from efcn_nb.data import Data, load_data
 from efcn_nb.embedding import convert, embed, reinitialize, release, tied_sum
 from efcn_nb.geometry import ConvGeometry
-from efcn_nb.measures import MEASURES, measured, one_seed, over_networks, slowed
-from efcn_nb.subspaces import (ablate, ablation, bias_spread, dimensions, off_local_rows, project, radial_profile, shares, split, squares,
+from efcn_nb.curvature import along, gradient, random_direction
+from efcn_nb.measures import MEASURES, first_rows, measured, one_seed, over_networks, slowed
+from efcn_nb.subspaces import (ablate, ablation, bias_spread, dimensions, off_local_rows, project, radial_profile, residuals, shares, split, squares,
                                template_similarity, window_distances)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    "Each test draws from its own start, whatever ran before."
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
 
 CONVS = {
     "plain": nn.Conv2d(2, 3, 3, padding=1), "strided": nn.Conv2d(2, 2, (3, 2), stride=2, padding=(0, 2), dilation=(1, 2)), "grouped": nn.Conv2d(4, 4, 3, groups=2),
@@ -198,7 +210,9 @@ def test_thinned_keeps_classes_in_proportion():
 
 @pytest.mark.parametrize("conv", [nn.Conv2d(1, 3, 5, padding=2, stride=2), nn.ConvTranspose2d(1, 2, 2, stride=2), nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect")])
 def test_a_slowed_cnn_with_padding(conv):
-    cnn = nn.Sequential(copy.deepcopy(conv), nn.Tanh(), nn.Flatten(), nn.LazyLinear(10)).double()
+    conv = copy.deepcopy(conv)
+    conv.reset_parameters()                                                       # it was drawn when this file was read
+    cnn = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.LazyLinear(10)).double()
     x, y = tiny.DATA.train.batch(range(20))
     cnn(x.double())
     efcn = embed(cnn, (1, 16, 16))
@@ -248,3 +262,80 @@ def test_a_cnn_that_diverged_early_spoils_no_measure(study, monkeypatch):
     assert over_networks(study, lambda m: shares(m).loc[["all"]]).relax.tolist() == [0]
     assert over_networks(study, lambda m: shares(m).loc[["all"]], begin=True).relax.tolist() == [0]
     assert MEASURES["control"](study).relax.unique().tolist() == [0] and MEASURES["paths"](study).relax.unique().tolist() == [0]
+
+
+# Complex weights: real and imaginary part together
+
+def parts_of(m):
+    "A layer with complex weights, and two with their real and imaginary parts."
+    real, imaginary = (copy.deepcopy(m) for _ in range(2))
+    whole = copy.deepcopy(m).to(torch.complex128)
+    with torch.no_grad():
+        for name, p in whole.named_parameters():
+            x, y = torch.randn(2, *p.shape, dtype=torch.float64)
+            p.copy_(torch.complex(x, y)), real.get_parameter(name).copy_(x), imaginary.get_parameter(name).copy_(y)
+    return whole, real, imaginary
+
+
+def close_sum(whole, a, b, power=2): assert all(math.isclose(w**power, p**power + q**power, rel_tol=1e-9, abs_tol=1e-12) for w, p, q in zip(whole, a, b, strict=True)), (whole, a, b)
+
+
+INSTRUMENTS = {
+    "squares": lambda m: [x**.5 for x in squares(m).values()], "norm": lambda m: shares(m)["norm"], "shares": lambda m: (shares(m).iloc[:, :3].mul(shares(m)["norm"]**2, axis=0)**.5).to_numpy().flatten(),
+    "residuals": lambda m: residuals(m).to_numpy().flatten(), "biases": lambda m: bias_spread(m)[["mean", "spread"]].to_numpy().flatten(),
+    "split": lambda m: [p.abs().square().sum().item()**.5 for p in split(m.weight, m.geometry).values()],
+    "project": lambda m: [p.abs().square().sum().item()**.5 for part in ("convolutional", "unshared", "off_local") for p in project(m, dict(m.named_parameters()), part).values()],
+    "ablate": lambda m: [p.abs().square().sum().item()**.5 for p in ablate(m, "convolutional").parameters()],
+    "profile": lambda m: radial_profile(m).mean_square**.5, "rows": lambda m: [off_local_rows(m, [0, 3])[0].abs().square().sum().item()**.5],
+}
+
+
+@pytest.mark.parametrize("what", INSTRUMENTS)
+@pytest.mark.parametrize("to", ["fcn", "lcn"])
+@CASES
+def test_complex_weights_count_with_both_parts(what, to, name):
+    "Every square is that of the real part plus that of the imaginary part, to the last kind of padding."
+    if to == "lcn" and what in ("profile", "rows"): return
+    whole, real, imaginary = parts_of(layer(name, to=to))
+    close_sum(*map(INSTRUMENTS[what], (whole, real, imaginary)))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("to", ["fcn", "lcn"])
+@pytest.mark.parametrize("size", [4, 32])
+def test_a_complex_embedding_is_convolutional(dtype, to, size):
+    "Small and in pieces, conjugated views too."
+    net = embed(nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, dtype=dtype)), (2, size, size), to)
+    table, norm = shares(net), torch.linalg.vector_norm(net[0].weight.to(torch.complex128)).item()
+    assert math.isclose(table.loc["all", "norm"], norm, rel_tol=1e-5) and math.isclose(table.loc["all", "convolutional"], 1, rel_tol=1e-6) and (residuals(net) < 1e-5*norm).all().all()
+    with torch.no_grad(): net[0].weight.data = net[0].weight.conj()
+    assert math.isclose(shares(net).loc["all", "norm"], norm, rel_tol=1e-5)
+
+
+class Moduli(nn.Module):
+    def forward(self, x): return x.abs().flatten(1)
+
+
+def complex_net(): return embed(nn.Sequential(nn.Conv2d(1, 2, 3, dtype=torch.complex128), Moduli(), nn.Linear(392, 10).double()), (1, 16, 16))
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (lambda m: template_similarity(m[0], tiny.DATA.train), "templates are likened to real images, and this layer has complex weights"),
+    (lambda m: gradient(m, [(torch.ones(2, 1, 16, 16), torch.tensor([0, 1]))]), "the parameters are torch.complex128 and torch.float64; curvature needs a network all in float32 or all in float64"),
+    (lambda m: along(m, [(torch.ones(2, 1, 16, 16), torch.tensor([0, 1]))], random_direction(m), [.1]), "curvature needs a network all in float32 or all in float64"),
+    (lambda m: ablation(m, tiny.DATA.test), "call .float"),
+])
+def test_what_complex_weights_do_not_allow(wrong, words):
+    with pytest.raises(ValueError, match=words): wrong(complex_net())
+
+
+def test_pictures_of_complex_rows_are_refused(study, monkeypatch):
+    monkeypatch.setattr(type(study), "start", lambda *args: complex_net())
+    monkeypatch.setattr(type(study), "network", lambda *args: complex_net())
+    with pytest.raises(ValueError, match="rows are shown as images of real numbers"): first_rows(study)
+
+
+@pytest.mark.parametrize("parts", ["convolutional", ("unshared", "off_local"), "other"])
+def test_a_complex_direction_has_length_one(parts):
+    d = random_direction(complex_net(), parts)
+    assert math.isclose(sum(x.abs().square().sum().item() for x in d.values()), 1, rel_tol=1e-9) and (d["0.weight"].imag.any() or parts == "other")
