@@ -282,6 +282,18 @@ def _plain_gradients(x, weight, pixels, ctx, grad):
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
     return [next(found) if need else None for need in ctx.needs_input_grad[:2]]
 
+# %% ../nbs/03_fused.ipynb #e2a94c70
+def _input_gradient(x, grad, weight, pixels, chunks, g):
+    "The gradient of the product with respect to `x` (N, in channels, pixels), which need not be gathered for it."
+    dx, many = grad.new_zeros(len(x)*x.shape[2], g.in_channels), x.shape[2]*torch.arange(len(x))[:,None]
+    grad = grad.unflatten(1, (g.groups, -1)).permute(3, 1, 0, 2).contiguous()
+    for a, b, n in chunks:
+        rows, w = pixels[a:b,None,:n] + many, weight[a:b,:,:n].unflatten(1, (g.groups, -1)).flatten(0, 1).flatten(2)
+        part = torch.bmm(grad[a:b].flatten(0, 1), w).view(b-a, g.groups, len(x), n, weight.shape[3])
+        part = part.permute(0, 2, 3, 1, 4).reshape(-1, g.in_channels)
+        dx.scatter_add_(0, rows.flatten()[:,None].expand_as(part), part)
+    return dx.view(len(x), -1, g.in_channels).transpose(1, 2)
+
 def _laid_out(x, grad, groups):
     "Inputs and gradients of outputs in the order of memory in which chunks read them: place by place."
     x = x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2)
@@ -310,7 +322,8 @@ class _Local(torch.autograd.Function):
             dweight = torch.zeros_like(fused.weight)
             def take(a, b, n, part): dweight[a:b,:,:n] = part
         low = fused.lowered(grad.dtype)
-        if wants_x or take: dx = backward_in_chunks(x, grad, low, pixels, ctx.chunks, g, wants_x, take)
+        if take: dx = backward_in_chunks(x, grad, low, pixels, ctx.chunks, g, wants_x, take)
+        elif wants_x: dx = _input_gradient(x, grad, low, pixels, ctx.chunks, g)
         if todo == 'factors': fused.keep(_Factors(fused.name, x, grad, (pixels, ctx.counts, g)), ctx.leaf)
         return dx.view(shape) if wants_x else None, dweight, None, None, None
 
