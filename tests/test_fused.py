@@ -22,6 +22,7 @@ from efcn_nb.geometry import ConvGeometry
 from efcn_nb.layers import FullyConnected, LocallyConnected
 from efcn_nb.models import make_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = {"fcn": FullyConnected, "lcn": LocallyConnected}
 kinds = pytest.mark.parametrize("kind", KINDS)
 SETTINGS = [dict(lr=.3), dict(lr=.3, weight_decay=.1), dict(lr=.1, momentum=.9), dict(lr=.1, momentum=.9, weight_decay=.1)]
