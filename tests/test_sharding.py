@@ -100,11 +100,24 @@ def unfused(mesh):
     return dict(ordinary=optimizers[1].ordinary, difference=apart(*(parameters(m, o) for m, o in zip(models, optimizers))))
 
 
+def replicated(mesh):
+    "FusedSGD of a network that is wrapped into replicas afterwards, each with images of its own: gradients are averaged."
+    start = fcn()
+    models, found = [copy.deepcopy(start) for _ in range(2)], []
+    for m, o in zip(models, (FusedSGD(models[0], .1, momentum=.9), torch.optim.SGD(models[1].parameters(), .1, momentum=.9))):
+        replica, g = nn.parallel.DistributedDataParallel(m), torch.Generator().manual_seed(dist.get_rank())
+        for _ in range(3):
+            o.zero_grad()
+            F.cross_entropy(replica(torch.randn(6, 2, 5, 5, generator=g).double()), torch.arange(6) % 3).backward()
+            o.step()
+    return dict(difference=apart(*(m.parameters() for m in models)), moved=apart(start.parameters(), models[0].parameters()))
+
+
 def main(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    found = {name: case(name, mesh) for name in CASES} | {"negative": without_the_sum(mesh), "fused": unfused(mesh)}
+    found = {name: case(name, mesh) for name in CASES} | {"negative": without_the_sum(mesh), "fused": unfused(mesh), "replicated": replicated(mesh)}
     with open(f"{folder}/{rank}.json", "w") as f: json.dump(found, f)
     dist.destroy_process_group()
 
@@ -137,6 +150,10 @@ def test_a_gradient_that_is_not_added_up_would_be_seen(found): assert min(f["neg
 
 def test_fused_training_leaves_sharded_layers_alone(found):
     for f in found: assert list(f["fused"]["ordinary"]) == ["3"] and "plain parameter" in f["fused"]["ordinary"]["3"] and f["fused"]["difference"] < 1e-10
+
+
+def test_fused_training_of_replicas_averages_gradients(found):
+    for f in found: assert f["replicated"]["difference"] < 1e-12 and f["replicated"]["moved"] > 1e-3
 
 
 def test_a_mesh_is_needed():

@@ -145,9 +145,11 @@ print(len(list(study.out.glob("relaxed*/epoch-0001-*"))))
 """
 
 
-@pytest.mark.parametrize("precision, momentum, most", [("fp32", 0, 1.25), ("bf16", 0, 1.6), ("fp32", .9, 2.25)])
+@pytest.mark.parametrize("precision, momentum, most", [("fp32", 0, 1.4), ("bf16", 0, 1.9), ("fp32", .9, 2.4)])
 def test_memory_of_a_whole_run(tmp_path, precision, momentum, most):
-    "AlexNet's eFCN and its baseline, made, evaluated, trained, measured and stored: at most so many times its weights (twice, with momentum)."
+    """AlexNet's eFCN and its baseline, made, evaluated, trained, measured and stored: at most so many times its weights.
+
+    That is once, half for a copy in bf16, once for momentum, and what a batch needs; a stored gradient would add 1."""
     out = subprocess.run([sys.executable, "-c", MEMORY, precision, str(momentum), str(tmp_path/"s")], cwd=keep.ROOT, capture_output=True, text=True, timeout=3600)
     *peaks, stored = map(float, out.stdout.split() or pytest.fail(out.stderr))
     if any(p != p for p in peaks): pytest.skip("this system does not tell the peak of memory")
