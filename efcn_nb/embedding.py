@@ -397,7 +397,11 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.tensors, self.places, self.kinds = {name: (t, t.data) for name, t in tensors.items()}, {}, {}
         for name, t in tensors.items(): self.places.setdefault(_place(t), []).append(name)
-        self.saved, self.read, self.stack, self.convolutions = {}, {}, [''], []
+        self.saved, self.versions, self.read, self.stack, self.convolutions = {}, {}, {}, [''], []
+
+    def _save(self, name):
+        t, own = self.tensors[name]
+        self.saved[name], self.versions[name] = own.clone(), 0 if t.is_inference() else t._version
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -406,7 +410,7 @@ class _Watch(TorchDispatchMode):
         each = itertools.chain.from_iterable(a if isinstance(a, (list, tuple)) else (a,) for a in (*args, *kwargs.values()))
         for name in (name for t in each if isinstance(t, torch.Tensor) for name in self.places.get(_place(t), ())):
             self.read.setdefault(name, self.stack[-1])
-            if writes and name not in self.saved: self.saved[name] = self.tensors[name][1].clone()
+            if writes and name not in self.saved: self._save(name)
         if convolves: self.convolutions.append((self.stack[-1], str(operation)))
         return operation(*args, **kwargs)
 
@@ -421,8 +425,9 @@ def __exit__(self:_Watch, *error):
     TorchDispatchMode.__exit__(self, *error)
     with torch.no_grad():
         for name, value in self.saved.items():
-            own = self.tensors[name][1]
+            t, own = self.tensors[name]
             with torch.inference_mode(own.is_inference()): own.copy_(value)
+            if not own.is_inference(): torch._C._autograd._unsafe_set_version_counter((t,), (self.versions[name],)) # a graph may rely on it
         for t, own in self.tensors.values():
             if _place(t) != _place(own): t.data = own
 
@@ -441,7 +446,7 @@ def _run(model, batch, watch, listen=None, training=False, on=True):
         m.register_forward_hook(functools.partial(leave, name=name), with_kwargs=True)
     with _eagerly(), _seeded(), watch if on else contextlib.nullcontext():
         model.train(training)
-        return model(batch)
+        return model(batch.clone())
 
 def _batches(model, input_shape, images=None):
     "What a network may process, most telling first: the first two `images`, or noise; noise in 0 to 1, and zeros, for those that cannot take any number; one image for those that take no more."
@@ -459,7 +464,8 @@ def _leaves(nest):
     "The tensors of any nest of containers, dataclasses and plain objects; numbers and arrays as tensors."
     found = []
     for x in tree_leaves(nest):
-        if isinstance(x, torch.Tensor): found.append(x)
+        if isinstance(x, torch.Tensor) and x.is_nested: found += x.unbind()
+        elif isinstance(x, torch.Tensor): found.append(x.dequantize() if x.is_quantized else x.to_dense() if x.layout != torch.strided else x)
         elif isinstance(x, (bool, int, float, complex, np.ndarray, np.generic)):
             with contextlib.suppress(TypeError): found.append(torch.as_tensor(x))
         elif is_dataclass(x) or hasattr(x, '__dict__') and not callable(x): found += _leaves([*vars(x).values()])
@@ -659,7 +665,6 @@ def _distance(a, b):
     "Norm of the difference between `a` and `b` over that of `b`, where `b` is finite; infinite if shapes differ."
     if a.shape != b.shape: return math.inf
     if a.device == b.device and torch.equal(a, b): return 0.
-    if a.is_sparse or b.is_sparse or a.is_quantized or b.is_quantized: a, b = (t.dequantize() if t.is_quantized else t.to_dense() for t in (a, b))
     kind = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     a, b = a.detach().to(b.device, kind).flatten(), b.detach().to(kind).flatten()
     far, size = float((a - b).norm()), float(b.norm())
@@ -883,8 +888,9 @@ def _warn_of_unreleased(trace, verb):
         if not isinstance(m, (*CONVOLUTIONS, *RELEASED)): found.setdefault(_called(trace.model, where), operation)
     if not found: return
     listed = '; '.join(f'in {where}, by {operation}' for where, operation in found.items())
+    level = next(n for n in itertools.count(1) if sys._getframe(n).f_globals is not globals())     # who called embed
     warnings.warn(f'not {verb}, because a function computes them and no module of torch.nn (nn.Conv1d to nn.ConvTranspose3d): convolutions {listed}; '
-                  'they stay as they are; give each a module of its own to release it too', stacklevel=4)
+                  'they stay as they are; give each a module of its own to release it too', stacklevel=level)
 
 def embed(
     model:nn.Module,    # any network with convolutions; left untouched
