@@ -486,8 +486,8 @@ def _leaves(nest):
 # %% ../nbs/02_embedding.ipynb #c70a7816
 class _Trace:
     "What a copy of `model` made of a batch: outputs, pairs of input and output for each call of `sites`, and what was watched."
-    def __init__(self, model, input_shape, sites, images=None, prepare=lambda blank: None):
-        self.model, self.sites, self.prepare, first, done = model, set(sites), prepare, None, False
+    def __init__(self, model, input_shape, sites, images=None, prepare=lambda blank: None, keep=True):
+        self.model, self.sites, self.prepare, self.keep, first, done = model, set(sites), prepare, keep, None, False
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         for make, self.on in itertools.product(_batches(model, input_shape, images), (True, False)):
             blank = _copy(model, {id(p): p for p in parameters.values()})
@@ -506,7 +506,8 @@ class _Trace:
     def note(self, name, m, inputs, out):
         if name not in self.sites: return
         if torch._C._are_functorch_transforms_active(): self.live.add(name)                        # no values to be had
-        self.calls[name].append((inputs[0], out) if name in self.live else (inputs[0].clone(), out.clone()))
+        keep = torch.clone if self.keep else lambda t: t.to('meta')                                # or shapes alone
+        self.calls[name].append((inputs[0], out) if name in self.live else (keep(inputs[0]), keep(out)))
 
 # %% ../nbs/02_embedding.ipynb #c75bdbf3
 @contextlib.contextmanager
@@ -520,14 +521,14 @@ def _in_evaluation(model):
         for m in before: m.training = True
 
 # %% ../nbs/02_embedding.ipynb #7cc440b3
-def _geometries(model, input_shape, layers=None, trim=False, images=None):
-    "What `conv_geometries` returns, and the trace of the pass that told it."
+def _geometries(model, input_shape, layers=None, trim=False, images=None, keep=True):
+    "What `conv_geometries` returns, and the trace of the pass that told it, with all activations at convolutions if `keep`."
     chosen = _chosen(model, layers)                         # refused convolutions need not survive a copy
     if images is not None and (tuple(images.shape[1:]) != tuple(input_shape) or not len(images)):
         wanted = ', '.join(map(str, ('N', *input_shape)))
         raise ValueError(f'images must be a batch of shape ({wanted}), not {tuple(images.shape)}')
     released = {name for name, m in model.named_modules() if isinstance(m, _RELEASED)}
-    trace = _Trace(model, input_shape, {*chosen, *released}, images)
+    trace = _Trace(model, input_shape, {*chosen, *released}, images, keep=keep)
     geometries = {}
     for name, m in chosen.items():
         axes = len(m.kernel_size)
@@ -555,7 +556,7 @@ def conv_geometries(
     images=None        # (N, *input_shape): what to try the network on, in place of and beside noise
 )->dict:               # name: ConvGeometry
     "Geometry of each convolution in `model`. Raises `ValueError` if there is none, if one is not used, if one sees two shapes in one pass, or shares its kernel with another geometry."
-    return _geometries(model, input_shape, layers, trim, images)[0]
+    return _geometries(model, input_shape, layers, trim, images, keep=False)[0]
 
 # %% ../nbs/02_embedding.ipynb #38f3f1db
 def _kinds(model, input_shape, images=None):
@@ -934,7 +935,7 @@ def embed(
     "Raises `ValueError` or `MemoryError` before any work, and `ValueError` if the result does not compute the same in evaluation mode. "\
     "`trim` tries noise of several sizes and means, constant images and `images`: outputs that a network reads only for images "\
     "unlike all of these are lost."
-    geometries, trace = _geometries(model, input_shape, layers, trim, images)
+    geometries, trace = _geometries(model, input_shape, layers, trim, images, keep=check and not fold_batchnorm)
     convs = {name: model.get_submodule(name) for name in geometries}
     need = {device: 0 for device in {conv.weight.device for conv in convs.values()}}
     for name, conv in convs.items(): need[conv.weight.device] += released_weights({name: geometries[name]}, to) * conv.weight.element_size()
