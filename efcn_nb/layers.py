@@ -20,7 +20,9 @@ from .geometry import ConvGeometry
 # %% ../nbs/01_layers.ipynb #2af45ab4
 class _Released(nn.Module):
     "What `FullyConnected` and `LocallyConnected` share: a geometry, a bias for each output unit, PyTorch's default initialisation, the check of the input."
-    through = None # another way to compute `product`, a function of layer and batch; copies of the layer do not take it along
+    through = None     # another way to compute `product`, a function of layer and batch; copies of the layer do not take it along
+    image_shape = None # (channels, *size) of the network's input, where `embed` made the layer
+    given = {}         # attributes of the convolution that its geometry does not tell, such as padding='same'
 
     def __init__(self, geometry, weight_shape, bias, device, dtype):
         super().__init__()
@@ -55,6 +57,25 @@ class _Released(nn.Module):
         "Shapes, and how many times more weights than the convolution."
         times = self.weight.numel() / math.prod(self.geometry.kernel_shape)
         return f'{self.in_shape} -> {self.out_shape}, weight={tuple(self.weight.shape)}, bias={self.bias is not None}, {times:.0f}x the kernel'
+
+# %% ../nbs/01_layers.ipynb #59bbbf11
+def _told(name):
+    "A property that a released layer has from its geometry."
+    return property(lambda self: getattr(self.geometry, name), doc=f"`{name}` of the convolution.")
+
+for name in ('in_channels', 'out_channels', 'kernel_size', 'stride', 'dilation', 'groups', 'padding_mode', 'transposed'):
+    setattr(_Released, name, _told(name))
+
+@patch(as_prop=True)
+def padding(self:_Released): # a number for each axis, 'same' or 'valid'
+    "`padding` of the convolution."
+    own = self.geometry.padding
+    return self.given.get('padding', tuple(before for before, _ in own) if all(a == b for a, b in own) else 'same')
+
+@patch(as_prop=True)
+def output_padding(self:_Released)->tuple: # a number for each axis
+    "`output_padding` of the convolution."
+    return self.given.get('output_padding', self.geometry.output_padding[:len(self.geometry.input_size)])
 
 # %% ../nbs/01_layers.ipynb #19cfd64f
 class FullyConnected(_Released):

@@ -1,11 +1,19 @@
 """Same function, released weights: `embed` and its way back against PyTorch's own convolutions, and what it refuses."""
 import copy
+import functools
 import math
 import os
 import pickle
+import random
+import re
 import subprocess
 import sys
+import threading
+import types
+import warnings
+import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +22,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.ops import deform_conv2d
 
 from efcn_nb import embedding, geometry
 from efcn_nb.embedding import (BATCHNORMS, conv_geometries, convert, embed, kernel_from_local, kernel_from_matrix, local_from_kernel,
@@ -129,7 +138,7 @@ def functional(conv, x):
 # Properties of one convolution: each is a function of a case, so that the negative controls below can call it
 
 def same_function(conv, x, to):
-    layer, expected = embed(conv, shape_of(x), to), functional(conv, x)
+    layer, expected = embed(conv, shape_of(x), to, check=False), functional(conv, x)
     assert type(layer) is RELEASED[to] and close(layer(x), expected, 1e-10) and close(conv(x), expected, 1e-12)
 
 
@@ -163,7 +172,7 @@ TIED = {"fcn": tied_dense, "lcn": tied_local}
 def same_gradient(conv, x):
     "The sum over a tap's copies of the released gradient is the convolution's; so are inputs' and biases'."
     g, gradients, into = geometry_of(conv, x), [], rand(*conv(x).shape, seed=1)
-    for layer in (conv, *(embed(conv, shape_of(x), to) for to in RELEASED)):
+    for layer in (conv, *(embed(conv, shape_of(x), to, check=False) for to in RELEASED)):
         wanted = [x.clone().requires_grad_(), *layer.parameters()]
         gradients.append(torch.autograd.grad((layer(wanted[0])*into).sum(), wanted))
     (dx, dk, *db), *released = gradients
@@ -186,7 +195,7 @@ def alone_somewhere(g):
 
 def same_way_back(conv, x, to):
     "Every tap that reads a pixel anywhere comes back bit for bit; the others, of which the released layer knows nothing, as zero."
-    back = nearest_cnn(embed(conv, shape_of(x), to))
+    back = nearest_cnn(embed(conv, shape_of(x), to, check=False), check=False)
     assert type(back) is type(conv) and back.weight.is_contiguous() and back.weight.dtype == conv.weight.dtype
     assert (back.bias is None) == (conv.bias is None) and (conv.bias is None or torch.equal(back.bias, conv.bias))
     assert close(back(x), conv(x), 1e-10)
@@ -767,7 +776,7 @@ def with_a_pre_hook(norm): norm.register_forward_pre_hook(lambda m, args: 2*args
 
 
 def with_another_forward(norm):
-    norm.forward = lambda x: 2*F.batch_norm(x, norm.running_mean, norm.running_var)
+    norm.forward = types.MethodType(lambda norm, x: 2*F.batch_norm(x, norm.running_mean, norm.running_var), norm)
 
 
 @BOTH
@@ -1012,3 +1021,485 @@ def test_memory_used_again_is_not_taken_for_the_same_tensor():
     for size in (4, 8, 16, 64):
         merged = merge_batchnorm(model, (4, size, size))
         assert sum(isinstance(m, nn.BatchNorm2d) for m in merged.modules()) == 4
+
+
+# The same function, or one sentence
+
+class Net(nn.Module):
+    "A convolution, BatchNorm and a linear layer in float64, and a forward pass that is given; whatever else `more` adds."
+    def __init__(self, forward, more=lambda m: None, conv=None):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv, self.norm, self.fc = conv or nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Linear(75, 4)
+            more(self)
+            self._forward = forward
+            self.double()
+
+    def forward(self, x): return self._forward(self, x)
+    def head(self, x): return self.fc(x.flatten(1))
+    def tail(self, x): return self.fc(self.norm(x).flatten(1))
+
+
+SHAPE = (2, 5, 5)
+
+
+def alone(model):
+    "All of a network that embedding must leave alone, bit for bit, and the random states."
+    tensors = {k: (id(v), v.data_ptr(), v._version, v.detach().clone()) for k, v in (*model.named_parameters(), *model.named_buffers())}
+    return tensors, [m.training for m in model.modules()], torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+
+
+def untouched(model, before):
+    after = alone(model)
+    return (all(a[:3] == b[:3] and torch.equal(a[3], b[3]) for a, b in zip(before[0].values(), after[0].values(), strict=True))
+            and before[1] == after[1] and torch.equal(before[2], after[2]) and before[3:] == after[3:])
+
+
+ANOTHER = {  # name: forward pass, and where the two part
+    "norm of the kernel": (lambda m, x: m.head(m.conv(x)/m.conv.weight.norm()), "at fc"),
+    "sum of the biases": (lambda m, x: m.conv(x) - m.conv.bias.sum(), "at the forward pass of Net itself"),
+    "type": (lambda m, x: m.head(m.conv(x).relu() if isinstance(m.conv, nn.Conv2d) else m.conv(x)), "at fc"),
+    "name of the type": (lambda m, x: m.conv(x)*len(type(m.conv).__name__), "Net itself"),
+    "fan-in": (lambda m, x: m.conv(x*m.conv.weight[0].numel()**-.5), "at conv"),
+    "shape of the weight": (lambda m, x: m.conv(x)*m.conv.weight.shape[0], "Net itself"),
+    "last axis of the weight": (lambda m, x: m.norm(m.conv(x)*m.conv.weight.shape[-1]), "at norm"),
+    "kernel used again": (lambda m, x: F.conv_transpose2d(m.conv(x), m.conv.weight, padding=1), "fails in the forward pass of Net itself"),
+    "penalty beside the output": (lambda m, x: (m.head(m.conv(x)), sum(p.square().sum() for p in m.parameters())), "Net itself"),
+    "penalty in a dictionary": (lambda m, x: {"y": m.conv(x), "more": [m.conv.weight.abs().mean()]}, "Net itself"),
+    "a number": (lambda m, x: (m.conv(x), float(m.conv.weight.sum())), "Net itself"),
+    "numbers of weights": (lambda m, x: m.conv(x)*sum(p.numel() for p in m.parameters()), "Net itself"),
+    "the state": (lambda m, x: m.conv(x)*m.state_dict()["conv.weight"].mean(), "Net itself"),
+    "an attribute that released layers lack": (lambda m, x: F.pad(m.conv(x), m.conv._reversed_padding_repeated_twice), "fails"),
+    "the way it is called": (lambda m, x: m.conv._conv_forward(m.conv(x)[:, :2], m.conv.weight, m.conv.bias), "fails"),
+    "an answer from except": (lambda m, x: attempt(lambda: m.conv.weight.view(3, 2, 9).sum()*m.conv(x), m.conv(x)), "Net itself"),
+    "once more": (lambda m, x: m.conv(m.conv(x)[:, :2]) if m.conv.weight.shape[-1] == 3 else m.conv(x), "")}
+
+
+def attempt(call, other):
+    try: return call()
+    except RuntimeError: return other
+
+
+@BOTH
+@pytest.mark.parametrize("name", ANOTHER)
+def test_another_function_is_refused(to, name):
+    forward, where = ANOTHER[name]
+    model = Net(forward).train()
+    model.fc.eval()
+    before = alone(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with pytest.raises(ValueError, match=f"Net cannot be embedded.*{where}.*layers=") as error: embed(model, SHAPE, to)
+        assert len(str(error.value).splitlines()) == 1 and untouched(model, before)
+        embed(model, SHAPE, to, check=False)
+    assert untouched(model, before)
+
+
+def closure(m): m.f = lambda x: m.fc(x.flatten(1))
+
+
+def function_with_default(m):
+    def f(x, fc=m.fc): return fc(x.flatten(1))
+    m.f = f
+
+
+def weak(m):
+    held = weakref.ref(m.fc)
+    m.f = lambda x: held()(x.flatten(1))
+
+
+def alias(m):
+    m.double()
+    w = m.fc.weight.detach()
+    m.f = lambda x: x.flatten(1) @ w.T
+
+
+def through_numpy(m):
+    m.double()
+    w = m.fc.weight.detach().numpy()
+    m.f = lambda x: x.flatten(1) @ torch.from_numpy(w).T
+
+
+def buffers_alone(m):
+    m.plain = nn.BatchNorm2d(3, affine=False)
+    m.f = lambda x: m.plain(x)
+
+
+class Shared(nn.Linear):
+    def __deepcopy__(self, memo): return self
+
+
+def own_deepcopy(m): m.fc = m.f = Shared(75, 4)
+
+
+THROUGH = dict(closure=closure, default=function_with_default, weak=weak, alias=alias, through_numpy=through_numpy, buffers_alone=buffers_alone)
+
+
+@BOTH
+@pytest.mark.parametrize("more", THROUGH.values(), ids=THROUGH)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_copy_that_reads_the_original_is_refused(to, more, training):
+    model = Net(lambda m, x: m.f(m.conv(x)), more).train(training)
+    before = alone(model)
+    with pytest.raises(ValueError, match="goes on using (fc.weight|fc.bias|plain.running_mean|plain.running_var) of the original") as error: embed(model, SHAPE, to)
+    assert len(str(error.value).splitlines()) == 1 and untouched(model, before)
+
+
+def test_a_copy_that_shares_a_module_is_refused():
+    model = Net(lambda m, x: m.f(m.conv(x).flatten(1)), own_deepcopy)
+    with pytest.raises(ValueError, match="goes on using fc.weight of the original"): embed(model, SHAPE)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: Net(lambda m, x: m.f(x), lambda m: setattr(m, "f", lambda x: m.conv(x))), lambda: Net(lambda m, x: m.conv.forward(x)),
+    lambda: Net(lambda m, x: F.conv2d(x, m.conv.weight)), lambda: Net(lambda m, x: type(m.conv).__call__(m.conv, x) if m.training else m.conv._conv_forward(x, m.conv.weight, None))])
+def test_a_convolution_that_is_not_called_is_not_blamed_for_it(make):
+    with pytest.raises(ValueError, match="conv is used without being called as a module"): embed(make(), SHAPE)
+
+
+@pytest.mark.parametrize("verb, call", [
+    ("converted", lambda m: convert(m, "fcn")), ("converted", lambda m: convert(m, "lcn")), ("converted", nearest_cnn), ("reinitialized", lambda m: reinitialize(m, 0))])
+def test_every_step_proves_itself(verb, call):
+    "What changed after embedding: a closure, and a forward pass that reads a weight."
+    released = embed(Net(lambda m, x: m.head(m.conv(x))), SHAPE, "lcn")
+    assert call(released) is not released
+    closure(released)
+    released._forward = lambda m, x: m.f(m.conv(x))
+    before = alone(released)
+    with pytest.raises(ValueError, match=f"Net cannot be {verb}.*goes on using fc.weight of the original"): call(released)
+    assert untouched(released, before)
+    released._forward = lambda m, x: m.head(m.conv(x)*m.conv.weight.numel())
+    if call is nearest_cnn:
+        with pytest.raises(ValueError, match="Net cannot be converted.*first part at fc"): call(released)
+
+
+def test_a_cnn_with_a_closure_is_not_reinitialized():
+    for more in closure, function_with_default:
+        with pytest.raises(ValueError, match="goes on using f of the original"): reinitialize(Net(lambda m, x: m.f(m.conv(x)), more), 0)
+        assert reinitialize(Net(lambda m, x: m.f(m.conv(x)), more), 0, inplace=True)
+
+
+def test_merging_proves_itself():
+    model = Net(lambda m, x: m.head(m.norm(m.conv(x)))*m.conv.weight.norm()).eval()
+    model.norm.running_mean.normal_(), model.norm.running_var.uniform_(2, 3)
+    with pytest.raises(ValueError, match="cannot be merged with its BatchNorm.*first part at the forward pass of Net itself"): merge_batchnorm(model, SHAPE)
+    assert merge_batchnorm(model, SHAPE, check=False)
+
+
+@BOTH
+@pytest.mark.parametrize("spoil", [lambda w: w.fill_(math.nan), lambda w: w.mul_(1.01), lambda w: w.copy_(w.flip(0, 1)), lambda w: w.zero_()])
+def test_wrong_weights_are_named(monkeypatch, to, spoil):
+    real = embedding.release
+    def wrong(conv, *args):
+        layer = real(conv, *args)
+        if conv.kernel_size == (1, 1): spoil(layer.weight.data)
+        return layer
+    monkeypatch.setattr(embedding, "release", wrong)
+    model = made(lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 3))))
+    with pytest.raises(ValueError, match=r"first part at 2.0 \((Fully|Locally)Connected\)"): embed(model, SHAPE, to)
+
+
+@over_cases(times=120)
+def test_what_is_right_is_not_refused(case):
+    conv, x = case
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for to in RELEASED: convert(embed(copy.deepcopy(conv).to(dtype), shape_of(x), to), "fcn")
+
+
+def interrupted(m, x):
+    m.seen.append(1)
+    if len(m.seen) == 2: raise KeyboardInterrupt
+    return m.head(m.conv(x))
+
+
+class Calls(list):
+    def __deepcopy__(self, memo): return self
+
+
+def test_an_interrupted_proof_leaves_the_original_alone():
+    model = Net(interrupted, lambda m: setattr(m, "seen", Calls()))
+    before = alone(model)
+    with pytest.raises(KeyboardInterrupt): embed(model, SHAPE)
+    assert untouched(model, before) and len(model.seen) == 2 and not model.fc.weight.isnan().any()
+
+
+def compiled(m):
+    m.double()
+    m.fc.compile(backend="eager")
+    m.fc(torch.ones(1, 75).double())
+
+
+def lora(m):
+    class Merging(nn.Linear):
+        "Merges its low-rank update into its weight in evaluation mode, and takes it out in training mode."
+        merged = False
+        def train(self, mode=True):
+            if self.merged is mode: self.weight.data += (-1 if mode else 1)*self.update
+            self.merged = not mode
+            return super().train(mode)
+        def forward(self, x): return F.linear(x, self.weight if self.merged else self.weight + self.update)
+    m.fc = Merging(75, 4)
+    m.fc.register_buffer("update", torch.randn(4, 75))
+
+
+def counts(m): m.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+
+class Answer:
+    def __init__(self, y): self.y = y
+
+
+def per_image(m, x): return torch.vmap(lambda one: m.conv(one[None])[0])(x) if x.dim() == 4 else m.conv(x)
+
+
+def with_autocast(m, x):
+    with torch.autocast("cpu", torch.bfloat16): return m.head(m.conv(x).double())
+
+
+def counting(m, x):
+    m.calls += 1
+    return m.conv(x)
+
+
+def held_down(m, x):
+    m.fc.weight.data = torch.renorm(m.fc.weight.data, 2, 0, .1)
+    return m.head(m.conv(x))
+
+
+def clamped(m, x):
+    with torch.no_grad(): m.fc.weight.clamp_(-.01, .01)
+    return m.head(m.conv(x))
+
+
+def keeps(m, x):
+    m.features = m.conv(x)
+    return m.head(m.features)
+
+
+def one_image(m, x):
+    assert len(x) == 1
+    return m.head(m.conv(x))
+
+
+def swallowed(m, x):
+    try: m.norm(x[:, :1])
+    except RuntimeError: pass
+    return m.conv(x)
+
+
+RIGHT = {  # networks that embed, however odd: forward pass, and what else they have
+    "tuple": (lambda m, x: (m.conv(x), [m.head(m.conv(x)), None], "word"),), "object": (lambda m, x: Answer(m.conv(x)),),
+    "classes": (lambda m, x: m.head(m.conv(x)).argmax(1),), "sparse": (lambda m, x: m.head(m.conv(x)).relu().to_sparse(),),
+    "dropout": (lambda m, x: m.head(F.dropout(m.conv(x))),), "numpy's noise": (lambda m, x: m.conv(x) + np.random.rand() + random.random(),),
+    "in place": (lambda m, x: m.norm(m.conv(x).relu_().add_(1)),), "input in place": (lambda m, x: m.conv(x.mul_(2)),),
+    "only positive numbers": (lambda m, x: m.conv(x.log() if (x > 0).all() else 1/0),), "logarithm": (lambda m, x: m.conv(x.log()),),
+    "table of grey values": (lambda m, x: m.conv(m.table[(x*255).long()]), lambda m: m.register_buffer("table", torch.randn(256))),
+    "one image": (one_image,), "squeeze": (lambda m, x: m.one(m.conv(x).mean((2, 3), keepdim=True).squeeze()), lambda m: setattr(m, "one", nn.BatchNorm1d(3))),
+    "vmap": (per_image,), "autocast": (with_autocast,), "writes a count": (counting, counts), "holds a weight down": (held_down,), "clamps": (clamped,),
+    "stores an activation": (keeps,), "swallows an error": (swallowed,), "merges in evaluation mode": (lambda m, x: m.head(m.conv(x)), lora),
+    "bound method": (lambda m, x: m.f(m.conv(x).flatten(1)), lambda m: setattr(m, "f", m.fc.forward)),
+    "partial": (lambda m, x: m.f(m.conv(x).flatten(1)), lambda m: setattr(m, "f", functools.partial(nn.Linear.forward, m.fc))),
+    "partial with a weight": (lambda m, x: m.f(m.conv(x).flatten(1)), lambda m: setattr(m, "f", functools.partial(F.linear, weight=m.double().fc.weight))),
+    "lambda without a hold": (lambda m, x: m.f(m, m.conv(x)), lambda m: setattr(m, "f", lambda m, x: m.head(x))),
+    "lambda that is not called": (lambda m, x: m.conv(x), lambda m: setattr(m, "f", lambda: m.fc.weight)),
+    "a Python module": (lambda m, x: m.F.relu(m.conv(x)), lambda m: setattr(m, "F", F)), "a generator of numbers": (lambda m, x: m.conv(x), lambda m: setattr(m, "g", torch.Generator())),
+    "compiled part that ran": (lambda m, x: m.fc(m.conv(x).flatten(1)), compiled),
+    "checkpoint": (lambda m, x: torch.utils.checkpoint.checkpoint(m.conv, x, use_reentrant=False),),
+    "cond": (lambda m, x: torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (m.conv(x),)),),
+    "cancels": (lambda m, x: m.conv(x + 1e6),), "zeros": (lambda m, x: m.conv(x*0),), "nothing finite": (lambda m, x: m.conv(x*math.nan),),
+    "empty": (lambda m, x: m.conv(x[:0]),), "long chain": (lambda m, x: functools.reduce(lambda y, _: m.conv(y.tanh())[:, :2]*50, range(30), x),),
+    "reads attributes": (lambda m, x: m.conv(F.pad(x, (m.conv.kernel_size[0]//2 - m.conv.padding[0],)*4))*m.conv.out_channels/m.conv.groups,)}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@BOTH
+@pytest.mark.parametrize("name", RIGHT)
+def test_odd_networks_are_embedded(to, name):
+    forward, *more = RIGHT[name]
+    model = Net(forward, *more)
+    if name == "stores an activation": model(rand(2, *SHAPE))
+    model.norm.eval()
+    before = alone(model)
+    released = embed(model, SHAPE, to)
+    assert untouched(model, before) and [m.training for m in released.modules()] == before[1] and type(released.conv) is RELEASED[to]
+    assert all(torch.equal(v, before[0][k][3]) for k, v in released.state_dict().items() if not k.startswith("conv"))
+    near = nearest_cnn(released)
+    for step in near, convert(released, "lcn"), reinitialize(released, 0): assert [m.training for m in step.modules()] == before[1]
+    x, answers = rand(1 if name == "one image" else 2, *SHAPE, seed=5).abs()/4, []
+    for m in model, released, near:
+        with torch.random.fork_rng():
+            torch.manual_seed(3), np.random.seed(3), random.seed(3)
+            answers.append(embedding._leaves(m.eval()(x.clone())))
+    for y, *others in zip(*answers, strict=True):
+        if y.isfinite().any(): assert all(close(o.to_dense().double(), y.to_dense().double(), 1e-2 if name == "autocast" else 1e-6) for o in others)
+
+
+@BOTH
+def test_compiled_networks_that_ran_before(to):
+    for wrap in (lambda m: torch.compile(m, backend="eager"), lambda m: m.compile(backend="eager") or m):
+        model, x = wrap(Net(lambda m, x: m.head(m.conv(x)))), rand(2, *SHAPE)
+        y = model(x)
+        released = embed(model, SHAPE, to)
+        assert close(released(x), y, 1e-12) and close(model(x), y, 1e-12) and close(nearest_cnn(released)(x), y, 1e-12)
+        with torch.no_grad():
+            for p in released.parameters(): p.zero_()
+        assert not released(x).any()
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.complex128], ids=str)
+def test_deep_networks_of_low_precision_and_complex_ones_prove_themselves(to, dtype):
+    model = nn.Sequential(*(layer for _ in range(12) for layer in (nn.Conv2d(4, 4, 3, padding=1), nn.Identity() if dtype.is_complex else nn.LayerNorm((6, 6)))))
+    model = model.to(dtype)
+    assert type(embed(model, (4, 6, 6), to)[0]) is RELEASED[to]
+    wrong = Net(lambda m, x: m.conv(x)*m.conv.weight.shape[-1])
+    with pytest.raises(ValueError, match="another function"): embed(wrong.to(dtype), SHAPE, to)
+
+
+def test_outputs_of_every_kind_are_compared():
+    for wrap in (lambda y: y, lambda y: (1, {"a": [y]}), Answer, lambda y: y.detach().numpy(), lambda y: y.to_sparse(), lambda y: torch.distributions.Normal(y, 1),
+                 lambda y: types.SimpleNamespace(y=y), float, lambda y: y.argmax()):
+        model = Net(lambda m, x: wrap((m.conv(x)[:, 0]*(1 if m.conv.weight.shape[-1] == 3 else -1)).sum((1, 2))[:1 if wrap is float else None]))
+        with pytest.raises(ValueError, match="another function"): embed(model, SHAPE)
+
+
+GIVEN = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding")
+
+
+@BOTH
+@pytest.mark.parametrize("conv, size", [
+    (nn.Conv2d(4, 6, (3, 5), (1, 2), (1, 2), (2, 1), 2), (9, 9)), (nn.Conv2d(2, 3, 3, padding="same"), (4, 5)), (nn.Conv2d(2, 3, (2, 4), padding="same"), (4, 5)),
+    (nn.Conv2d(2, 3, 3, padding="valid"), (4, 5)), (nn.Conv1d(2, 3, 3, padding="same", padding_mode="circular"), (5,)), (nn.Conv3d(1, 2, 2, padding=1, padding_mode="replicate"), (3, 2, 3)),
+    (nn.ConvTranspose1d(2, 4, 3, 2, 1, 1, 2), (4,)), (nn.ConvTranspose2d(2, 3, 3, (2, 3), output_padding=(1, 0)), (3, 3)), (nn.ConvTranspose3d(1, 2, 2, 2), (2, 2, 2))], ids=str)
+def test_released_layers_tell_what_their_convolution_tells(to, conv, size):
+    layer = embed(conv, (conv.in_channels, *size), to)
+    for m in (layer, convert(layer, "fcn"), convert(layer, "lcn"), nearest_cnn(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), reinitialize(layer, 0)):
+        for name in GIVEN: assert getattr(m, name) == getattr(conv, name) and type(getattr(m, name)) is type(getattr(conv, name)), name
+    assert str(nearest_cnn(layer)) == str(conv) and "same" not in repr(layer)
+
+
+def test_an_output_padding_that_is_overruled_in_the_call():
+    model = Net(lambda m, x: m.conv(x, output_size=[x.shape[2]*2 + m.conv.output_padding[0]]*2), conv=nn.ConvTranspose2d(2, 3, 2, 2, output_padding=1))
+    for m in (lambda: embed(model, SHAPE)), (lambda: embed(model, SHAPE, "lcn")): assert m().conv.output_padding == (1, 1) and close(m()(rand(2, *SHAPE)), model(rand(2, *SHAPE)), 1e-12)
+
+
+def as_buffers(conv, *names, persistent=True):
+    for name in names:
+        value = getattr(conv, name).detach().clone()
+        delattr(conv, name)
+        conv.register_buffer(name, value, persistent)
+    return conv
+
+
+@BOTH
+@pytest.mark.parametrize("names", [["weight"], ["bias"], ["weight", "bias"]])
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_kernel_that_is_a_buffer_stays_one(to, names, persistent, fold):
+    model, x = settled(lambda: nn.Sequential(as_buffers(nn.Conv2d(2, 3, 3), *names, persistent=persistent), nn.BatchNorm2d(3)), None), rand(2, *SHAPE)
+    released = embed(model, SHAPE, to, fold_batchnorm=fold)
+    for m in (released, nearest_cnn(released), convert(released, "fcn"), convert(released, "lcn"), copy.deepcopy(released)):
+        assert close(m(x), model(x), 1e-12) and [*m[0]._buffers.keys() - {"pixels"}] == [n for n in ("weight", "bias") if n in names] or set(m[0]._buffers) - {"pixels"} == set(names)
+        assert ("0.weight" in m.state_dict()) == ("weight" not in names or persistent)
+
+
+def test_a_network_without_parameters():
+    model = as_buffers(nn.Conv2d(2, 3, 3), "weight", "bias")
+    assert close(embed(model, SHAPE)(torch.ones(1, *SHAPE)), model(torch.ones(1, *SHAPE)), 1e-5) and not list(embed(model, SHAPE).parameters())
+
+
+class Own(nn.modules.conv._ConvNd):
+    "A convolution that is none of torch.nn's."
+    def __init__(self): super().__init__(3, 3, (3, 3), (1, 1), (1, 1), (1, 1), False, (0, 0), 1, True, "zeros")
+    def forward(self, x): return F.conv2d(x, self.weight, self.bias, padding=1)
+
+
+def kernel(m): m.kernel = nn.Parameter(torch.randn(3, 3, 3, 3))
+
+
+STAYS = {  # forward pass, more, layers, and what the warning says; None for none
+    "F.conv2d": (lambda m, x: F.conv2d(m.conv(x), m.kernel), kernel, None, "in the forward pass of Net itself, by aten.convolution"),
+    "torch.conv_transpose2d": (lambda m, x: torch.conv_transpose2d(m.conv(x), m.kernel), kernel, None, "in the forward pass of Net itself"),
+    "torch.convolution": (lambda m, x: torch.convolution(m.conv(x), m.kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1), kernel, None, "in the forward pass of Net itself"),
+    "deformable": (lambda m, x: deform_conv2d(m.conv(x), torch.zeros(len(x), 18, 3, 3).to(x), m.kernel), kernel, None, "by torchvision.deform_conv2d"),
+    "a module": (lambda m, x: m.own(m.conv(x)), lambda m: setattr(m, "own", Own()), None, r"in own \(Own\)"),
+    "inside a block": (lambda m, x: m.block(m.conv(x)), lambda m: setattr(m, "block", nn.Sequential(nn.ReLU(), Own(), nn.Sequential(Own()))), None, r"in block.1 \(Own\), by .*; in block.2.0 \(Own\)"),
+    "in inference mode": (torch.inference_mode()(lambda m, x: F.conv2d(m.conv(x), m.kernel)), kernel, None, "in the forward pass of Net itself"),
+    "left out": (lambda m, x: m.other(m.conv(x)), lambda m: setattr(m, "other", nn.Conv2d(3, 2, 1)), ["conv"], None),
+    "a refused one left out": (lambda m, x: m.other(m.conv(x)), lambda m: setattr(m, "other", OwnConv(3, 2, 1)), lambda name, m: name == "conv", None),
+    "none": (lambda m, x: m.conv(x).to(torch.float32).relu(), lambda m: None, None, None), "padding by another mode": (lambda m, x: m.other(m.conv(x)), lambda m: setattr(m, "other", nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular")), None, None)}
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_convolutions_that_stay_are_named(name):
+    forward, more, layers, says = STAYS[name]
+    model, x = Net(forward, more), rand(2, *SHAPE)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        released = embed(model, SHAPE, layers=layers)
+    said = [w for w in said if "not released" in str(w.message)]
+    assert close(released(x), model(x), 1e-6) and len(said) == (says is not None)
+    if says: assert re.search(says, str(said[0].message)) and said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embed(model, SHAPE, layers=layers, check=False)
+
+
+@pytest.mark.parametrize("name, make, says", [
+    ("loader", lambda: (i for i in range(3)), "loader holds a generator"), ("lock", threading.Lock, "lock holds a lock"), ("file", lambda: open(os.devnull), "file holds a TextIOWrapper"),
+    ("pool", lambda: dict(of=[threading.RLock()]), "pool holds a dict")])
+def test_what_cannot_be_copied_is_named(name, make, says):
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(2, 3, 3)))
+    setattr(model[0], name, make())
+    for call in (lambda: embed(model, SHAPE), lambda: merge_batchnorm(model, SHAPE), lambda: reinitialize(model), lambda: conv_geometries(model, SHAPE)):
+        with pytest.raises(ValueError, match=rf"Sequential cannot be copied, because 0\.{says} \(cannot pickle.*delete it first") as error: call()
+        assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@BOTH
+@pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
+@pytest.mark.parametrize("used", [True, False])
+def test_old_weight_norm_beside_the_convolutions(to, norm, used):
+    model, x = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), norm(nn.Linear(27, 4))).eval(), rand(2, *SHAPE).float()
+    if used: model(x)
+    released = embed(model, SHAPE, to)
+    assert close(released(x), model(x), 1e-5)
+    with torch.no_grad():
+        for p in released.parameters(): p.zero_().add_(1e-3)
+    assert not close(released(x), model(x), 1e-2)
+
+
+def test_images_in_place_of_noise():
+    "A network that takes only images of its own kind: without them the refusal says what to give."
+    def picky(m, x):
+        assert x.min() > 5, "too dark"
+        return m.conv(x)*(1 if m.conv.weight.shape[-1] == 3 else 2) if m.wrong else m.conv(x)
+    model, images = Net(picky, lambda m: setattr(m, "wrong", False)), 6 + rand(3, *SHAPE).abs()
+    with pytest.raises(ValueError, match="too dark"): embed(model, SHAPE)
+    assert close(embed(model, SHAPE, images=images)(images), model(images), 1e-12) and conv_geometries(model, SHAPE, images=images)
+    model.wrong = True
+    with pytest.raises(ValueError, match="another function"): embed(model, SHAPE, images=images)
+    for wrong in (images[:, :1], images[0], images[:0], images[..., :3]):
+        with pytest.raises(ValueError, match=r"images must be a batch of shape \(N, 2, 5, 5\)"): embed(model, SHAPE, images=wrong)
+
+
+def test_many_channels_and_positions_are_proved_in_part():
+    "A layer of more weights than the proof reads: each position, or some, by one channel."
+    model = made(lambda: nn.Sequential(nn.Conv2d(2, 40, 3, padding=1), nn.Conv2d(40, 30, 3, padding=1, groups=2)))
+    for to in RELEASED:
+        good = embed(model, (2, 12, 12), to)
+        assert good[1].weight.numel() > embedding.SAMPLE or to == "lcn"
+        with torch.no_grad(): good[1].weight.mul_(1.001)
+        trace = embedding._geometries(model, (2, 12, 12))[1]
+        with pytest.raises(ValueError, match="first part at 1"): embedding._prove(trace, good, "embedded", trace.calls)
+
+
+@BOTH
+def test_without_the_check_the_network_runs_once(to):
+    "One pass to listen, and one for the proof."
+    for check, passes in (True, 2), (False, 1):
+        model = Net(lambda m, x: m.seen.append(1) or m.conv(x), lambda m: setattr(m, "seen", Calls()))
+        embed(model, SHAPE, to, check=check)
+        assert len(model.seen) == passes

@@ -119,3 +119,37 @@ def test_random_state_and_model_are_left_alone():
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
     conv_geometries(model, (2, 8, 8), trim=True)
     assert torch.equal(torch.get_rng_state(), before) and model.training and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+# Outputs that are read for some images only
+
+def gate(when): return lambda s, x: (lambda y: y[..., :6] + (y[..., 6:].sum() if when(x) else 0))(s.a(x))
+
+
+GATES = {
+    "mean above 2": lambda x: x.mean() > 2, "mean below -3": lambda x: x.mean() < -3, "mean above 50": lambda x: x.mean() > 50, "mean below -50": lambda x: x.mean() < -50,
+    "loud": lambda x: x.std() > 5, "very loud": lambda x: x.abs().max() > 500, "quiet": lambda x: x.std() < .1, "black": lambda x: (x == 0).all(), "white": lambda x: (x == 1).all(),
+    "constant": lambda x: (x == x[0, 0, 0, 0]).all(), "positive": lambda x: (x >= 0).all(), "grey values": lambda x: (x >= 0).all() and x.max() > 200, "inverted": lambda x: (x == -1).all()}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_outputs_that_are_read_for_some_images_stay(name):
+    model = Net(gate(GATES[name])).double()
+    assert not any(trimmed(model)["a"])
+
+
+def test_real_images_show_what_noise_does_not():
+    "Read for images with a mark in the corner alone, of which no noise has one."
+    model = Net(gate(lambda x: (x[:, 0, 0, 0] == 7).any())).double()
+    images = torch.rand(6, 2, 8, 8).double()
+    assert trimmed(model)["a"][-1] == 2 and conv_geometries(model, (2, 8, 8), trim=True, images=images)["a"].unread[-1] == 2
+    images[-1, 0, 0, 0] = 7
+    assert not any(conv_geometries(model, (2, 8, 8), trim=True, images=images)["a"].unread)
+    whole = embed(model, (2, 8, 8), trim=True, images=images)
+    assert torch.allclose(whole(images), model(images), atol=1e-12)
+
+
+def test_images_that_a_network_cannot_take_say_nothing():
+    "Normalised constants are NaN, and logarithms of noise too: outputs that nothing reads go all the same."
+    for prepare in (lambda x: (x - x.mean())/x.std(), lambda x: x if x.abs().max() < 500 else 1/0):
+        assert trimmed(Net(lambda s, x: F.max_pool2d(s.a(prepare(x)), 3, 2)))["a"][-2:] == (1, 1)
