@@ -234,7 +234,7 @@ def test_kept_tables_hold_what_they_held(tmp_path, case):
     assert same_cells(run.load().table.v, found.v) and same_cells(run.table.v, found.v)
     run.finish(found)
     assert run.finished and same_cells(run.table.v, found.v)
-    if case.startswith("large "): return  # pandas puts rows below each other as floats
+    if case.startswith("large ") or not values: return  # pandas puts rows below each other as floats; without rows there are no columns
     for folder in (tmp_path, tmp_path, None): assert same_cells(sweep(lambda case: found, [dict(case=case)], folder).v, found.v)
 
 
