@@ -129,4 +129,4 @@ class Console:
 
     def close(self):
         self.server.stdin.close()
-        self.server.wait(10)
+        self.server.wait()
