@@ -116,14 +116,16 @@ def _relax(args, command):
     found, failed = _measure(study, args.measure, new)
     tables = dict(summary=summary(table)) | (dict(claims=claims(table, found.get('ablation'), found.get('control'), _chance(data.test))) if _can_judge(table) else {})
     where = '\n'.join(study.environments())
-    texts = {f'{name}.csv': t.to_csv(index=False) for name, t in (found | tables).items()} | ({'command.txt': f'{command}\n{where}\n'} if new else {})
+    texts = {f'{name}.csv': t.to_csv(index=False) for name, t in (found | tables).items()}
+    if new: texts['command.txt'] = f'{command}\n{where}\n'
     _write(study, table, texts, new)
     _report(tables, study, where)
     for name, why in failed.items(): print(f'not measured: {name}: {why}')
 
 # %% ../nbs/24_cli.ipynb #2d6e3941
 def _write(study, table, texts, new):
-    "Write `texts` (name: content) and the figure to the study's folder; a folder without a `new` run may hold all of it."
+    "Write `texts` (name: content) and the figure to the study's folder; a folder without a `new` run may hold all "\
+    "of it."
     there = lambda name, text: (study.out/name).exists() and (study.out/name).read_bytes() == text.encode()
     if not new and (study.out/'figure.png').exists() and all(there(*item) for item in texts.items()): return
     with held(study.out, wait=True):

@@ -6,7 +6,8 @@
 __all__ = ['PAPER_TIMES', 'PROTOCOLS', 'Study', 'suited', 'WorkerLost', 'relax', 'final_values', 'summary', 'claims']
 
 # %% ../nbs/22_relaxation.ipynb #867b33e4
-import hashlib, inspect, json, math, multiprocessing, numbers, os, pickle, re, secrets, shutil, signal, sys, textwrap, threading, time, warnings
+import hashlib, inspect, json, math, multiprocessing, numbers, os, pickle, re, secrets, shutil, signal, sys, textwrap
+import threading, time, warnings
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
@@ -67,6 +68,10 @@ def _in_single_precision():
     try: yield
     finally: torch.set_default_dtype(before)
 
+def _first_line(error):
+    "What `error` says, in one line."
+    return (str(error) or type(error).__name__).splitlines()[0]
+
 # %% ../nbs/22_relaxation.ipynb #6920df14
 class Study:
     "CNNs, their embeddings relaxed at several times, and the baseline: the runs of one folder. Raises `ValueError` or `MemoryError` before any work."
@@ -99,7 +104,8 @@ class Study:
         _check_function(model)
         self.device, self.model, self.width = find_device(device), model, width
         check_precision(precision, self.device)
-        self.precision, self.keep_weights, self.trim, self.batch_size, self.shuffle = precision, keep_weights, bool(trim), s['batch_size'], shuffle
+        self.precision, self.keep_weights, self.trim = precision, keep_weights, bool(trim)
+        self.batch_size, self.shuffle = s['batch_size'], shuffle
         self.data = Data(*(d.to(self.device) for d in (data if isinstance(data, Data) else load_data(data))))
         identity = self._try_model()
         self._check_network(1 + .5*(precision == 'bf16') + (momentum > 0))      # a copy of half the size, a buffer
@@ -119,15 +125,19 @@ def model_name(self:Study)->str:
 
 @patch
 def cnn(self:Study, seed:int)->torch.nn.Module:
-    "The untrained CNN of `seed`, on the study's device. Raises `ValueError` if the model's function makes no network of 32 bit."
+    "The untrained CNN of `seed`, on the study's device. Raises `ValueError` if the model's function makes no "\
+    "network of 32 bit."
     train = self.data.train
     with _in_single_precision():
-        if isinstance(self.model, str): return make_model(self.model, train.shape, len(train.classes), seed, self.width).to(self.device)
+        if isinstance(self.model, str):
+            return make_model(self.model, train.shape, len(train.classes), seed, self.width).to(self.device)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = _a_network(self.model(train.shape, len(train.classes)))
             try: list(model.parameters()) and process_blank(model, train.shape)  # lazy layers learn their size
-            except ValueError as e: raise ValueError(f'the network cannot process one image of shape {train.shape} in evaluation mode: {str(e.__cause__ or e).splitlines()[0]}') from e
+            except ValueError as e:
+                raise ValueError(f'the network cannot process one image of shape {train.shape} in evaluation mode: '
+                                 f'{_first_line(e.__cause__ or e)}') from e
     return model.train().to(self.device)
 
 # %% ../nbs/22_relaxation.ipynb #2cfb69e4
@@ -143,13 +153,19 @@ def _check_function(model):
 
 def _a_network(made):
     "What a model's function has `made`; raises `ValueError` if it is no network that can be embedded and trained."
-    if not isinstance(made, torch.nn.Module): raise ValueError(f'the model\'s function returned {type(made).__name__}, not a network (torch.nn.Module)')
-    if any(isinstance(c, torch.nn.modules.conv._ConvNd) for m in made.modules() if hasattr(m, '_orig_mod') for c in m.modules()):
-        raise ValueError('the network is compiled, so that its convolutions cannot be replaced; let the function return it without torch.compile')
+    if not isinstance(made, torch.nn.Module):
+        raise ValueError(f'the model\'s function returned {type(made).__name__}, not a network (torch.nn.Module)')
+    compiled = [part for m in made.modules() if hasattr(m, '_orig_mod') for part in m.modules()]
+    if any(isinstance(part, torch.nn.modules.conv._ConvNd) for part in compiled):
+        raise ValueError('the network is compiled, so that its convolutions cannot be replaced; let the function '
+                         'return it without torch.compile')
     for name, p in made.named_parameters():
-        if p.is_meta: raise ValueError(f'{name} is on the device meta, which holds no numbers; let the function make it on the CPU')
+        if p.is_meta:
+            raise ValueError(f'{name} is on the device meta, which holds no numbers; let the function make it on '
+                             f'the CPU')
         if p.requires_grad and p.dtype not in (torch.float32, torch.complex64):
-            raise ValueError(f'{name} is {p.dtype}, but the weights of a study are of 32 bit; let the function return network.float(), and choose the precision of products by precision=')
+            raise ValueError(f'{name} is {p.dtype}, but the weights of a study are of 32 bit; let the function '
+                             f'return network.float(), and choose the precision of products by precision=')
     return made
 
 # %% ../nbs/22_relaxation.ipynb #0484e7c7
@@ -161,10 +177,12 @@ def _tensors_of(model):
 def _in_common(first, second):
     "A module, parameter or buffer that two networks share, in words; None if there is none."
     if first is second: return 'it is one and the same network'
-    modules, memory = set(map(id, first.modules())), {t.untyped_storage().data_ptr() for _, t in _tensors_of(first) if t.numel()}
+    memory = lambda t: t.untyped_storage().data_ptr() if t.numel() else None
+    modules, taken = set(map(id, first.modules())), {memory(t) for _, t in _tensors_of(first)} - {None}
     for name, m in second.named_modules():
         if id(m) in modules: return f'they share the module {name} ({type(m).__name__})'
-    return next((f'they share the memory of {name}' for name, t in _tensors_of(second) if t.numel() and t.untyped_storage().data_ptr() in memory), None)
+    shared = [name for name, t in _tensors_of(second) if memory(t) in taken]
+    return f'they share the memory of {shared[0]}' if shared else None
 
 def _bytes(tensors):
     "The content of `tensors`, as it lies in memory."
@@ -172,7 +190,8 @@ def _bytes(tensors):
 
 def _content(model):
     "A hash of all weights and buffers, with their names."
-    return hashlib.sha256(b''.join(f'{name} {t.dtype} {tuple(t.shape)} '.encode() + _bytes([t]) for name, t in _tensors_of(model))).hexdigest()
+    parts = [f'{name} {t.dtype} {tuple(t.shape)} '.encode() + _bytes([t]) for name, t in _tensors_of(model)]
+    return hashlib.sha256(b''.join(parts)).hexdigest()
 
 @patch
 def _describe(self:Study, cnn)->str:
@@ -183,18 +202,23 @@ def _describe(self:Study, cnn)->str:
 # %% ../nbs/22_relaxation.ipynb #72a205ec
 @patch
 def _try_model(self:Study)->str:
-    "What identifies the network. Raises `ValueError` if the model's function does not make a new and equal one for a seed each time, or none that can be trained; warns if all seeds are equal."
+    "What identifies the network. Raises `ValueError` if the model's function does not make a new and equal one for "\
+    "a seed each time, or none that can be trained; warns if all seeds are equal."
     first, second, other = self.cnn(0), self.cnn(0), self.cnn(next(seed for seed in (*self.seeds, 1) if seed))
     for one, two in (first, second), (first, other), (second, other):
         if shared := _in_common(one, two):
-            raise ValueError(f"two calls of the model's function have made networks that are not apart ({shared}), so that one run would begin where another has ended; "
+            raise ValueError(f"two calls of the model's function have made networks that are not apart ({shared}), "
+                             f"so that one run would begin where another has ended; "
                              'let the function make all parts anew in each call')
     contents = [_content(model) for model in (first, second, other)]
     if contents[0] != contents[1]:
-        raise ValueError("two calls of the model's function under one seed have made different networks, so that no run could be repeated; let it draw from PyTorch's global generator alone, "
-                         'which is seeded before each call (not from NumPy or a generator of its own), and keep nothing from call to call')
+        raise ValueError("two calls of the model's function under one seed have made different networks, so that no "
+                         "run could be repeated; let it draw from PyTorch's global generator alone, "
+                         'which is seeded before each call (not from NumPy or a generator of its own), and keep '
+                         'nothing from call to call')
     if len(self.seeds) > 1 and contents[0] == contents[2]:
-        warnings.warn("the model's function makes the same weights for all seeds, so that seeds differ in dropout" + (' and in the order of images' if self.shuffle else '') + ' alone')
+        alone = 'dropout' + ' and in the order of images'*bool(self.shuffle)
+        warnings.warn(f"the model's function makes the same weights for all seeds, so that seeds differ in {alone} alone")
     identity = self._describe(first)
     self._try_network(first)
     return identity
@@ -203,22 +227,30 @@ def _try_model(self:Study)->str:
 def _check_answer(out, images, classes, mode):
     "Raise `ValueError` unless `out` is a row of `classes` logits (or more) for each of the `images`."
     if not isinstance(out, torch.Tensor):
-        raise ValueError(f'in {mode} mode the network returns a {type(out).__name__}, not one tensor (images, classes); let it return the logits alone, without auxiliary outputs')
+        raise ValueError(f'in {mode} mode the network returns a {type(out).__name__}, not one tensor (images, '
+                         f'classes); let it return the logits alone, without auxiliary outputs')
     if out.dim() != 2 or len(out) != images:
-        hint = ' (is an nn.Flatten() missing?)' if out.dim() > 2 else ' (does a squeeze() take the axis of images, too?)' if out.dim() < 2 else ''
-        raise ValueError(f'in {mode} mode the network makes a tensor of shape {tuple(out.shape)} of {images} image{"s"*(images > 1)}, not a row of logits for each, ({images}, {classes}){hint}')
-    if not out.is_floating_point(): raise ValueError(f'in {mode} mode the network returns {out.dtype}, not real numbers that could be logits')
-    if out.shape[1] < classes: raise ValueError(f'the network has {out.shape[1]} output{"s"*(out.shape[1] > 1)}, but the data have {classes} classes; let it make as many outputs as its function is told')
+        hint = ' (does a squeeze() take the axis of images, too?)'*(out.dim() < 2) + ' (is an nn.Flatten() missing?)'*(out.dim() > 2)
+        raise ValueError(f'in {mode} mode the network makes a tensor of shape {tuple(out.shape)} of {images} '
+                         f'image{"s"*(images > 1)}, not a row of logits for each, ({images}, {classes}){hint}')
+    if not out.is_floating_point():
+        raise ValueError(f'in {mode} mode the network returns {out.dtype}, not real numbers that could be logits')
+    if out.shape[1] < classes:
+        raise ValueError(f'the network has {out.shape[1]} output{"s"*(out.shape[1] > 1)}, but the data have '
+                         f'{classes} classes; let it make as many outputs as its function is told')
 
 @patch
 def _answer(self:Study, model, index, training):
-    "What `model` makes of the training images at `index`. Raises `ValueError` with a sentence if that is not what can be trained."
+    "What `model` makes of the training images at `index`. Raises `ValueError` with a sentence if that is not what "\
+    "can be trained."
     mode, images = 'training' if training else 'evaluation', f'{len(index)} image{"s"*(len(index) > 1)}'
     x, classes = self.data.train.batch(index)[0], 1 + int(max(self.data.train.y.max(), self.data.test.y.max()))
     try:
         with torch.random.fork_rng(), products(self.precision, self.device): out = model.train(training)(x)
     except torch.OutOfMemoryError: raise
-    except Exception as e: raise ValueError(f'the network cannot process {images} of shape {self.data.train.shape} in {mode} mode: {(str(e) or type(e).__name__).splitlines()[0]}') from e
+    except Exception as e:
+        raise ValueError(f'the network cannot process {images} of shape {self.data.train.shape} in {mode} mode: '
+                         f'{_first_line(e)}') from e
     _check_answer(out, len(index), classes, mode)
     return out
 
@@ -228,16 +260,22 @@ def _try_network(self:Study, model):
     "Raise `ValueError` if `model`, which is of no use afterwards, could not be trained or evaluated."
     n, m = len(self.data.train), len(self.data.test)
     if not n or not m: raise ValueError(f'there must be images to train on and to test on, not {n} and {m}')
-    if not list(model.parameters()): return                                     # it has no convolution either, which is said later
-    if not any(p.requires_grad for p in model.parameters()): raise ValueError('all weights of the network are frozen (requires_grad=False), so that there is nothing to train; leave some of them free')
+    if not list(model.parameters()):
+        return                                     # it has no convolution either, which is said later
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError('all weights of the network are frozen (requires_grad=False), so that there is nothing to '
+                         'train; leave some of them free')
     two, size = [0, n - 1], self.batch_size
     if not self._answer(model, two, training=True).requires_grad:
-        raise ValueError('the outputs of the network do not depend on its weights in a way that can be differentiated; leave out torch.no_grad() and detach() in its forward pass')
+        raise ValueError('the outputs of the network do not depend on its weights in a way that can be '
+                         'differentiated; leave out torch.no_grad() and detach() in its forward pass')
     self._answer(model, two, training=False)
     for images, at_a_time, training in (n, size, True), (m, max(size, 250), False):
         if images % at_a_time != 1 and at_a_time > 1: continue
         try: self._answer(model, [0], training)
-        except ValueError as e: raise ValueError(f'{images:,} images, {at_a_time:,} at a time, leave a batch of one image, but {e}; choose another batch size') from e
+        except ValueError as e:
+            raise ValueError(f'{images:,} images, {at_a_time:,} at a time, leave a batch of one image, but {e}; '
+                             f'choose another batch size') from e
 
 # %% ../nbs/22_relaxation.ipynb #bce66f25
 @patch
@@ -245,9 +283,13 @@ def _check_network(self:Study, copies):
     "Raise `ValueError` or `MemoryError` if the CNN cannot be embedded or `copies` of its eFCN's weights do not fit into memory."
     cnn = self.cnn(self.seeds[0])
     try: geometries = conv_geometries(cnn, self.data.train.shape, trim=self.trim)
-    except ValueError as e: raise ValueError(f'{e} (a study has no layers=: it embeds all convolutions that the function makes)' if 'layers=' in str(e) else str(e)) from e
+    except ValueError as e:
+        more = ' (a study has no layers=: it embeds all convolutions that the function makes)'*('layers=' in str(e))
+        raise ValueError(f'{e}{more}') from e
     frozen = [name for name in geometries if not cnn.get_submodule(name).weight.requires_grad]
-    if frozen: warnings.warn(f'frozen convolutions ({", ".join(frozen)}) stay frozen when they are embedded, so that relaxing sets nothing free in them')
+    if frozen:
+        warnings.warn(f'frozen convolutions ({", ".join(frozen)}) stay frozen when they are embedded, so that '
+                      f'relaxing sets nothing free in them')
     self.weights, self.local_weights = released_weights(geometries), released_weights(geometries, 'lcn') if self.lcn_times else 0
     require_memory(int(4*copies*max(self.weights, self.local_weights)), self.device)
 
@@ -542,7 +584,8 @@ def _work(call, settings, data, threads, parent, run):
 
 # %% ../nbs/22_relaxation.ipynb #7da4e9f6
 _FORKED_FROM = None
-_NO_FORK = ("this executor forks its processes, and a fork of a process in which PyTorch has used threads hangs for ever; "
+_NO_FORK = ("this executor forks its processes, and a fork of a process in which PyTorch has used threads hangs for "
+            "ever; "
             "ask for workers=2 instead, or make the pool with multiprocessing.get_context('spawn')")
 
 def _note_fork():
@@ -563,7 +606,9 @@ def _check_executor(executor, workers):
     if workers < 1: raise ValueError(f'workers must be 1 or more, not {workers}')
     if executor is None: return
     if workers > 1: raise ValueError('give either workers= or executor=, which has its own number of workers')
-    if not hasattr(executor, 'submit'): raise ValueError(f'executor must be one of the kind of concurrent.futures, not {executor!r}; for a number of processes take workers=')
+    if not hasattr(executor, 'submit'):
+        raise ValueError(f'executor must be one of the kind of concurrent.futures, not {executor!r}; for a number '
+                         f'of processes take workers=')
 
 # %% ../nbs/22_relaxation.ipynb #86bf39bf
 _NO_GUARD = "a script must ask for workers below `if __name__ == '__main__':`, because each worker imports the script"
@@ -576,24 +621,31 @@ def _arrives(content):
 
 @patch
 def _pack(self:Study, executor, workers):
-    "The pickled settings, for the processes of a pool of Python's own. Raises `ValueError` if they cannot travel, or if the pool forks; None if there is no such pool."
+    "The pickled settings, for the processes of a pool of Python's own. Raises `ValueError` if they cannot travel, "\
+    "or if the pool forks; None if there is no such pool."
     method = _start_method(executor)
     if not method and workers == 1: return None
     if method == 'fork': raise ValueError(_NO_FORK)
     if getattr(multiprocessing.current_process(), '_inheriting', False): sys.exit(f'{_NO_GUARD}; this worker ends')
     main = sys.modules['__main__']
     if main.__spec__ is None and not Path(getattr(main, '__file__', None) or '.').exists():
-        raise ValueError(f'each worker imports the script that asks for it, but {main.__file__} is no file; write the script to one')
+        raise ValueError(f'each worker imports the script that asks for it, but {main.__file__} is no file; write '
+                         f'the script to one')
     try: return bytes(ForkingPickler.dumps(self.settings))
-    except Exception as e: raise ValueError(f"the model's function {self._function} cannot travel to other processes ({str(e).splitlines()[0]}); {_REMEDY}") from e
+    except Exception as e:
+        raise ValueError(f"the model's function {self._function} cannot travel to other processes "
+                         f"({_first_line(e)}); {_REMEDY}") from e
 
 @patch
 def _try_out(self:Study, executor, content, most):
     "Raise `ValueError` if the processes of a pool do not start, or if they cannot read the settings in `content`."
     futures = [executor.submit(_arrives, content) for _ in range(most)]
     try: whys = [why for future in futures if (why := future.result())]
-    except BrokenExecutor: raise ValueError(f'no worker could start, so that nothing was computed (why, it has printed); {_NO_GUARD}') from None
-    if whys: raise ValueError(f"the model's function {self._function} is not there in other processes ({whys[0]}); {_REMEDY}")
+    except BrokenExecutor:
+        raise ValueError('no worker could start, so that nothing was computed (why, it has printed); ' + _NO_GUARD) from None
+    if whys:
+        raise ValueError(f"the model's function {self._function} is not there in other processes ({whys[0]}); "
+                         f"{_REMEDY}")
 
 @patch(as_prop=True)
 def _function(self:Study): return getattr(self.model, '__qualname__', None) or type(self.model).__name__
@@ -608,7 +660,8 @@ def _is_lost_worker(error):
 
 @patch
 def _run_there(self:Study, executor, left, progress, threads, content):
-    "Let `executor` carry out the runs that are `left`, each with so many `threads`. Raises `WorkerLost` if a worker dies."
+    "Let `executor` carry out the runs that are `left`, each with so many `threads`. Raises `WorkerLost` if a "\
+    "worker dies."
     running, cnns = {}, {r['seed']: r for r in self.plan() if r['phase'] == 'cnn'}
     out = self.out.absolute()
     job = secrets.token_hex(8), self.settings | dict(out=out), out/'data.safetensors', threads, os.getpid()
@@ -624,11 +677,14 @@ def _run_there(self:Study, executor, left, progress, threads, content):
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     run = running.pop(future)
                     future.result()
-                    if not self._done(run): raise OSError(f'a worker has done {_label(run)}, but not in {out}; all workers must see that folder')
+                    if not self._done(run):
+                        raise OSError(f'a worker has done {_label(run)}, but not in {out}; all workers must see '
+                                      f'that folder')
                     bar.update((run['last'] - run['first'])*self._cost(run))
     except Exception as e:
         if not _is_lost_worker(e): raise
-        raise WorkerLost(f'a worker ended before its run did ({type(e).__name__}); all that it had stored is in {self.out}, and with a new pool the same call goes on from there') from e
+        raise WorkerLost(f'a worker ended before its run did ({type(e).__name__}); all that it had stored is in '
+                         f'{self.out}, and with a new pool the same call goes on from there') from e
     finally:
         for future in running: future.cancel()
         job[2].unlink(missing_ok=True)
@@ -662,20 +718,24 @@ def _run_left(self:Study, executor, progress, threads, content):
         clear_away(self.out)
         left = self.unfinished()
         self._check_disk(_workers(executor, len(left)) if executor else 1)
-        self._run_here(left, progress) if executor is None else self._run_there(executor, left, progress, threads, content)
+        if executor is None: self._run_here(left, progress)
+        else: self._run_there(executor, left, progress, threads, content)
 
 @patch
 def run(self:Study,
     progress:bool=None, # a bar on standard error; None for one if somebody watches
-    executor=None,      # of the kind of `concurrent.futures`, to do the runs in parallel; None to do them here, one after the other
+    executor=None,      # of the kind of `concurrent.futures`, to do the runs in parallel; None to do them here
     workers:int=1       # processes that do the runs in parallel, each with its share of the cores, without an executor
 )->pd.DataFrame:        # tidy: data, model, seed, phase, relax, epoch, step, split, metric, value
-    "Do all runs, or what is left of them. Runs that diverge end early, see `diverged`; raises `Diverged` if all do, `ValueError` or `OSError` before any work if workers cannot do it or the disk is too small, `Busy` if another process is at work, `WorkerLost` if a worker dies."
+    "Do all runs, or what is left of them. Runs that diverge end early, see `diverged`; raises `Diverged` if all "\
+    "do, `ValueError` or `OSError` before any work if workers cannot do it or the disk is too small, `Busy` if "\
+    "another process is at work, `WorkerLost` if a worker dies."
     progress, new = is_watched() if progress is None else progress, bool(self.unfinished())
     _check_executor(executor, workers)
     if new:
         content = self._pack(executor, workers)
-        self._run_by(workers, progress, content) if workers > 1 else self._run_left(executor, progress, torch.get_num_threads(), content)
+        if workers > 1: self._run_by(workers, progress, content)
+        else: self._run_left(executor, progress, torch.get_num_threads(), content)
     table, diverged = self.measured(), self.diverged()
     self._write_table(table, new)
     if len(diverged) == len(self.plan()):

@@ -96,8 +96,8 @@ def _read_plain(text, words=()):
     if not text.strip(): return pd.DataFrame()
     missing = ['']
     if words: missing = {name: [''] for name in next(csv.reader(StringIO(text))) if name not in words}
-    return pd.read_csv(StringIO(text), engine='python', keep_default_na=False, na_values=missing, skip_blank_lines=False,
-                       dtype=dict.fromkeys(words, str) if words else None)
+    return pd.read_csv(StringIO(text), engine='python', keep_default_na=False, na_values=missing,
+                       skip_blank_lines=False, dtype=dict.fromkeys(words, str) if words else None)
 
 # %% ../nbs/21_runs.ipynb #1da380bb
 def _as_read(cell):
@@ -117,7 +117,8 @@ def _comes_back(column):
     cells = map(_as_read, column.unique() if isinstance(column.dtype, pd.StringDtype) else column)
     cells = [*{(type(c), c): c for c in cells}.values()]                           # each once; 1 is not True
     if all(isinstance(c, str) and c and '\r' not in c for c in cells) and any(map(_is_word, cells)): return True
-    try: read = _read_plain(pd.DataFrame(dict(row=range(len(cells + gap)), cell=pd.Series([*cells, *gap], dtype=object))).to_csv(index=False))
+    alone = pd.DataFrame(dict(row=range(len(cells + gap)), cell=pd.Series(cells + gap, dtype=object)))
+    try: read = _read_plain(alone.to_csv(index=False))
     except (ValueError, csv.Error): return False
     kind = lambda c: next((k for k in (str, bool) if isinstance(c, k)), float)
     return all(a == b and kind(a) is kind(b) for a, b in zip(cells, map(_as_read, read.cell)))
@@ -135,7 +136,7 @@ def table_text(
 )->str:
     "`table` as CSV without its index, with marks where text would be taken for something else, for `read_table`."
     marked = [not _comes_back(table.iloc[:, i]) for i in range(table.shape[1])]
-    if marked == [False]: marked = [',' in str(table.columns[0]) or '"' in str(table.columns[0])] # whose gaps would have marks
+    if marked == [False]: marked = [bool(re.search('[,"]', str(table.columns[0])))]   # whose gaps would have marks
     if not any(marked): return table.to_csv(index=False)
     columns = []
     for i, mark in enumerate(marked):
@@ -178,12 +179,15 @@ def read_table(
     text:str, # as `table_text` writes it, or `DataFrame.to_csv(index=False)`
     words=()  # columns whose cells are text without any marks
 )->pd.DataFrame:
-    "The table that was written, with every digit: text is text, numbers are numbers, nothing is NaN. Without marks, types are guessed."
+    "The table that was written, with every digit: text is text, numbers are numbers, nothing is NaN. Without "\
+    "marks, types are guessed."
     if '"' not in text.split('\n', 1)[0]: return _read_plain(text, words)
     names, *rows = _raw_rows(text)
     cells, plain = [*zip(*rows, strict=True)] or [()]*len(names), [i for i, name in enumerate(names) if name[:1] != '"']
-    found = _read_plain(''.join(','.join(row[i] for i in plain) + '\n' for row in (names, *rows)), words) if plain else None
-    columns = {_without_marks(name): found.iloc[:, plain.index(i)] if i in plain else _marked_column(cells[i]) for i, name in enumerate(names)}
+    text = ''.join(','.join(row[i] for i in plain) + '\n' for row in (names, *rows))
+    found = _read_plain(text, words) if plain else None
+    column = lambda i: found.iloc[:, plain.index(i)] if i in plain else _marked_column(cells[i])
+    columns = {_without_marks(name): column(i) for i, name in enumerate(names)}
     return pd.DataFrame(columns, columns=[*columns])
 
 # %% ../nbs/21_runs.ipynb #00f2d6a1
@@ -215,14 +219,17 @@ def held(
     folder:Path,
     wait:bool=False # until another process that holds it lets go
 ):
-    "Context in which no other process holds `folder`, which is made if need be; raises `Busy` if one does already, `OSError` if nothing can be written there."
+    "Context in which no other process holds `folder`, which is made if need be; raises `Busy` if one does already, "\
+    "`OSError` if nothing can be written there."
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder/'lock', timeout=-1 if wait else 0)
         lock.acquire()
-    except Timeout: raise Busy(f'another process is at work on {folder}; wait until it has ended, or choose another folder') from None
+    except Timeout:
+        raise Busy(f'another process is at work on {folder}; wait until it has ended, or choose another folder') from None
     except OSError as e:
-        raise OSError(f'nothing can be written to {folder} ({e.strerror or e}), and work needs that; choose another folder') from e
+        raise OSError(f'nothing can be written to {folder} ({e.strerror or e}), and work needs that; choose another '
+                      f'folder') from e
     try: yield
     finally: lock.release()
 
@@ -410,7 +417,8 @@ def _made(compute, config):
 
 def _cell(compute, config, folder, label):
     "The table that `compute` makes of `config`, from `folder` if it is there; and where it was computed."
-    if folder is None: return read_table(table_text(_made(compute, config))), [environment()] # as it would come from a folder
+    if folder is None:
+        return read_table(table_text(_made(compute, config))), [environment()] # as it would come from a folder
     run = Run(folder, _defaults(compute) | config, label)
     if not run.finished:
         with run.hold(wait=True):
@@ -426,7 +434,9 @@ def sweep(
     label:str='run',    # readable start of their directories' names; one for each kind of `compute`
     progress:bool=None  # show a bar; None where somebody watches
 )->pd.DataFrame:        # the tables below each other, with arguments that are no list as columns; attrs['environments'] says where they were computed, a text for each place
-    "All tables of a study. Those in `folder` are read: a table is known by its arguments, defaults included; delete it if `compute` has changed otherwise. Raises `ValueError`, before anything is computed, for arguments that do not fit."
+    "All tables of a study. Those in `folder` are read: a table is known by its arguments, defaults included; "\
+    "delete it if `compute` has changed otherwise. Raises `ValueError`, before anything is computed, for arguments "\
+    "that do not fit."
     rows, places, configs, live = [], {}, list(configs), is_watched() if progress is None else progress
     _check_configs(compute, configs, folder is not None)
     for config in tqdm(configs, desc=label, disable=not live, leave=False):

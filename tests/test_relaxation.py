@@ -541,6 +541,7 @@ REFUSED = dict(
     compiled=(changed(lambda m: torch.compile(m, backend="eager")), "is compiled.*without torch.compile", {}), part_compiled=(changed(lambda m: put(m, 0, torch.compile(m[0], backend="eager"))), "is compiled", {}),
     parametrized=(weight_norm_at(0), "remove_parametrizations", {}), meta=(changed(lambda m: m.to("meta")), "device meta", {}),
     fails=(wrapped(lambda out: out @ torch.ones(3)), "cannot process one image of shape .* in evaluation mode", {}), fails_in_training=(wrapped(lambda out: out @ torch.ones(3), lambda out: out), "cannot process 2 images of shape .* in training mode", {}),
+    says_nothing=(wrapped(lambda out: (_ for _ in ()).throw(AssertionError()), lambda out: out), "in training mode: AssertionError", {}), says_nothing_at_all=(wrapped(lambda out: (_ for _ in ()).throw(AssertionError())), "in evaluation mode: AssertionError", {}),
     batch_of_one=(NORM, "100 images, 33 at a time, leave a batch of one image, but .* in training mode.*choose another batch size", dict(batch_size=33)), always_one=(NORM, "1 at a time", dict(batch_size=1)),
     squeezed=(SQUEEZED, r"99 at a time, leave a batch of one image, but .* shape \(10,\) of 1 image,", dict(batch_size=99)),
     no_network=(lambda s, c: 5, "returned int, not a network", {}), no_function=(5, "a function of input shape and number of classes, not 5", {}), other_function=(lambda shape: base(shape, 10), "cannot be called with them", {}),
