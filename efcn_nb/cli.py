@@ -6,8 +6,7 @@
 __all__ = ['efcn_relax', 'efcn_bench']
 
 # %% ../nbs/24_cli.ipynb #944eae53
-import argparse, datetime, multiprocessing, os, shlex, signal, sys, threading, time
-from concurrent.futures import ProcessPoolExecutor
+import argparse, datetime, os, shlex, signal, sys, threading, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,42 +81,18 @@ def _parser():
     a('--no-shuffle', dest='shuffle', action='store_false', help='the same order of images in every epoch')
     return p
 
-# %% ../nbs/24_cli.ipynb #eb4086e3
-def _end_with(parent):
-    "End this process when `parent` is gone or the user interrupts."
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    def watch():
-        while os.getppid() == parent: time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-def _run(study, workers, tries=3):
-    "The table of `study`, made by as many processes as `workers` says."
-    if workers == 1: return study.run()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1)//workers))
-    for left in reversed(range(tries)):
-        try:
-            with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _end_with, (os.getpid(),)) as pool:
-                try: return study.run(executor=pool)
-                except BaseException:                    # leaving the context would wait for the other workers
-                    for process in multiprocessing.active_children(): process.terminate()
-                    raise
-        except WorkerLost as e:
-            if not left: raise
-            print(f'{e}: it goes on', file=sys.stderr)
-
 # %% ../nbs/24_cli.ipynb #2dae57d2
 def _write_rows(study, path):
     "Write what `first_rows` finds."
     with open(path, 'wb') as f: np.savez_compressed(f, **first_rows(study))
 
-def _measure(study, names):
+def _measure(study, names, new):
     "Tables of the measures that are asked for, and why others could not be made; the rows as images go to the study's folder."
     found, failed = {}, {}
     for name in names:
         try: found[name] = measured(study, name)
         except (ValueError, RuntimeError) as e: failed[name] = e
-    if names:
+    if names and (new or not (study.out/'rows.npz').exists()):
         try: publish(study.out/'rows.npz', lambda beside: _write_rows(study, beside))
         except ValueError as e: failed['rows as images'] = e
     return found, failed
@@ -137,20 +112,30 @@ def _relax(args, command):
     print(f'{study.config["data"]}: {len(data.train):,} training and {len(data.test):,} test images of shape {data.train.shape}; '
           f'everything is written to {study.out}, at most {study.disk_needed(args.workers)/1e6:,.0f} MB at a time', flush=True)
     new = bool(study.unfinished())
-    table = _run(study, args.workers)
-    found, failed = _measure(study, args.measure)
+    table = study.run(workers=args.workers)
+    found, failed = _measure(study, args.measure, new)
     tables = dict(summary=summary(table)) | (dict(claims=claims(table, found.get('ablation'), found.get('control'), _chance(data.test))) if _can_judge(table) else {})
     where = '\n'.join(study.environments())
-    with held(study.out, wait=True):
-        clear_away(study.out)
-        for name, t in (found | tables).items(): write_atomic(study.out/f'{name}.csv', t.to_csv(index=False))
-        if new: write_atomic(study.out/'command.txt', f'{command}\n{where}\n')
-        figure = plot_study(table, title=f'{study.config["data"]}, {study.model_name}')
-        publish(study.out/'figure.png', lambda beside: figure.savefig(beside, format='png', metadata={'Software': None}))
-        plt.close(figure)
+    texts = {f'{name}.csv': t.to_csv(index=False) for name, t in (found | tables).items()}
+    if new: texts['command.txt'] = f'{command}\n{where}\n'
+    _write(study, table, texts, new)
     _report(tables, study, where)
     for name, why in failed.items(): print(f'not measured: {name}: {why}')
 
+# %% ../nbs/24_cli.ipynb #2d6e3941
+def _write(study, table, texts, new):
+    "Write `texts` (name: content) and the figure to the study's folder; a folder without a `new` run may hold all "\
+    "of it."
+    there = lambda name, text: (study.out/name).exists() and (study.out/name).read_bytes() == text.encode()
+    if not new and (study.out/'figure.png').exists() and all(there(*item) for item in texts.items()): return
+    with held(study.out, wait=True):
+        clear_away(study.out)
+        for name, text in texts.items(): write_atomic(study.out/name, text)
+        figure = plot_study(table, title=f'{study.config["data"]}, {study.model_name}')
+        publish(study.out/'figure.png', lambda beside: figure.savefig(beside, format='png', metadata={'Software': None}))
+        plt.close(figure)
+
+# %% ../nbs/24_cli.ipynb #c4ee5a12
 def _can_judge(table):
     "Whether there is a seed of which FCN and a relaxed network came to their ends."
     ended = summary(table).query('n > 0').network
@@ -175,7 +160,7 @@ def efcn_relax(
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     try:
-        with _interruptible(): _relax(args, shlex.join(['efcn_relax', *argv]))
+        with _interruptible(), _plain_warnings(): _relax(args, shlex.join(['efcn_relax', *argv]))
     except KeyboardInterrupt: sys.exit('\nstopped; the same command goes on after the last stored epoch')
     except (ValueError, OSError, MemoryError, Diverged, WorkerLost) as e: sys.exit(f'efcn_relax: {e}')
 
@@ -187,6 +172,13 @@ def _interruptible():
     try: yield
     finally:
         if before is not None: signal.signal(signal.SIGTERM, before)
+
+@contextmanager
+def _plain_warnings():
+    "Context in which a warning is its sentence alone."
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *args, **kw: print(f'efcn_relax: {message}', file=sys.stderr)
+        yield
 
 # %% ../nbs/24_cli.ipynb #036325d8
 def _bench_parser():

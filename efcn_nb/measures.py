@@ -19,7 +19,7 @@ from .curvature import gradient_shares, top_eigenvalues, trace
 from .embedding import conv_geometries, kernel_from_tied_sum
 from .paths import PATHS, along, barrier_matrix
 from .relaxation import Study, suited
-from .runs import run_id, write_atomic
+from .runs import read_table, run_id, write_atomic
 from .subspaces import PARTS, ablation, bias_spread, dimensions, off_local_rows, radial_profile, released_layers, template_similarity
 from .training import Diverged, train
 
@@ -218,4 +218,4 @@ def measured(
         path.parent.mkdir(exist_ok=True)
         with suited(study.weights): table = MEASURES[name](study)
         write_atomic(path, table.to_csv(index=False))
-    return pd.read_csv(path, keep_default_na=False, na_values=dict.fromkeys(NUMBERS, ['', 'nan']), dtype=dict(class_name=str, layer=str))
+    return read_table(path.read_bytes().decode(), words=('class_name', 'layer'))

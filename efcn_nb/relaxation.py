@@ -6,9 +6,11 @@
 __all__ = ['PAPER_TIMES', 'PROTOCOLS', 'Study', 'suited', 'WorkerLost', 'relax', 'final_values', 'summary', 'claims']
 
 # %% ../nbs/22_relaxation.ipynb #867b33e4
-import hashlib, json, math, numbers, re, secrets, shutil, textwrap, threading, time, warnings
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, wait
+import hashlib, inspect, json, math, multiprocessing, numbers, os, pickle, re, secrets, shutil, signal, sys, textwrap
+import threading, time, warnings
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pandas as pd
@@ -23,9 +25,9 @@ from .effects import claim_row, interval, judge, not_judged
 from .embedding import conv_geometries, embed, give_back_memory, process_blank, reinitialize, released_weights, require_memory, use_little_memory
 from .fused import FusedSGD
 from .models import make_model
-from .runs import Run, clear_away, held, is_watched, publish, resume_optimizer, run_id, write_atomic
+from .runs import Run, clear_away, held, is_watched, publish, resume_optimizer, run_id, table_text, write_atomic
 from .subspaces import shares
-from .training import Diverged, check_precision, evaluate, find_device, train
+from .training import Diverged, check_precision, evaluate, find_device, products, train
 
 # %% ../nbs/22_relaxation.ipynb #42e73a4a
 PAPER_TIMES = (0, 1, 2, 3, 4, 5, 6, 8, 11, 14, 18, 23, 29, 37, 48, 61, 78, 100)
@@ -57,9 +59,23 @@ def _settings(model, **asked):
         if wrong: raise ValueError(f"relax time {wrong[0]} lies outside the training of {s['epochs']} epochs; choose times from 0 to {s['epochs']}, or train longer")
     return s | dict(epochs=int(s['epochs']), batch_size=int(s['batch_size']), lr=float(s['lr']))
 
+# %% ../nbs/22_relaxation.ipynb #f035d399
+@contextmanager
+def _in_single_precision():
+    "Context in which new tensors are of 32 bit, whatever the default is outside."
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try: yield
+    finally: torch.set_default_dtype(before)
+
+def _first_line(error):
+    "What `error` says, in one line."
+    return (str(error) or type(error).__name__).splitlines()[0]
+
 # %% ../nbs/22_relaxation.ipynb #6920df14
 class Study:
     "CNNs, their embeddings relaxed at several times, and the baseline: the runs of one folder. Raises `ValueError` or `MemoryError` before any work."
+    @_in_single_precision()
     def __init__(self,
         data='digits',        # `Data`, or what `load_data` takes: a name, a folder of images
         model='small',        # a name in `MODELS`, or a function of input shape and number of classes
@@ -85,14 +101,16 @@ class Study:
         if max(map(abs, self.seeds)) > 10**12: raise ValueError(f'seeds must lie within +-10**12, not {self.seeds}')
         if fan_in not in ('folded', 'padded'): raise ValueError(f"fan_in must be 'folded' or 'padded', not {fan_in!r}")
         if width is not None and not isinstance(model, str): raise ValueError('width is for models known by name; let the function choose it')
-        if isinstance(model, torch.nn.Module): raise ValueError('model must be a name or a function of input shape and number of classes, not a network')
+        _check_function(model)
         self.device, self.model, self.width = find_device(device), model, width
         check_precision(precision, self.device)
         self.precision, self.keep_weights, self.trim = precision, keep_weights, bool(trim)
+        self.batch_size, self.shuffle = s['batch_size'], shuffle
         self.data = Data(*(d.to(self.device) for d in (data if isinstance(data, Data) else load_data(data))))
+        identity = self._try_model()
         self._check_network(1 + .5*(precision == 'bf16') + (momentum > 0))      # a copy of half the size, a buffer
         self.config = dict(data=self.data.train.name, content=self.data.train.fingerprint + self.data.test.fingerprint,
-            model=self.model_name, network=self._describe(), epochs=self.epochs, lr=s['lr'], batch_size=s['batch_size'],
+            model=self.model_name, network=identity, epochs=self.epochs, lr=s['lr'], batch_size=s['batch_size'],
             momentum=float(momentum), weight_decay=float(weight_decay), precision=precision, shuffle=shuffle, fan_in=fan_in, trim=self.trim, device=self.device.type)
         self._open(out)
         self.settings = s | dict(model=model, seeds=self.seeds, device=str(self.device), precision=precision, shuffle=shuffle, fan_in=fan_in, width=width, out=self.out,
@@ -107,26 +125,171 @@ def model_name(self:Study)->str:
 
 @patch
 def cnn(self:Study, seed:int)->torch.nn.Module:
-    "The untrained CNN of `seed`, on the study's device."
+    "The untrained CNN of `seed`, on the study's device. Raises `ValueError` if the model's function makes no "\
+    "network of 32 bit."
     train = self.data.train
-    if isinstance(self.model, str): return make_model(self.model, train.shape, len(train.classes), seed, self.width).to(self.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = self.model(train.shape, len(train.classes))
-        if list(model.parameters()): process_blank(model, train.shape)     # lazy layers learn their size
+    with _in_single_precision():
+        if isinstance(self.model, str):
+            return make_model(self.model, train.shape, len(train.classes), seed, self.width).to(self.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = _a_network(self.model(train.shape, len(train.classes)))
+            try: list(model.parameters()) and process_blank(model, train.shape)  # lazy layers learn their size
+            except ValueError as e:
+                raise ValueError(f'the network cannot process one image of shape {train.shape} in evaluation mode: '
+                                 f'{_first_line(e.__cause__ or e)}') from e
     return model.train().to(self.device)
 
-@patch
-def _describe(self:Study)->str:
-    "What identifies the network: how it prints and, if it is not known by name, a hash of its first weights."
-    cnn = self.cnn(0)
-    weights = b''.join(p.detach().cpu().numpy().tobytes() for p in cnn.parameters())
-    return str(cnn) + ('' if isinstance(self.model, str) else ' ' + hashlib.sha256(weights).hexdigest())
+# %% ../nbs/22_relaxation.ipynb #2cfb69e4
+def _check_function(model):
+    "Raise `ValueError` unless `model` is a name or a function of input shape and number of classes."
+    what = 'model must be a name or a function of input shape and number of classes'
+    if isinstance(model, torch.nn.Module): raise ValueError(f'{what}, not a network')
+    if isinstance(model, str): return
+    if not callable(model): raise ValueError(f'{what}, not {model!r}')
+    try: inspect.signature(model).bind((1, 16, 16), 10)
+    except TypeError as e: raise ValueError(f'{what}, and this one cannot be called with them ({e})') from None
+    except ValueError: pass                                                    # nobody knows its signature
 
+def _a_network(made):
+    "What a model's function has `made`; raises `ValueError` if it is no network that can be embedded and trained."
+    if not isinstance(made, torch.nn.Module):
+        raise ValueError(f'the model\'s function returned {type(made).__name__}, not a network (torch.nn.Module)')
+    compiled = [part for m in made.modules() if hasattr(m, '_orig_mod') for part in m.modules()]
+    if any(isinstance(part, torch.nn.modules.conv._ConvNd) for part in compiled):
+        raise ValueError('the network is compiled, so that its convolutions cannot be replaced; let the function '
+                         'return it without torch.compile')
+    for name, p in made.named_parameters():
+        if p.is_meta:
+            raise ValueError(f'{name} is on the device meta, which holds no numbers; let the function make it on '
+                             f'the CPU')
+        if p.requires_grad and p.dtype not in (torch.float32, torch.complex64):
+            raise ValueError(f'{name} is {p.dtype}, but the weights of a study are of 32 bit; let the function '
+                             f'return network.float(), and choose the precision of products by precision=')
+    return made
+
+# %% ../nbs/22_relaxation.ipynb #0484e7c7
+def _tensors_of(model):
+    "Parameters and buffers with their names."
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return [(name, t) for name, t in named if t.layout == torch.strided]
+
+def _in_common(first, second):
+    "A module, parameter or buffer that two networks share, in words; None if there is none."
+    if first is second: return 'it is one and the same network'
+    memory = lambda t: t.untyped_storage().data_ptr() if t.numel() else None
+    modules, taken = set(map(id, first.modules())), {memory(t) for _, t in _tensors_of(first)} - {None}
+    for name, m in second.named_modules():
+        if id(m) in modules: return f'they share the module {name} ({type(m).__name__})'
+    shared = [name for name, t in _tensors_of(second) if memory(t) in taken]
+    return f'they share the memory of {shared[0]}' if shared else None
+
+def _bytes(tensors):
+    "The content of `tensors`, as it lies in memory."
+    return b''.join(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in tensors)
+
+def _content(model):
+    "A hash of all weights and buffers, with their names."
+    parts = [f'{name} {t.dtype} {tuple(t.shape)} '.encode() + _bytes([t]) for name, t in _tensors_of(model)]
+    return hashlib.sha256(b''.join(parts)).hexdigest()
+
+@patch
+def _describe(self:Study, cnn)->str:
+    "What identifies the network: how that of seed 0 prints and, if it is not known by name, a hash of its weights."
+    printed = re.sub(' at 0x[0-9a-f]+', '', str(cnn))                          # an address is another one each time
+    return printed + ('' if isinstance(self.model, str) else ' ' + hashlib.sha256(_bytes(cnn.parameters())).hexdigest())
+
+# %% ../nbs/22_relaxation.ipynb #72a205ec
+@patch
+def _try_model(self:Study)->str:
+    "What identifies the network. Raises `ValueError` if the model's function does not make a new and equal one for "\
+    "a seed each time, or none that can be trained; warns if all seeds are equal."
+    first, second, other = self.cnn(0), self.cnn(0), self.cnn(next(seed for seed in (*self.seeds, 1) if seed))
+    for one, two in (first, second), (first, other), (second, other):
+        if shared := _in_common(one, two):
+            raise ValueError(f"two calls of the model's function have made networks that are not apart ({shared}), "
+                             f"so that one run would begin where another has ended; "
+                             'let the function make all parts anew in each call')
+    contents = [_content(model) for model in (first, second, other)]
+    if contents[0] != contents[1]:
+        raise ValueError("two calls of the model's function under one seed have made different networks, so that no "
+                         "run could be repeated; let it draw from PyTorch's global generator alone, "
+                         'which is seeded before each call (not from NumPy or a generator of its own), and keep '
+                         'nothing from call to call')
+    if len(self.seeds) > 1 and contents[0] == contents[2]:
+        alone = 'dropout' + ' and in the order of images'*bool(self.shuffle)
+        warnings.warn(f"the model's function makes the same weights for all seeds, so that seeds differ in {alone} alone")
+    identity = self._describe(first)
+    self._try_network(first)
+    return identity
+
+# %% ../nbs/22_relaxation.ipynb #a922acc3
+def _check_answer(out, images, classes, mode):
+    "Raise `ValueError` unless `out` is a row of `classes` logits (or more) for each of the `images`."
+    if not isinstance(out, torch.Tensor):
+        raise ValueError(f'in {mode} mode the network returns a {type(out).__name__}, not one tensor (images, '
+                         f'classes); let it return the logits alone, without auxiliary outputs')
+    if out.dim() != 2 or len(out) != images:
+        hint = ' (does a squeeze() take the axis of images, too?)'*(out.dim() < 2) + ' (is an nn.Flatten() missing?)'*(out.dim() > 2)
+        raise ValueError(f'in {mode} mode the network makes a tensor of shape {tuple(out.shape)} of {images} '
+                         f'image{"s"*(images > 1)}, not a row of logits for each, ({images}, {classes}){hint}')
+    if not out.is_floating_point():
+        raise ValueError(f'in {mode} mode the network returns {out.dtype}, not real numbers that could be logits')
+    if out.shape[1] < classes:
+        raise ValueError(f'the network has {out.shape[1]} output{"s"*(out.shape[1] > 1)}, but the data have '
+                         f'{classes} classes; let it make as many outputs as its function is told')
+
+@patch
+def _answer(self:Study, model, index, training):
+    "What `model` makes of the training images at `index`. Raises `ValueError` with a sentence if that is not what "\
+    "can be trained."
+    mode, images = 'training' if training else 'evaluation', f'{len(index)} image{"s"*(len(index) > 1)}'
+    x, classes = self.data.train.batch(index)[0], 1 + int(max(self.data.train.y.max(), self.data.test.y.max()))
+    try:
+        with torch.random.fork_rng(), products(self.precision, self.device): out = model.train(training)(x)
+    except torch.OutOfMemoryError: raise
+    except Exception as e:
+        raise ValueError(f'the network cannot process {images} of shape {self.data.train.shape} in {mode} mode: '
+                         f'{_first_line(e)}') from e
+    _check_answer(out, len(index), classes, mode)
+    return out
+
+# %% ../nbs/22_relaxation.ipynb #e0f4a4d0
+@patch
+def _try_network(self:Study, model):
+    "Raise `ValueError` if `model`, which is of no use afterwards, could not be trained or evaluated."
+    n, m = len(self.data.train), len(self.data.test)
+    if not n or not m: raise ValueError(f'there must be images to train on and to test on, not {n} and {m}')
+    if not list(model.parameters()):
+        return                                     # it has no convolution either, which is said later
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError('all weights of the network are frozen (requires_grad=False), so that there is nothing to '
+                         'train; leave some of them free')
+    two, size = [0, n - 1], self.batch_size
+    if not self._answer(model, two, training=True).requires_grad:
+        raise ValueError('the outputs of the network do not depend on its weights in a way that can be '
+                         'differentiated; leave out torch.no_grad() and detach() in its forward pass')
+    self._answer(model, two, training=False)
+    for images, at_a_time, training in (n, size, True), (m, max(size, 250), False):
+        if images % at_a_time != 1 and at_a_time > 1: continue
+        try: self._answer(model, [0], training)
+        except ValueError as e:
+            raise ValueError(f'{images:,} images, {at_a_time:,} at a time, leave a batch of one image, but {e}; '
+                             f'choose another batch size') from e
+
+# %% ../nbs/22_relaxation.ipynb #bce66f25
 @patch
 def _check_network(self:Study, copies):
     "Raise `ValueError` or `MemoryError` if the CNN cannot be embedded or `copies` of its eFCN's weights do not fit into memory."
-    geometries = conv_geometries(self.cnn(self.seeds[0]), self.data.train.shape, trim=self.trim)
+    cnn = self.cnn(self.seeds[0])
+    try: geometries = conv_geometries(cnn, self.data.train.shape, trim=self.trim)
+    except ValueError as e:
+        more = ' (a study has no layers=: it embeds all convolutions that the function makes)'*('layers=' in str(e))
+        raise ValueError(f'{e}{more}') from e
+    frozen = [name for name in geometries if not cnn.get_submodule(name).weight.requires_grad]
+    if frozen:
+        warnings.warn(f'frozen convolutions ({", ".join(frozen)}) stay frozen when they are embedded, so that '
+                      f'relaxing sets nothing free in them')
     self.weights, self.local_weights = released_weights(geometries), released_weights(geometries, 'lcn') if self.lcn_times else 0
     require_memory(int(4*copies*max(self.weights, self.local_weights)), self.device)
 
@@ -185,6 +348,7 @@ def _at(self:Study, run, make, epoch, remedy):
     return model
 
 @patch
+@_in_single_precision()
 def start(self:Study, phase:str, seed:int, relax:int=None)->torch.nn.Module:
     "The network with which a run starts."
     cnn, shape = self.cnn(seed), self.data.train.shape
@@ -257,6 +421,7 @@ def _train(self:Study, run, model, found, last, note, after_step=None):
 
 # %% ../nbs/22_relaxation.ipynb #ae5dc7ea
 @patch
+@_in_single_precision()
 def carry_out(self:Study,
     run:dict,        # a member of `plan`
     after_step=None  # called without arguments after every step
@@ -403,12 +568,87 @@ def _stored_data(path):
 
 _ALONE, _OPENED = threading.Lock(), {}
 
-def _work(call, settings, data, threads, run):
-    "Carry out `run` in a worker; the study is opened once in each `call` of `Study.run`."
+def _open_there(data, settings):
+    "The study in a worker; what it would warn about has been said."
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return Study(_stored_data(data), **settings)
+
+def _work(call, settings, data, threads, parent, run):
+    "Carry out `run` in a worker that `parent` has asked to; the study is opened once in each `call` of `Study.run`."
+    if _FORKED_FROM == parent: raise ValueError(_NO_FORK)
     with _ALONE:
         torch.set_num_threads(threads)
-        if _OPENED.get('call') != call: _OPENED.update(call=call, study=Study(_stored_data(data), **settings))
+        if _OPENED.get('call') != call: _OPENED.update(call=call, study=_open_there(data, settings))
         _OPENED['study'].carry_out(run)
+
+# %% ../nbs/22_relaxation.ipynb #7da4e9f6
+_FORKED_FROM = None
+_NO_FORK = ("this executor forks its processes, and a fork of a process in which PyTorch has used threads hangs for "
+            "ever; "
+            "ask for workers=2 instead, or make the pool with multiprocessing.get_context('spawn')")
+
+def _note_fork():
+    "In a forked process: remember of which."
+    global _FORKED_FROM
+    _FORKED_FROM = os.getppid()
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_note_fork)
+
+def _start_method(executor):
+    "How a pool of Python's own starts its processes; None for other executors."
+    context = getattr(executor, '_mp_context', None)
+    return context and context.get_start_method()
+
+def _check_executor(executor, workers):
+    "Raise `ValueError` unless `executor` (or None) and a number of `workers` are given as `Study.run` takes them."
+    _whole('workers', [workers])
+    if workers < 1: raise ValueError(f'workers must be 1 or more, not {workers}')
+    if executor is None: return
+    if workers > 1: raise ValueError('give either workers= or executor=, which has its own number of workers')
+    if not hasattr(executor, 'submit'):
+        raise ValueError(f'executor must be one of the kind of concurrent.futures, not {executor!r}; for a number '
+                         f'of processes take workers=')
+
+# %% ../nbs/22_relaxation.ipynb #86bf39bf
+_NO_GUARD = "a script must ask for workers below `if __name__ == '__main__':`, because each worker imports the script"
+_REMEDY = 'define it by def at the top of a script, or (in a notebook) in a module of its own that is imported'
+
+def _arrives(content):
+    "In a worker: why the pickled settings in `content` cannot be read here; None if they can."
+    try: pickle.loads(content)
+    except Exception as e: return f'{type(e).__name__}: {e}'.splitlines()[0]
+
+@patch
+def _pack(self:Study, executor, workers):
+    "The pickled settings, for the processes of a pool of Python's own. Raises `ValueError` if they cannot travel, "\
+    "or if the pool forks; None if there is no such pool."
+    method = _start_method(executor)
+    if not method and workers == 1: return None
+    if method == 'fork': raise ValueError(_NO_FORK)
+    if getattr(multiprocessing.current_process(), '_inheriting', False): sys.exit(f'{_NO_GUARD}; this worker ends')
+    main = sys.modules['__main__']
+    if main.__spec__ is None and not Path(getattr(main, '__file__', None) or '.').exists():
+        raise ValueError(f'each worker imports the script that asks for it, but {main.__file__} is no file; write '
+                         f'the script to one')
+    try: return bytes(ForkingPickler.dumps(self.settings))
+    except Exception as e:
+        raise ValueError(f"the model's function {self._function} cannot travel to other processes "
+                         f"({_first_line(e)}); {_REMEDY}") from e
+
+@patch
+def _try_out(self:Study, executor, content, most):
+    "Raise `ValueError` if the processes of a pool do not start, or if they cannot read the settings in `content`."
+    futures = [executor.submit(_arrives, content) for _ in range(most)]
+    try: whys = [why for future in futures if (why := future.result())]
+    except BrokenExecutor:
+        raise ValueError('no worker could start, so that nothing was computed (why, it has printed); ' + _NO_GUARD) from None
+    if whys:
+        raise ValueError(f"the model's function {self._function} is not there in other processes ({whys[0]}); "
+                         f"{_REMEDY}")
+
+@patch(as_prop=True)
+def _function(self:Study): return getattr(self.model, '__qualname__', None) or type(self.model).__name__
 
 # %% ../nbs/22_relaxation.ipynb #d10187d8
 class WorkerLost(RuntimeError):
@@ -419,13 +659,15 @@ def _is_lost_worker(error):
     return isinstance(error, (BrokenExecutor, CancelledError)) or type(error).__name__ in ('KilledWorker', 'FutureCancelledError', 'CommClosedError')
 
 @patch
-def _run_there(self:Study, executor, left, progress):
-    "Let `executor` carry out the runs that are `left`. Raises `WorkerLost` if a worker dies."
+def _run_there(self:Study, executor, left, progress, threads, content):
+    "Let `executor` carry out the runs that are `left`, each with so many `threads`. Raises `WorkerLost` if a "\
+    "worker dies."
     running, cnns = {}, {r['seed']: r for r in self.plan() if r['phase'] == 'cnn'}
     out = self.out.absolute()
-    job = secrets.token_hex(8), self.settings | dict(out=out), out/'data.safetensors', torch.get_num_threads()
-    _store_data(self.data, job[2])
+    job = secrets.token_hex(8), self.settings | dict(out=out), out/'data.safetensors', threads, os.getpid()
     try:
+        if content: self._try_out(executor, content, min(_workers(executor, len(left)), len(left)))
+        _store_data(self.data, job[2])
         with self._bar(left, progress) as bar:
             while left or running:
                 left = [r for r in left if not self._impossible(r)]
@@ -435,37 +677,83 @@ def _run_there(self:Study, executor, left, progress):
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     run = running.pop(future)
                     future.result()
-                    if not self._done(run): raise OSError(f'a worker has done {_label(run)}, but not in {out}; all workers must see that folder')
+                    if not self._done(run):
+                        raise OSError(f'a worker has done {_label(run)}, but not in {out}; all workers must see '
+                                      f'that folder')
                     bar.update((run['last'] - run['first'])*self._cost(run))
     except Exception as e:
         if not _is_lost_worker(e): raise
-        raise WorkerLost(f'a worker ended before its run did ({type(e).__name__}); all that it had stored is in {self.out}, and the same call goes on from there') from e
+        raise WorkerLost(f'a worker ended before its run did ({type(e).__name__}); all that it had stored is in '
+                         f'{self.out}, and with a new pool the same call goes on from there') from e
     finally:
         for future in running: future.cancel()
         job[2].unlink(missing_ok=True)
 
+# %% ../nbs/22_relaxation.ipynb #11d3c62f
+def _end_with(parent):
+    "End this process when `parent` is gone or the user interrupts."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    def watch():
+        while os.getppid() == parent: time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+@patch
+def _run_by(self:Study, workers, progress, content, tries=3):
+    "Do what is left by so many processes."
+    threads = max(1, (os.cpu_count() or 1)//workers)
+    for left in reversed(range(tries)):
+        with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _end_with, (os.getpid(),)) as pool:
+            try: return self._run_left(pool, progress, threads, content)
+            except BaseException as e:                        # leaving the context would wait for the other workers
+                for process in [*(pool._processes or {}).values()]: process.terminate()
+                if not left or not isinstance(e, WorkerLost): raise
+                warnings.warn(f'{e}: it goes on')
+
 # %% ../nbs/22_relaxation.ipynb #4c0f9774
+@patch
+def _run_left(self:Study, executor, progress, threads, content):
+    "Do what is left, here (None) or by `executor`."
+    with held(self.out):
+        clear_away(self.out)
+        left = self.unfinished()
+        self._check_disk(_workers(executor, len(left)) if executor else 1)
+        if executor is None: self._run_here(left, progress)
+        else: self._run_there(executor, left, progress, threads, content)
+
 @patch
 def run(self:Study,
     progress:bool=None, # a bar on standard error; None for one if somebody watches
-    executor=None       # of the kind of `concurrent.futures`, to do the runs in parallel; None to do them here, one after the other
+    executor=None,      # of the kind of `concurrent.futures`, to do the runs in parallel; None to do them here
+    workers:int=1       # processes that do the runs in parallel, each with its share of the cores, without an executor
 )->pd.DataFrame:        # tidy: data, model, seed, phase, relax, epoch, step, split, metric, value
-    "Do all runs, or what is left of them. Runs that diverge end early, see `diverged`; raises `Diverged` if all do, `OSError` before any work if the disk is too small, `Busy` if another process is at work, `WorkerLost` if one dies."
-    progress = is_watched() if progress is None else progress
-    if self.unfinished():
-        with held(self.out):
-            clear_away(self.out)
-            left = self.unfinished()
-            self._check_disk(_workers(executor, len(left)) if executor else 1)
-            self._run_here(left, progress) if executor is None else self._run_there(executor, left, progress)
+    "Do all runs, or what is left of them. Runs that diverge end early, see `diverged`; raises `Diverged` if all "\
+    "do, `ValueError` or `OSError` before any work if workers cannot do it or the disk is too small, `Busy` if "\
+    "another process is at work, `WorkerLost` if a worker dies."
+    progress, new = is_watched() if progress is None else progress, bool(self.unfinished())
+    _check_executor(executor, workers)
+    if new:
+        content = self._pack(executor, workers)
+        if workers > 1: self._run_by(workers, progress, content)
+        else: self._run_left(executor, progress, torch.get_num_threads(), content)
     table, diverged = self.measured(), self.diverged()
-    path, text = self.out/'metrics.csv', table.to_csv(index=False)
-    if not path.exists() or path.read_text() != text: write_atomic(path, text)
+    self._write_table(table, new)
     if len(diverged) == len(self.plan()):
         first = next(iter(diverged))
         raise Diverged(f'{first}: {diverged[first]}; all other runs diverged, too')
     return table
 
+@patch
+def _write_table(self:Study, table, new):
+    "Keep the table of all runs, unless it is there; raises `OSError` if it cannot be written and is `new`."
+    path, text = self.out/'metrics.csv', table_text(table)
+    if path.exists() and path.read_bytes() == text.encode(): return
+    try: write_atomic(path, text)
+    except OSError as e:
+        if new: raise
+        warnings.warn(f'{e}; the table that is returned is whole')
+
+# %% ../nbs/22_relaxation.ipynb #2b603c9c
 @patch
 def measured(self:Study)->pd.DataFrame: # tidy, as `run` returns it
     "All that has been measured so far, also by runs that were interrupted or diverged; nothing is computed."
@@ -478,11 +766,12 @@ def relax(
     model='small',
     progress:bool=None, # a bar; None for one if somebody watches
     executor=None,      # see `Study.run`
+    workers:int=1,      # processes that share the runs; in a script, below if __name__ == '__main__':
     **settings
 )->pd.DataFrame:   # tidy: data, model, seed, phase, relax, epoch, step, split, metric, value
     "Run the whole protocol, or what is left of it, and return all that was measured; warns about runs that diverged."
     study = Study(data, model, **settings)
-    table = study.run(progress, executor)
+    table = study.run(progress, executor, workers)
     for label, why in study.diverged().items(): warnings.warn(f'{label}: {why}')
     return table
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,9 @@ from filelock import FileLock
 from PIL import Image
 
 import tiny
+from efcn_nb import runs
+from efcn_nb.cli import efcn_relax
+from efcn_nb.runs import read_table
 
 REPORTS = {"summary.csv", "claims.csv", "metrics.csv", "figure.png", "command.txt", "study.json", "lock"}
 
@@ -189,6 +193,26 @@ def test_every_mistake_is_one_line_and_leaves_nothing(console, place, wrong):
     assert sorted(place.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["007", "1e5", "NA", "true"])
+def test_a_name_that_looks_like_something_else(console, tmp_path, name):
+    flags = [*tiny.FLAGS, "--relax", "", "--lcn", "", "--name", name, "--out", "s"]
+    code, out, err = console(*flags, cwd=tmp_path)
+    assert code == 0 and not err and set(read_table((tmp_path/"s/metrics.csv").read_text()).data) == {name}
+    assert console(*flags, cwd=tmp_path) == (code, out, err)
+
+
+def test_a_finished_study_is_reported_where_nothing_can_be_written(done, monkeypatch, capsys):
+    before = tiny.files(done[0])
+    def fail(*args, **kw): raise OSError(30, "Read-only file system")
+    for owner, name in ((runs, "FileLock"), (os, "replace"), (os, "mkdir"), (Path, "mkdir"), (Path, "write_bytes"), (Path, "unlink")): monkeypatch.setattr(owner, name, fail)
+    monkeypatch.chdir(done[0].parent)
+    efcn_relax([*tiny.FLAGS, "--out", "study"])
+    said = capsys.readouterr()
+    assert said.out.splitlines()[1:] == done[1].splitlines()[1:] and not said.err and tiny.files(done[0]) == before
+    with pytest.raises(SystemExit) as end: efcn_relax([*tiny.FLAGS, "--seeds", "2", "--out", "study"])
+    assert one_line(1, end.value.code) and "nothing can be written to study (Read-only file system)" in end.value.code
+
+
 def test_not_a_number_while_training(console, tmp_path):
     code, out, err = console(*tiny.FLAGS, "--lr", "1e38", "--epochs", "3", "--out", "s", cwd=tmp_path)
     assert one_line(code, err) and "step" in err and (tmp_path/"s"/"study.json").exists()
@@ -204,7 +228,7 @@ def test_damage_is_no_traceback(console, done, tmp_path, name, content):
     path.write_bytes(content)
     if path.suffix == ".safetensors": shutil.rmtree(next(study.glob("relaxed-*relax1-*")))  # which starts from there
     code, out, err = console(*tiny.FLAGS, "--out", "study", cwd=tmp_path)
-    assert "Traceback" not in err and str(path.parent.relative_to(tmp_path)) in err
+    assert str(path.parent.relative_to(tmp_path)) in err and all(line.startswith("efcn_relax: ") for line in err.splitlines())
     if code == 0: assert (study/"metrics.csv").read_bytes() == (done[0]/"metrics.csv").read_bytes()
     else: assert err.splitlines()[-1].startswith("efcn_relax: ")
 

@@ -6,7 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
+import types
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -65,6 +66,93 @@ def test_processes_one_of_which_dies(serial, tmp_path):
     assert left > 0 and results(ours) == serial
     with pool() as executor: ours.run(executor=executor)  # nothing is left to do
     assert results(ours) == serial
+
+
+def test_workers_one_of_which_dies(serial, tmp_path):
+    "The pool of `workers=`: a new one goes on."
+    ours, threads = study(tmp_path/"s", tmp_path/"marker"), torch.get_num_threads()
+    with pytest.warns(UserWarning, match=r"ended before its run did \(BrokenProcessPool\).*: it goes on"): ours.run(workers=2)
+    assert (tmp_path/"marker").exists() and results(ours) == serial
+    assert not multiprocessing.active_children() and torch.get_num_threads() == threads
+
+
+# What cannot travel, and pools that cannot work: a sentence before any work
+
+def local(): return lambda shape, classes: tiny.deadly(shape, classes, "", os.getpid())
+
+
+class Locked:
+    "A model that holds something that cannot be copied."
+    def __init__(self): self.lock = threading.Lock()
+    def __call__(self, shape, classes): return tiny.deadly(shape, classes, "", os.getpid())
+
+
+def at_a_prompt(shape, classes): return tiny.deadly(shape, classes, "", os.getpid())
+
+
+class Hidden:
+    "An executor that does not say how it starts its processes."
+    def __init__(self, pool): self.pool = pool
+    def submit(self, *args): return self.pool.submit(*args)
+
+
+def forking(): return ProcessPoolExecutor(1, multiprocessing.get_context("fork"))
+
+
+CANNOT = dict(
+    fork=(lambda: dict(executor=forking()), dict(), "this executor forks its processes.*ask for workers=2 instead.*get_context\\('spawn'\\)"), hidden_fork=(lambda: dict(executor=Hidden(forking())), dict(), "this executor forks its processes"),
+    a_lambda=(lambda: dict(workers=2), dict(model=local()), "function local.<locals>.<lambda> cannot travel.*define it by def at the top"), a_lambda_to_a_pool=(lambda: dict(executor=pool(1)), dict(model=local()), "cannot travel"),
+    a_partial=(lambda: dict(workers=2), dict(model=functools.partial(local())), "function partial cannot travel"), a_lock=(lambda: dict(workers=3), dict(model=Locked()), "function Locked cannot travel.*cannot pickle"),
+    at_a_prompt=(lambda: dict(executor=pool(1)), dict(model=at_a_prompt), "function at_a_prompt is not there in other processes.*in a module of its own"),
+    none=(lambda: dict(workers=0), dict(), "workers must be 1 or more, not 0"), half=(lambda: dict(workers=1.5), dict(), "workers must be made of whole numbers, not 1.5"), some=(lambda: dict(workers="2"), dict(), "whole number"),
+    both=(lambda: dict(workers=2, executor=Hidden(None)), dict(), "either workers= or executor="), a_number=(lambda: dict(executor=2), dict(), "executor must be one of the kind of concurrent.futures, not 2.*take workers="))
+
+
+@pytest.mark.parametrize("case", CANNOT)
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="has no forks")
+def test_what_workers_cannot_do(tmp_path, monkeypatch, case):
+    how, changed, says = CANNOT[case]
+    at_a_prompt.__module__ = "__main__"
+    monkeypatch.setattr(sys.modules["__main__"], "at_a_prompt", at_a_prompt, raising=False)  # here alone, as in a notebook
+    ours = tiny.study(tmp_path/"s", **dict(model=functools.partial(tiny.deadly, marker="", parent=os.getpid()), width=None) | changed)
+    given = how()
+    with pytest.raises(ValueError, match=says) as error: ours.run(**given)
+    assert len(str(error.value).splitlines()) == 1 and not list(ours.out.glob("*/epoch-*")) and not (ours.out/"data.safetensors").exists()
+    for executor in (given.get("executor"), getattr(given.get("executor"), "pool", None)):
+        if isinstance(executor, ProcessPoolExecutor): executor.shutdown()
+
+
+@pytest.mark.parametrize("case", ["fork", "a_lambda"])
+def test_a_finished_study_needs_no_workers(tmp_path, case):
+    settings = dict(model=local(), width=None, epochs=1, relax_times=[], lcn_times=[], batch_size=100)
+    table = tiny.study(tmp_path/"s", **settings).run()
+    assert tiny.study(tmp_path/"s", **settings).run(**CANNOT[case][0]()).equals(table)
+
+
+def test_a_program_without_a_file(tmp_path, monkeypatch):
+    "From standard input: the workers would look for it."
+    main = types.ModuleType("__main__")
+    main.__file__ = str(tmp_path/"<stdin>")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    with pytest.raises(ValueError, match="<stdin> is no file; write the script to one"): tiny.study(tmp_path/"s").run(workers=2)
+
+
+NO_GUARD = """
+import tiny
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+pool = ProcessPoolExecutor(1, get_context("spawn"))
+tiny.study("s").run(executor=pool)
+"""
+
+
+def test_a_script_without_a_guard(tmp_path):
+    (tmp_path/"script.py").write_text(NO_GUARD)
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(Path(tiny.__file__).parent), str(Path(tiny.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+    ended = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    said = [line for line in ended.stderr.splitlines() if "below `if __name__ == '__main__':`, because each worker imports the script" in line]
+    assert ended.returncode == 1 and said[0].endswith("this worker ends") and said[-1].startswith("ValueError: no worker could start, so that nothing was computed") and "goes on" not in ended.stderr
+    assert not list((tmp_path/"s").glob("*/epoch-*"))
 
 
 def test_a_mistake_in_a_worker_is_that_mistake(tmp_path):
@@ -167,7 +255,7 @@ def test_workers_end_when_their_parent_is_killed(command, tmp_path):
     killed = command(*flags)
     wait_for(1, killed)
     killed.kill()
-    for run in tmp_path.glob("s/cnn-*"):
+    for run in tmp_path.glob("s/*-seed0-*"):
         with FileLock(run/"lock", timeout=600): pass  # which a worker holds while it lives
     before = last()
     wait_for(before + 2, command(*flags))

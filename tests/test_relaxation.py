@@ -1,11 +1,16 @@
 """The protocol: repeatable to the last bit, whatever happens on the way; and what it refuses before any work."""
+import copy
+import dataclasses
 import functools
 import math
+import os
 import pickle
 import random
 import shutil
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,9 +18,9 @@ import torch
 from torch import nn
 
 import tiny
-from efcn_nb import embedding, relaxation
+from efcn_nb import embedding, relaxation, runs
 from efcn_nb.embedding import embed, nearest_cnn
-from efcn_nb.runs import Busy
+from efcn_nb.runs import Busy, read_table
 from efcn_nb.relaxation import PROTOCOLS, Study, claims, final_values, relax, summary
 from efcn_nb.training import Diverged, evaluate
 
@@ -439,6 +444,240 @@ def test_networks_that_are_not_there(copied):
     for call in (lambda: copied.network("cnn", 9), lambda: copied.network("relaxed", 0, 9), lambda: copied.network("mlp", 0)):
         with pytest.raises(ValueError, match="this study has no run"): call()
     with pytest.raises(ValueError, match="no good weights"): copied.network("cnn", 0, epoch=99)
+
+
+# Models that a function makes
+
+def base(shape, classes): return nn.Sequential(nn.Conv2d(shape[0], 2, 5, padding=2), nn.MaxPool2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(32, classes))
+
+
+def changed(change):
+    "A function that makes `base` and lets `change` do something to it."
+    def make(shape, classes):
+        model = base(shape, classes)
+        return change(model) or model
+    return make
+
+
+class Wrapped(nn.Module):
+    "`base`, with something done to its output (in training mode alone, if asked)."
+    def __init__(self, shape, classes, change=lambda out: out, evaluated=None):
+        super().__init__()
+        self.body, self.change, self.evaluated = base(shape, classes), change, evaluated or change
+
+    def forward(self, x): return (self.change if self.training else self.evaluated)(self.body(x))
+
+
+def wrapped(change, evaluated=None): return functools.partial(Wrapped, change=change, evaluated=evaluated)
+
+
+class Auxiliary(nn.Module):
+    "A second head, with a convolution of its own, in training mode."
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.body, self.aux = base(shape, classes), base(shape, classes)
+
+    def forward(self, x): return (self.body(x), self.aux(x)) if self.training else self.body(x)
+
+
+class Quiet(Auxiliary):
+    "The same, but the second head is added to the first."
+    def forward(self, x): return self.body(x) + self.aux(x) if self.training else self.body(x)
+
+
+def weight_norm_at(i): return changed(lambda m: m.__setitem__(i, nn.utils.parametrizations.weight_norm(m[i])))
+
+
+def remembered(make):
+    "A function that hands out one network again and again."
+    return functools.lru_cache(lambda shape, classes: make(shape, classes))
+
+
+def sharing(part):
+    "A function whose networks have `part` in common, which it gets when it is first called."
+    @functools.cache
+    def common(shape, classes): return base(shape, classes)
+    return lambda shape, classes: part(base(shape, classes), common(shape, classes))
+
+
+def put(model, i, module):
+    model[i] = module
+    return model
+
+
+def with_buffer(model, common):
+    model.register_buffer("mask", common[0].bias.detach())
+    return model
+
+
+def taking_turns(make):
+    "A function with two networks that it hands out in turn."
+    two = []
+    def hand_out(shape, classes, calls=iter(range(10**6))):
+        if not two: two.extend([made := make(shape, classes), copy.deepcopy(made)])
+        return two[next(calls) % 2]
+    return hand_out
+
+
+def counting(seed):
+    "A function that seeds by itself: from a counter, a generator that outlives the call, or NumPy."
+    return changed(lambda m: setattr(m[0], "bias", nn.Parameter(torch.full((2,), float(seed())))))
+
+
+NORM = changed(lambda m: m.insert(4, nn.BatchNorm1d(32)) and None)
+SQUEEZED = wrapped(lambda out: out[0] if len(out) == 1 else out, lambda out: out)
+REFUSED = dict(
+    double=(changed(nn.Module.double), "0.weight is torch.float64, but the weights of a study are of 32 bit; let the function return network.float()", {}),
+    half=(changed(nn.Module.half), "0.weight is torch.float16", {}), bfloat16=(changed(nn.Module.bfloat16), "0.weight is torch.bfloat16", {}), half_of_bf16=(changed(nn.Module.half), "0.weight is torch.float16", dict(precision="bf16")),
+    double_head=(changed(lambda m: m[4].double() and None), "4.weight is torch.float64", {}), double_buffer=(changed(lambda m: m.insert(1, nn.BatchNorm2d(2, affine=False).double()) and None), "cannot process", {}),
+    pair=(wrapped(lambda out: (out, out)), "in training mode the network returns a tuple, not one tensor", {}), listed=(wrapped(lambda out: [out]), "returns a list", {}), named=(wrapped(lambda out: dict(out=out)), "returns a dict", {}),
+    nothing=(wrapped(lambda out: None), "returns a NoneType", {}), pair_in_evaluation=(wrapped(lambda out: out, lambda out: (out, out)), "in evaluation mode the network returns a tuple", {}),
+    auxiliary=(Auxiliary, "in training mode the network returns a tuple.*without auxiliary outputs", {}), quiet=(Quiet, "aux.0 is never called in evaluation mode.*a study has no layers=", {}),
+    unflattened=(lambda s, c: nn.Sequential(nn.Conv2d(1, c, 3), nn.AdaptiveAvgPool2d(1)), r"shape \(2, 10, 1, 1\) of 2 images, not a row of logits for each, \(2, 10\) \(is an nn.Flatten\(\) missing", {}),
+    flat=(wrapped(lambda out: out.flatten()), r"shape \(20,\) of 2 images", {}), one_row=(wrapped(lambda out: out.mean(0, keepdim=True)), r"shape \(1, 10\) of 2 images", {}), scalar=(wrapped(lambda out: out.sum()), r"shape \(\) of 2 images", {}),
+    one_output=(lambda s, c: base(s, 1), "has 1 output, but the data have 10 classes", {}), fewer=(lambda s, c: base(s, c - 1), "has 9 outputs, but the data have 10 classes", {}),
+    fewer_in_evaluation=(wrapped(lambda out: out, lambda out: out[:, :7]), "has 7 outputs", {}), answers=(wrapped(lambda out: out.argmax(1, keepdim=True).expand(-1, 10)), "returns torch.int64, not real numbers", {}),
+    frozen=(changed(lambda m: m.requires_grad_(False)), "all weights of the network are frozen", {}), detached=(wrapped(torch.Tensor.detach), "do not depend on its weights in a way that can be differentiated", {}),
+    compiled=(changed(lambda m: torch.compile(m, backend="eager")), "is compiled.*without torch.compile", {}), part_compiled=(changed(lambda m: put(m, 0, torch.compile(m[0], backend="eager"))), "is compiled", {}),
+    parametrized=(weight_norm_at(0), "remove_parametrizations", {}), meta=(changed(lambda m: m.to("meta")), "device meta", {}),
+    fails=(wrapped(lambda out: out @ torch.ones(3)), "cannot process one image of shape .* in evaluation mode", {}), fails_in_training=(wrapped(lambda out: out @ torch.ones(3), lambda out: out), "cannot process 2 images of shape .* in training mode", {}),
+    says_nothing=(wrapped(lambda out: (_ for _ in ()).throw(AssertionError()), lambda out: out), "in training mode: AssertionError", {}), says_nothing_at_all=(wrapped(lambda out: (_ for _ in ()).throw(AssertionError())), "in evaluation mode: AssertionError", {}),
+    batch_of_one=(NORM, "100 images, 33 at a time, leave a batch of one image, but .* in training mode.*choose another batch size", dict(batch_size=33)), always_one=(NORM, "1 at a time", dict(batch_size=1)),
+    squeezed=(SQUEEZED, r"99 at a time, leave a batch of one image, but .* shape \(10,\) of 1 image,", dict(batch_size=99)),
+    no_network=(lambda s, c: 5, "returned int, not a network", {}), no_function=(5, "a function of input shape and number of classes, not 5", {}), other_function=(lambda shape: base(shape, 10), "cannot be called with them", {}),
+    no_arguments=(lambda: base((1, 16, 16), 10), "cannot be called with them", {}), a_network=(base((1, 16, 16), 10), "not a network", {}),
+    handed_out_again=(remembered(base), "it is one and the same network", {}), shared_module=(sharing(lambda m, c: put(m, 0, c[0])), r"share the module 0 \(Conv2d\)", {}), shared_head=(sharing(lambda m, c: put(m, 4, c[4])), "share the module 4", {}),
+    shared_function=(sharing(lambda m, c: put(m, 2, c[2])), r"share the module 2 \(ReLU\)", {}), shared_weight=(sharing(lambda m, c: setattr(m[0], "weight", c[0].weight) or m), "share the memory of 0.weight", {}),
+    shared_memory=(sharing(lambda m, c: setattr(m[4], "bias", nn.Parameter(c[4].bias.detach()[:])) or m), "share the memory of 4.bias", {}), shared_buffer=(sharing(with_buffer), "share the memory of mask", {}), taking_turns=(taking_turns(base), "one and the same network", {}),
+    counter=(counting(iter(range(1, 10**6)).__next__), "under one seed have made different networks", {}), own_generator=(counting(random.Random(0).random), "under one seed have made different networks", {}))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_models_that_are_refused(tmp_path, case):
+    "Before any work, in one sentence, and without a random number used up."
+    model, says, settings = REFUSED[case]
+    state, dtype = torch.get_rng_state(), torch.get_default_dtype()
+    with pytest.raises(ValueError, match=says) as error: tiny.study(tmp_path/"s", **dict(model=model, width=None, seeds=2) | settings)
+    assert len(str(error.value).splitlines()) == 1 and not (tmp_path/"s").exists()
+    assert torch.equal(state, torch.get_rng_state()) and torch.get_default_dtype() == dtype
+
+
+ALLOWED = dict(
+    plain=base, more_outputs=lambda s, c: base(s, c + 5), softmaxed=changed(lambda m: m.append(nn.Softmax(1))), channels_last=changed(lambda m: m.to(memory_format=torch.channels_last)), weight_norm_at_the_end=weight_norm_at(4),
+    tied=changed(lambda m: m.insert(4, nn.Linear(32, 32)) and m.insert(5, nn.Linear(32, 32)) and setattr(m[5], "weight", m[4].weight)), parallel=changed(nn.DataParallel), norm=NORM, lazy=changed(lambda m: put(m, 4, nn.LazyLinear(10))),
+    squeezed_batches=SQUEEZED, frozen_head=changed(lambda m: m[4].requires_grad_(False) and None), dropout=changed(lambda m: m.insert(4, nn.Dropout()) and None), printed_address=changed(lambda m: setattr(m[2], "extra_repr", lambda: f"{object()}")),
+    compiled_head=changed(lambda m: put(m, 4, torch.compile(m[4], backend="eager"))), double_part=wrapped(lambda out: (out.double() @ torch.eye(10, dtype=torch.float64))))
+
+
+@pytest.mark.parametrize("case", ALLOWED)
+def test_models_that_are_allowed(tmp_path, case):
+    "Nothing is said about them, they run, and are found again."
+    settings = dict(model=ALLOWED[case], width=None, epochs=1, relax_times=[0], lcn_times=[], batch_size=50)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert tiny.study(tmp_path/"s", **settings).run().value.notna().all() and not tiny.study(tmp_path/"s", **settings | dict(seeds=[0])).unfinished()
+    assert not [w for w in said if "efcn_nb" in w.filename]
+
+
+SAID = dict(frozen=(changed(lambda m: m[0].requires_grad_(False) and None), {}, r"frozen convolutions \(0\) stay frozen when they are embedded"), seeded=(changed(lambda m: m.load_state_dict(base_of_seed(3).state_dict()) and None), {}, "same weights for all seeds.*in dropout and in the order of images alone"),
+            constant=(changed(lambda m: [nn.init.constant_(p, .1) for p in m.parameters()] and None), dict(shuffle=False), "same weights for all seeds, so that seeds differ in dropout alone"))
+
+
+def base_of_seed(seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return base((1, 16, 16), 10)
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_models_about_which_something_is_said(tmp_path, case):
+    model, settings, says = SAID[case]
+    with pytest.warns(UserWarning, match=says) as said: study = tiny.study(tmp_path/"s", **dict(model=model, width=None, seeds=2, epochs=1, relax_times=[], lcn_times=[], batch_size=100) | settings)
+    assert len(said) == 1 and study.run().value.notna().all()
+    if case != "frozen":  # one seed cannot be the same as another
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tiny.study(tmp_path/"one", model=model, width=None, seeds=1, **settings)
+
+
+def test_trying_a_model_changes_nothing(tmp_path):
+    "The network of a seed is as its function made it, statistics of BatchNorm included, and as few others are made as needed."
+    calls = []
+    def counted(shape, classes): return calls.append(1) or NORM(shape, classes)
+    study = tiny.study(tmp_path/"s", model=counted, width=None)
+    assert len(calls) <= 4
+    network = study.cnn(0)
+    assert network[4].num_batches_tracked == 0 and not network[4].running_mean.any() and network.training
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert equal(network.state_dict(), NORM((1, 16, 16), 10).state_dict())
+
+
+@pytest.mark.parametrize("model", ["small", base], ids=["by name", "by function"])
+def test_records_do_not_depend_on_the_default_dtype(tmp_path, model):
+    settings = dict(model=model, width=2 if model == "small" else None, epochs=1, relax_times=[0], lcn_times=[], keep_weights=True)
+    usual = tiny.study(tmp_path/"usual", **settings)
+    usual.run()
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = tiny.study(tmp_path/"other", **settings)
+        other.run()
+        assert torch.get_default_dtype() == torch.float64 and other.config == usual.config
+    finally: torch.set_default_dtype(torch.float32)
+    assert metrics(other) == metrics(usual) and equal(weights(other), weights(usual))
+
+
+# Text that looks like something else
+
+@pytest.mark.parametrize("name", ["007", "1e5", "true", "NA", "None", "inf", "", " ", "a,b", 'x"y'])
+def test_names_stay_text(tmp_path, name):
+    def model(shape, classes): return base(shape, classes)
+    model.__name__ = name
+    data = type(tiny.DATA)(*(dataclasses.replace(part, name=name) for part in tiny.DATA))
+    settings = dict(data=data, model=model, width=None, epochs=1, relax_times=[], lcn_times=[], batch_size=100)
+    study = tiny.study(tmp_path/"s", **settings)
+    study.carry_out(study.plan()[0])
+    table = tiny.study(tmp_path/"s", **settings).run()
+    assert (table.data == name).all() and (table.model == name).all() and set(table.phase) == {"cnn", "fcn"}
+    assert table.equals(tiny.study(tmp_path/"s", **settings).measured()) and table.equals(read_table((tmp_path/"s/metrics.csv").read_text()))
+
+
+# Where nothing can be written
+
+@pytest.fixture
+def read_only(monkeypatch):
+    "From the call of what this returns on, whatever would write fails, also for the superuser."
+    def start():
+        def fail(*args, **kw): raise OSError(30, "Read-only file system")
+        for owner, name in ((runs, "FileLock"), (os, "replace"), (os, "mkdir"), (Path, "mkdir"), (Path, "write_bytes"), (Path, "unlink")): monkeypatch.setattr(owner, name, fail)
+    return start
+
+
+def test_a_finished_study_can_be_read_where_nothing_can_be_written(copied, done, read_only):
+    before = {p: p.stat().st_mtime_ns for p in copied.out.rglob("*")}
+    read_only()
+    again = tiny.study(copied.out, keep_weights=True)
+    assert again.run().equals(done.result) and again.measured().equals(done.result) and again.unfinished() == [] and again.environments() and not again.diverged()
+    assert again.run(executor=ThreadPoolExecutor(1)).equals(done.result) and again.run(workers=2).equals(done.result)
+    assert relax(tiny.DATA, **tiny.SETTINGS | dict(out=copied.out, keep_weights=True), progress=False).equals(done.result)
+    assert all(again.carry_out(run).equals(again.open_run(run["phase"], run["seed"], run["relax"]).table) for run in again.plan())
+    assert equal(weights(again), weights(done))
+    assert {p: p.stat().st_mtime_ns for p in copied.out.rglob("*")} == before
+
+
+def test_a_part_of_a_finished_study_can_be_read_there_too(copied, done, read_only):
+    "Its table is another one than that of the folder, which stays as it is."
+    read_only()
+    part = tiny.study(copied.out, relax_times=[0, 2], lcn_times=[])
+    with pytest.warns(UserWarning, match="metrics.csv could not be written .*; the table that is returned is whole"): table = part.run()
+    assert set(table.phase) == {"cnn", "fcn", "relaxed"} and metrics(copied) == done.metrics
+
+
+def test_an_unfinished_study_cannot_go_on_there(copied, read_only):
+    (copied.open_run("fcn", 0).path/"finished.json").unlink()
+    read_only()
+    with pytest.raises(OSError, match="nothing can be written to .*Read-only file system.*choose another folder") as error: run_again(copied)
+    assert len(str(error.value).splitlines()) == 1
 
 
 # Odd but allowed

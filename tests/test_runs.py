@@ -1,4 +1,5 @@
 """A run's directory: what goes in comes out, what breaks is noticed."""
+import io
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from efcn_nb.runs import Run, environment, run_id, sweep, write_atomic
+from efcn_nb import runs
+from efcn_nb.runs import Run, environment, held, read_table, run_id, sweep, table_text, write_atomic
 
 repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=200)
 CONFIG = dict(epochs=2, lr=.1, names=["a", "b"], width=None)
@@ -189,6 +192,111 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 def test_written_as_it_is(tmp_path, content):
     write_atomic(tmp_path/"a", content)
     assert (tmp_path/"a").read_bytes() == (content if isinstance(content, bytes) else content.encode())
+
+
+# Text is text
+
+TEXTS = ["007", "1e5", "true", "True", "FALSE", "NA", "None", "nan", "null", "inf", "-Infinity", "", " ", " 7", "inf ", "1_000", "0x10", "+5", ".5", "1" * 30, "a,b", 'say "x"', '"', '""', "two\nlines", "a\rb", "\r\n",
+         "#", "ä", "٣", "2020-01-01", "(1+2j)", "1,5", "epoch"]
+COLUMNS = {
+    **{f"text {text!r}": [text] for text in TEXTS}, **{f"text {text!r}, missing": [None, text, text] for text in TEXTS}, "all texts": TEXTS, "numbers as text": ["1", "2", "03"], "truths as text": ["True", "false"],
+    "numbers": [.1, 1/3, 5e-324, 1.7976931348623157e308, -0., 123456789.123456789], "numbers with gaps": [.1, None, math.inf], "whole numbers": [2**60 + 1, -7], "large whole numbers": [10**30, 1], "truths": [True, False],
+    "truths with gaps": [True, None, False], "mixed": [1, "1", None, .1, "0.1", True, "True", False, "", math.inf, "inf"], "numbers and words": [8, "all"], "truths and words": [True, "both"], "truths and numbers": [True, 1, 0., False],
+    "large and broken": [2**60 + 1, .5], "large with gaps": [2**60 + 1, None], "whole with gaps": [1, None], "nothing": [None, None], "none at all": []}
+
+
+def as_cells(column): return [None if pd.isna(c) else bool(c) if isinstance(c, (bool, np.bool_)) else c for c in column]
+
+
+def same_cells(a, b):
+    "Text for text, number for number (a column of whole numbers with gaps is one of floats), gap for gap."
+    kind = lambda c: type(c) if isinstance(c, (str, bool, type(None))) else float
+    return len(a) == len(b) and all(kind(x) is kind(y) and x == y for x, y in zip(as_cells(a), as_cells(b)))
+
+
+@pytest.mark.parametrize("case", COLUMNS)
+def test_what_a_table_holds_comes_back(case):
+    "Alone and beside other columns, whatever their name."
+    values = pd.Series(COLUMNS[case], dtype=None if case == "numbers" else object)
+    for name, table in [(name, pd.DataFrame(more | {name: values})) for name in ("v", "a,b", 'x"y') for more in ({}, {"i": range(len(values)), "other": "x"})]:
+        read = read_table(table_text(table))
+        assert read.columns.tolist() == table.columns.tolist() and same_cells(table[name], read[name]), table_text(table)
+        assert [str(x) for x in as_cells(read[name]) if isinstance(x, float)] == [str(float(x)) for x, y in zip(as_cells(table[name]), as_cells(read[name])) if isinstance(y, float)]  # -0, too
+
+
+@pytest.mark.parametrize("case", COLUMNS)
+def test_kept_tables_hold_what_they_held(tmp_path, case):
+    "In a run that is finished, in a checkpoint, in sweeps that keep their tables or do not."
+    values = COLUMNS[case]
+    found = pd.DataFrame(dict(i=range(len(values)), v=pd.Series(values, dtype=object)))
+    run = Run(tmp_path, CONFIG)
+    run.save(1, nn.Linear(1, 1), found)
+    assert same_cells(run.load().table.v, found.v) and same_cells(run.table.v, found.v)
+    run.finish(found)
+    assert run.finished and same_cells(run.table.v, found.v)
+    if case.startswith("large ") or not values: return  # pandas puts rows below each other as floats; without rows there are no columns
+    for folder in (tmp_path, tmp_path, None): assert same_cells(sweep(lambda case: found, [dict(case=case)], folder).v, found.v)
+
+
+@repeatable
+@given(st.lists(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")) | st.sampled_from(TEXTS), min_size=1, max_size=5))
+def test_any_column_comes_back(cells):
+    table = pd.DataFrame(dict(i=range(len(cells)), v=pd.Series(cells, dtype=object)))
+    assert same_cells(read_table(table_text(table)).v, table.v), table_text(table)
+
+
+RECORDS = sorted((Path(__file__).parents[1]/"nbs/records").rglob("*.csv"))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_records_are_read_as_ever(path):
+    "Tables without marks: pandas guesses the types, as it always did."
+    text = path.read_text()
+    ever = pd.read_csv(io.StringIO(text), engine="python", keep_default_na=False, na_values=[""], skip_blank_lines=False)
+    pd.testing.assert_frame_equal(read_table(text), ever, check_exact=True)
+
+
+@pytest.mark.parametrize("text", ['"a,b",c\n1,x\n2,y\n', '"a,b"\nx\n7\n', '"a ""b""",c\n"1,5",.1\nx,\n', 'c\n""\n1.5\n', "a,b\r\n1,x\r\n", '"a,b",c\r\n1,x\r\n'])
+def test_other_tables_are_read_as_ever(text):
+    "A name in quotation marks because it has a comma is no mark."
+    ever = pd.read_csv(io.StringIO(text), engine="python", keep_default_na=False, na_values=[""], skip_blank_lines=False)
+    pd.testing.assert_frame_equal(read_table(text), ever, check_exact=True)
+
+
+@pytest.mark.parametrize("table", [table(.5, 1/3), pd.DataFrame(dict(name=["digits", "7"], note=[None, "a,b"], ok=[True, None], n=[1, 2]))], ids=["measured", "words"])
+def test_usual_tables_are_written_as_ever(table): assert table_text(table) == table.to_csv(index=False)
+
+
+# Where nothing can be written
+
+def files(folder): return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    "From the call of what this returns on, whatever would write fails, also for the superuser."
+    def start():
+        def fail(*args, **kw): raise OSError(30, "Read-only file system")
+        for owner, name in ((runs, "publish"), (runs, "FileLock"), (os, "replace"), (os, "mkdir"), (Path, "mkdir"), (Path, "write_bytes"), (Path, "unlink")): monkeypatch.setattr(owner, name, fail)
+    return start
+
+
+def test_a_finished_sweep_can_be_read_where_nothing_can_be_written(tmp_path, read_only):
+    configs = [dict(n=1), dict(n=2)]
+    first = sweep(lambda n: [dict(n=n, name="007")], configs, tmp_path/"store")
+    before = files(tmp_path)
+    read_only()
+    again = sweep(lambda n: [dict(n=n, name="007")], configs, tmp_path/"store")
+    assert again.equals(first) and again.attrs == first.attrs and files(tmp_path) == before
+    with pytest.raises(OSError, match="nothing can be written to .*Read-only file system.*choose another folder"): sweep(lambda n: [dict(n=n)], [dict(n=3)], tmp_path/"store")
+
+
+@pytest.mark.parametrize("spoil", [lambda folder: folder.write_text("a file"), lambda folder: (folder/"lock").mkdir(parents=True)], ids=["no folder", "no lock"])
+def test_a_folder_that_cannot_be_held_is_one_sentence(tmp_path, spoil):
+    spoil(tmp_path/"s")
+    with pytest.raises(OSError, match="nothing can be written to .*choose another folder") as error:
+        with held(tmp_path/"s"): pass
+    assert len(str(error.value).splitlines()) == 1
 
 
 # Sweeps
