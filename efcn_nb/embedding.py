@@ -661,16 +661,15 @@ SAMPLE = 2**16 # weights of a layer that the proof reads
 
 def _some_units(layer, x):
     "Some output units of a released `layer` for a batch `x`, by its weights: numbers, values (N, units), and these with all signs positive."
-    g, positions = layer.geometry, math.prod(layer.out_shape[1:])
-    source, kind = torch.Generator().manual_seed(0), torch.promote_types(layer.weight.dtype, torch.float32)
-    read = layer.weight.numel()//(positions*g.out_channels)                                        # by one unit
-    few = torch.randperm(positions, generator=source)[:max(1, SAMPLE//read)].tolist()
-    i = torch.tensor(sorted({0, positions - 1, *few}), device=x.device)
-    channel = torch.randint(g.out_channels, (len(i),), generator=source).to(x.device)
-    units = channel*positions + i
+    g, positions, rng = layer.geometry, math.prod(layer.out_shape[1:]), random.Random(0)
+    kind, read = torch.promote_types(layer.weight.dtype, torch.float32), layer.weight.numel()//math.prod(layer.out_shape)
+    few = rng.sample(range(positions), min(positions, max(1, SAMPLE//read)))                       # `read` weights a unit
+    places = [(i, rng.randrange(g.out_channels)) for i in sorted({0, positions - 1, *few})]
+    units = torch.tensor([channel*positions + i for i, channel in places], device=x.device)
     bias = 0 if layer.bias is None else layer.bias[units].to(kind)
     if isinstance(layer, FullyConnected): W, x, rule = layer.weight[units], x.flatten(1), F.linear
     else:
+        i, channel = torch.tensor(places, device=x.device).T
         group, pixels = channel//(g.out_channels//g.groups), layer.pixels[i] % (math.prod(g.input_size) + 1)
         x = F.pad(x.flatten(2), (0, 1)).unflatten(1, (g.groups, -1))[:,group[:,None],:,pixels] # units, slots, N, ci
         W, rule = layer.weight[i,channel], functools.partial(torch.einsum, 'usnc,usc->nu')
@@ -738,10 +737,11 @@ def _product_apart(layer, x, out):
     if not len(x): return 0
     units, values, scale = _some_units(layer, x[:1])
     y = out[:1].flatten(1)[:,units]
-    away, eps = _apart(values.to(torch.promote_types(y.dtype, torch.float32)), y), _precision(values, layer.weight, y)
-    if not away or math.isinf(away): return away
+    away, eps = _distance(values, y), _precision(layer.weight, y)
+    allowed = min(8*eps**.5, .25)
+    if away <= allowed or math.isinf(away): return 0 if away <= allowed else away
     cancels = min(64*eps, 2**-8) * float(scale().norm()) / (float(y.norm()) or 1)
-    return away if not away <= min(8*eps**.5, .25) + cancels else 0
+    return 0 if away <= allowed + cancels else away
 
 # %% ../nbs/02_embedding.ipynb #c56f655a
 def _named(model):
