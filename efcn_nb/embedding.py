@@ -456,7 +456,7 @@ def _run(model, batch, watch, listen=None, training=False, on=True):
         m.register_forward_pre_hook(functools.partial(enter, name=name))
         m.register_forward_hook(functools.partial(leave, name=name), with_kwargs=True)
     with _eagerly(), _seeded(), watch if on else contextlib.nullcontext():
-        model.train(training)
+        if any(m.training != training for m in model.modules()): model.train(training)
         return model(batch.clone())
 
 def _batches(model, input_shape, images=None):
@@ -501,6 +501,9 @@ class _Trace:
             else:
                 done, told = True, [t for t in _leaves(self.outputs) if t.is_floating_point() or t.is_complex()]
                 if not told or any(t.is_meta or t.isfinite().any() for t in told): return
+            finally:
+                for m in blank.modules():
+                    if isinstance(m, _RELEASED): vars(m).pop('forward', None)                      # circles would keep weights
         if not done: raise _misfit(input_shape, first) from first
 
     def note(self, name, m, inputs, out):
@@ -654,20 +657,19 @@ def use_little_memory(block=4*2**20):
     _glibc('mallopt', -3, block) # M_MMAP_THRESHOLD
 
 # %% ../nbs/02_embedding.ipynb #1da9355e
-SAMPLE = 2**18 # weights of a layer that the proof reads
+SAMPLE = 2**16 # weights of a layer that the proof reads
 
 def _some_units(layer, x):
     "Some output units of a released `layer` for a batch `x`, by its weights: numbers, values (N, units), and these with all signs positive."
-    g, positions = layer.geometry, math.prod(layer.out_shape[1:])
-    source, kind = torch.Generator().manual_seed(0), torch.promote_types(layer.weight.dtype, torch.float32)
-    read = layer.weight.numel()//(positions*g.out_channels)                                        # by one unit
-    few = torch.randperm(positions, generator=source)[:max(1, SAMPLE//read)].tolist()
-    i = torch.tensor(sorted({0, positions - 1, *few}), device=x.device)
-    channel = torch.randint(g.out_channels, (len(i),), generator=source).to(x.device)
-    units = channel*positions + i
+    g, positions, rng = layer.geometry, math.prod(layer.out_shape[1:]), random.Random(0)
+    kind, read = torch.promote_types(layer.weight.dtype, torch.float32), layer.weight.numel()//math.prod(layer.out_shape)
+    few = rng.sample(range(positions), min(positions, max(1, SAMPLE//read)))                       # `read` weights a unit
+    places = [(i, rng.randrange(g.out_channels)) for i in sorted({0, positions - 1, *few})]
+    units = torch.tensor([channel*positions + i for i, channel in places], device=x.device)
     bias = 0 if layer.bias is None else layer.bias[units].to(kind)
     if isinstance(layer, FullyConnected): W, x, rule = layer.weight[units], x.flatten(1), F.linear
     else:
+        i, channel = torch.tensor(places, device=x.device).T
         group, pixels = channel//(g.out_channels//g.groups), layer.pixels[i] % (math.prod(g.input_size) + 1)
         x = F.pad(x.flatten(2), (0, 1)).unflatten(1, (g.groups, -1))[:,group[:,None],:,pixels] # units, slots, N, ci
         W, rule = layer.weight[i,channel], functools.partial(torch.einsum, 'usnc,usc->nu')
@@ -733,12 +735,13 @@ class _StandIn:
 def _product_apart(layer, x, out):
     "How much more than rounding the product of a released `layer` with `x` differs from `out`: 0, or a relative distance."
     if not len(x): return 0
-    units, values, scale = _some_units(layer, x)
-    y = out.flatten(1)[:,units]
-    away, eps = _apart(values.to(torch.promote_types(y.dtype, torch.float32)), y), _precision(values, layer.weight, y)
-    if not away or math.isinf(away): return away
+    units, values, scale = _some_units(layer, x[:1])
+    y = out[:1].flatten(1)[:,units]
+    away, eps = _distance(values, y), _precision(layer.weight, y)
+    allowed = min(8*eps**.5, .25)
+    if away <= allowed or math.isinf(away): return 0 if away <= allowed else away
     cancels = min(64*eps, 2**-8) * float(scale().norm()) / (float(y.norm()) or 1)
-    return away if not away <= min(8*eps**.5, .25) + cancels else 0
+    return 0 if away <= allowed + cancels else away
 
 # %% ../nbs/02_embedding.ipynb #c56f655a
 def _named(model):
@@ -764,8 +767,8 @@ def _poisoned(tensors, watch):
 # %% ../nbs/02_embedding.ipynb #43979ee9
 def _prove(trace, result, verb, replaced, compare=_PRODUCTS):
     "Raise `ValueError` unless `result`, with layers `replaced` (name: calls), computes what the traced network computes, on its own."
-    original, own = _named(trace.model), _named(result)
-    if len(original) < len([*trace.model.parameters(), *trace.model.buffers()]): return            # no values on the meta device
+    original, own = {name: t for name, (t, _) in trace.watch.tensors.items()}, _named(result)
+    if any(t.is_meta for t in original.values()): return                                           # there are no values
     shared = [name for name, t in own.items() if any(t is other for other in original.values())]
     trained = next((name for name in shared if own[name].requires_grad), None)
     original = {f'original {name}': t for name, t in original.items() if name not in shared}
@@ -787,11 +790,15 @@ def _prove(trace, result, verb, replaced, compare=_PRODUCTS):
 
 def _run_twin(trace, result, watch, replaced, compare, part, listen=None):
     "What a copy of `result`, which shares its parameters, makes of the traced batch."
-    twin = _copy(result, {id(p): p for p in result.parameters()})
+    idle = [] if listen else [x for m in result.modules() for k, x in vars(m).items() if k.endswith('_hooks') and not x]
+    twin = _copy(result, {id(x): x for x in (*result.parameters(), *idle)})                       # without hooks, nothing to copy
     layers = {name: twin.get_submodule(name) for name in replaced if name not in trace.live}
     stand_ins = [_StandIn(name, layer, replaced[name], compare, part) for name, layer in layers.items()]
     for stand_in in stand_ins: stand_in.layer.forward = stand_in
-    out = _run(twin, trace.batch, watch, listen, on=trace.on)
+    try: out = _run(twin, trace.batch, watch, listen, on=trace.on)
+    finally:
+        for x in idle: x.clear()
+        for stand_in in stand_ins: del stand_in.layer.forward                                      # a circle would keep the weights
     with torch.no_grad():
         for stand_in in stand_ins: stand_in.check()
     return out

@@ -1,6 +1,7 @@
 """Same function, released weights: `embed` and its way back against PyTorch's own convolutions, and what it refuses."""
 import copy
 import functools
+import gc
 import math
 import os
 import pickle
@@ -1503,3 +1504,17 @@ def test_without_the_check_the_network_runs_once(to):
         model = Net(lambda m, x: m.seen.append(1) or m.conv(x), lambda m: setattr(m, "seen", Calls()))
         embed(model, SHAPE, to, check=check)
         assert len(model.seen) == passes
+
+
+def test_the_proof_keeps_no_weights():
+    "No circle of references holds the result, or the original, until Python looks for circles."
+    gc.collect()
+    gc.disable()
+    try:
+        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)).eval()
+        steps = [embed(model, SHAPE, "lcn"), embed(model, SHAPE, fold_batchnorm=True)]
+        steps += [nearest_cnn(steps[0]), convert(steps[0], "fcn"), convert(steps[1], "lcn"), reinitialize(steps[0], 0), model]
+        held = [weakref.ref(p) for m in steps for p in m.parameters()]
+        del model, steps
+        assert not [ref for ref in held if ref() is not None]
+    finally: gc.enable()
