@@ -109,8 +109,8 @@ def _relax(args, command):
     model = args.model or ('small' if args.data == 'digits' else 'skinny')
     study = Study(data, model, args.relax, args.lcn, args.epochs, args.lr, args.batch_size, args.seeds, args.device, args.precision,
                   args.shuffle, args.fan_in, args.width, args.out, args.keep_weights or bool(args.measure), args.momentum, args.weight_decay, args.trim)
-    print(f'{study.config["data"]}: {len(data.train):,} training and {len(data.test):,} test images of shape {data.train.shape}; '
-          f'everything is written to {study.out}, at most {study.disk_needed(args.workers)/1e6:,.0f} MB at a time', flush=True)
+    print(data.describe())
+    print(f'everything is written to {study.out}, at most {study.disk_needed(args.workers)/1e6:,.0f} MB at a time', flush=True)
     new = bool(study.unfinished())
     table = study.run(workers=args.workers)
     found, failed = _measure(study, args.measure, new)

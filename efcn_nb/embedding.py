@@ -635,12 +635,13 @@ def free_memory(device='cpu')->int:
     return torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else psutil.virtual_memory().available
 
 def require_memory(
-    need:int,    # bytes
-    device='cpu' # where
+    need:int,     # bytes
+    device='cpu', # where
+    slack:float=1 # how many times what is free they may be; more than 1 before trimming, which takes rows away
 ):
-    "Raise `MemoryError` if `need` bytes for an embedded network are more than what is free."
+    "Raise `MemoryError` if `need` bytes for an embedded network are more than `slack` times what is free."
     free = free_memory(device)
-    if need > free:
+    if need > slack*free:
         raise MemoryError(f'the embedded network needs {need/1e9:,.1f} GB on {device}, where {free/1e9:,.1f} GB are free; use smaller images, '
                           "fewer channels, to='lcn', or release fewer convolutions with layers=")
 
@@ -928,6 +929,14 @@ def _warn_of_unreleased(trace, verb):
     warnings.warn(f'not {verb}, because a function computes them and no module of torch.nn (nn.Conv1d to nn.ConvTranspose3d): '
                   f'convolutions {listed}; they stay as they are; give each a module of its own to release it too', stacklevel=level)
 
+def _require_memory(model, geometries, to, slack=1):
+    "`require_memory` for the released convolutions of `model`, on each device."
+    need = Counter()
+    for name, g in geometries.items():
+        weight = model.get_submodule(name).weight
+        need[weight.device] += released_weights({name: g}, to) * weight.element_size()
+    for device, size in need.items(): require_memory(size, device, slack)
+
 def embed(
     model:nn.Module,    # any network with convolutions; left untouched
     input_shape:tuple,  # (channels, *size) of one input, without batch axis
@@ -942,11 +951,10 @@ def embed(
     "Raises `ValueError` or `MemoryError` before any work, and `ValueError` if the result does not compute the same in evaluation mode. "\
     "`trim` tries noise of several sizes and means, constant images and `images`: outputs that a network reads only for images "\
     "unlike all of these are lost."
+    if trim: _require_memory(model, conv_geometries(model, input_shape, layers), to, slack=16)  # before the probing
     geometries, trace = _geometries(model, input_shape, layers, trim, images, keep=check and not fold_batchnorm)
     convs = {name: model.get_submodule(name) for name in geometries}
-    need = {device: 0 for device in {conv.weight.device for conv in convs.values()}}
-    for name, conv in convs.items(): need[conv.weight.device] += released_weights({name: geometries[name]}, to) * conv.weight.element_size()
-    for device, size in need.items(): require_memory(size, device)
+    _require_memory(model, geometries, to)
     if fold_batchnorm:
         merged = merge_batchnorm(model, input_shape, list(geometries), check, images)
         return embed(merged, input_shape, to, list(geometries), trim=trim, check=check, images=images)

@@ -106,7 +106,7 @@ class Study:
         check_precision(precision, self.device)
         self.precision, self.keep_weights, self.trim = precision, keep_weights, bool(trim)
         self.batch_size, self.shuffle = s['batch_size'], shuffle
-        self.data = Data(*(d.to(self.device) for d in (data if isinstance(data, Data) else load_data(data))))
+        self.data = (data if isinstance(data, Data) else load_data(data)).to(self.device)
         identity = self._try_model()
         self._check_network(1 + .5*(precision == 'bf16') + (momentum > 0))      # a copy of half the size, a buffer
         self.config = dict(data=self.data.train.name, content=self.data.train.fingerprint + self.data.test.fingerprint,
@@ -282,7 +282,11 @@ def _try_network(self:Study, model):
 def _check_network(self:Study, copies):
     "Raise `ValueError` or `MemoryError` if the CNN cannot be embedded or `copies` of its eFCN's weights do not fit into memory."
     cnn = self.cnn(self.seeds[0])
-    try: geometries = conv_geometries(cnn, self.data.train.shape, trim=self.trim)
+    try:
+        geometries = conv_geometries(cnn, self.data.train.shape)
+        if self.trim:
+            require_memory(int(4*copies*released_weights(geometries)), self.device, slack=16) # before the probing
+            geometries = conv_geometries(cnn, self.data.train.shape, trim=True)
     except ValueError as e:
         more = ' (a study has no layers=: it embeds all convolutions that the function makes)'*('layers=' in str(e))
         raise ValueError(f'{e}{more}') from e

@@ -125,13 +125,14 @@ def train_steps(
     losses = []
     with _switched(precision, next(model.parameters()).device):
         for x, y in batches:
+            optimizer.zero_grad()                 # before the forward pass, which then has the memory
             with products(precision, x.device): outputs = model(x)
             value = loss(outputs if outputs.dtype == torch.float64 else outputs.float(), y)
-            optimizer.zero_grad()
             value.backward()
             optimizer.step()
             losses.append(value.detach())
             if after_step: after_step()
+        optimizer.zero_grad()
     losses = torch.stack(losses).cpu() if losses else torch.zeros(0)
     if not losses.isfinite().all(): raise Diverged(int((~losses.isfinite()).nonzero()[0]) + 1)
     return losses
