@@ -132,7 +132,6 @@ def train_steps(
             optimizer.step()
             losses.append(value.detach())
             if after_step: after_step()
-        optimizer.zero_grad()
     losses = torch.stack(losses).cpu() if losses else torch.zeros(0)
     if not losses.isfinite().all(): raise Diverged(int((~losses.isfinite()).nonzero()[0]) + 1)
     return losses
