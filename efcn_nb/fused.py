@@ -61,6 +61,12 @@ def empty(self:_Factors):
     return _Factors(self.name, *(t.new_empty(0, *t.shape[1:]) for t in (self.x, self.grad)), self.place)
 
 @patch
+def apart(self:_Factors, places):
+    "The same factors, none of them in a storage whose address is in `places`."
+    x, grad = (t.clone() if t.untyped_storage().data_ptr() in places else t for t in (self.x, self.grad))
+    return self if x is self.x and grad is self.grad else _Factors(self.name, x, grad, self.place)
+
+@patch
 def joined(self:_Factors, other, room):
     "The sum of both; None if they differ in kind, or have more than `room` numbers, as many as the gradient itself."
     if not len(self.x): return other
@@ -76,6 +82,7 @@ _stored = torch._C.TensorBase.grad
 _ZERO = {inspect.unwrap(f).__code__ for f in (nn.Module.zero_grad, torch.optim.Optimizer.zero_grad)}
 
 @torch.no_grad()
+@torch.inference_mode(False) # or the gradient could not be changed in place afterwards
 def _store(weight):
     "Multiply out the gradient of `weight` that waits, and add it to the stored one."
     product, before = _waiting[weight].product(weight), _stored.__get__(weight)
@@ -105,6 +112,27 @@ class _Weight(nn.Parameter):
     def __deepcopy__(self, memo):
         if id(self) not in memo: memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
         return memo[id(self)]
+
+# %% ../nbs/03_fused.ipynb #d15c7b38
+_exposed = WeakTensorKeyDictionary() # weights whose `.data` somebody has taken or given, who may write there unseen
+_bare = torch._C.TensorBase.data
+_PICKLES = nn.Parameter.__reduce_ex__.__code__
+
+def _take_data(weight):
+    if sys._getframe(1).f_code is not _PICKLES: _exposed[weight] = True
+    return _bare.__get__(weight)
+
+def _give_data(weight, value):
+    if value is not weight: _exposed[weight] = True                  # `model.to(device)` gives what was there
+    _bare.__set__(weight, value)
+
+_Weight.data = property(_take_data, _give_data)
+
+@patch
+def __reduce_ex__(self:_Weight, protocol):
+    "What makes a plain parameter; writing to a shallow copy is noticed."
+    build, (_, *others) = super(_Weight, self).__reduce_ex__(protocol)
+    return build, (self.detach(), *others)
 
 # %% ../nbs/03_fused.ipynb #67fc936e
 class _Fused:
@@ -141,7 +169,7 @@ def decide(self:_Fused, ctx):
 # %% ../nbs/03_fused.ipynb #0c5fd2b8
 @patch
 def keep(self:_Fused, factors, leaf):
-    "Let the gradient wait in `factors`, with earlier ones. A `leaf` is copied: people reuse the memory of inputs."
+    "Let the gradient wait in `factors`, with earlier ones. A `leaf`, or a view of one, is copied: people reuse its memory."
     if leaf: factors = _Factors(factors.name, factors.x.clone(), factors.grad, factors.place)
     before = _waiting.get(self.weight)
     both = factors if before is None else before.joined(factors, self.weight.numel())
@@ -159,6 +187,12 @@ def lowered(self:_Fused, dtype):
         self.low = self.weight.detach().to(dtype)
         self._in_step()
     return self.low
+
+@patch
+def distrust(self:_Fused):
+    "Forget the copy if anybody may have written to the weights unseen."
+    weight = self.weight
+    if weight in _exposed or weight.device.type == 'cpu' and weight.is_shared(): self.low = None
 
 @patch
 def _in_step(self:_Fused):
@@ -205,6 +239,7 @@ def descend(self:_Fused, where, grad):
 @patch
 def descend_all(self:_Fused, factors):
     "Move the weights down the product of `factors`."
+    self.distrust()
     if factors.place is None: self.descend_matrix(factors.grad, factors.x)
     else: self.descend_positions(factors)
     torch.autograd.graph.increment_version(self.weight) # a graph that has saved them complains
@@ -241,7 +276,7 @@ def _product(weight, x, bias, out=None):
 class _Matrix(torch.autograd.Function):
     """`F.linear` that leaves the gradient of the weights in factors. Results lie unit by unit in memory.
 
-    `once` says that the product is the only use of the weights, `leaf` that `x` belongs to somebody else."""
+    `once` says that the product is the only use of the weights, `leaf` that `x` lies in the memory of somebody else."""
     @staticmethod
     def forward(ctx, x, weight, bias, fused, once, leaf):
         ctx.save_for_backward(x)
@@ -352,7 +387,9 @@ def is_ordinary(self:_Fused, layer, x):
 def __call__(self:_Fused, layer, x):
     "What `layer.product(x)` computes; the backward pass leaves the gradient of the weights in factors."
     if self.is_ordinary(layer, x): return type(layer).product(layer, x)
-    dtype, leaf, learns = _lower(x, self.weight), x.is_leaf, torch.is_grad_enabled()
+    self.distrust()
+    dtype, learns = _lower(x, self.weight), torch.is_grad_enabled()
+    leaf = (x._base if x._is_view() else x).is_leaf
     x, bias = x.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         if isinstance(layer, FullyConnected):
@@ -383,7 +420,12 @@ class FusedSGD(torch.optim.SGD):
     Whatever is done with model, gradients and optimiser does the same as with `torch.optim.SGD`. The gradient of a
     fused layer is kept in two factors until `zero_grad`, which is best called before the forward pass. It takes the
     memory of a stored gradient where it is read (clipping, unscaling, logging), where a hook on the weight waits for
-    it, and for `nesterov`, `dampening` and `maximize`. Hooks on the weight's node in the graph see None.
+    it, and for `nesterov`, `dampening` and `maximize`. Hooks on the weight's node in the graph see None. While the
+    optimiser lives, a fused weight is of a subclass of `nn.Parameter`: ask `isinstance(p, nn.Parameter)`, not `type(p)`.
+
+    In lower precision (autocast) products use a copy of the weights that `step` keeps. Whoever takes `p.data` makes
+    each forward pass copy them again. Do not write through a `p.data` that was taken before the optimiser was made, or
+    a NumPy array of `p.detach()`: that goes unseen.
 
     Raises `ValueError` for a `DistributedDataParallel`. `step` raises `RuntimeError`, before a weight has moved, if the
     input of a layer, or the gradient of its output, was changed in place after the backward pass.
@@ -436,7 +478,9 @@ def _taken(self:FusedSGD):
     for _, factors in todo: factors.check()
     for f, factors in todo:
         if not f.can_descend(factors): _store(f.weight)
-    todo = [(f, factors) for f, factors in todo if f.weight in _waiting]
+    dense = [p for group in self.param_groups for p in group['params'] if p.layout == torch.strided]
+    moved = {p.untyped_storage().data_ptr() for p in dense}
+    todo = [(f, factors.apart(moved)) for f, factors in todo if f.weight in _waiting]
     for f, _ in todo: del _waiting[f.weight]
     try: yield todo
     finally:

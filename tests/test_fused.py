@@ -229,6 +229,24 @@ def test_precisions_alternate(kind, order):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): assert torch.equal(model(x), copy.deepcopy(model)(x))
 
 
+READS = {"nothing": lambda m: None, "state_dict": lambda m: m.load_state_dict(copy.deepcopy(m.state_dict())), "save": lambda m: torch.save(m, io.BytesIO()), "deepcopy": copy.deepcopy, "repr": lambda m: repr(m[0].weight),
+         "to": lambda m: m.to("cpu").float(), "clip": lambda m: nn.utils.clip_grad_norm_(m.parameters(), .1), "average": lambda m: torch.optim.swa_utils.AveragedModel(m).update_parameters(m),
+         "parameters": lambda m: [isinstance(p, nn.Parameter) and p.detach() for p in m.parameters()]}
+
+
+@kinds
+@pytest.mark.parametrize("read", READS)
+def test_the_copy_outlives_what_only_reads(kind, read):
+    "Nobody has taken `.data`, and the copy of the weights in lower precision is made but once."
+    model = embed(cnn(dtype=torch.float32), (2, 6, 5), kind)
+    optimizer = FusedSGD(model, .3)
+    train(model, optimizer, 2, "bf16")
+    low = optimizer.fused["2"].low
+    READS[read](model)
+    train(model, optimizer, 2, "bf16")
+    assert model[2].weight not in fused._exposed and (optimizer.fused["2"].low is low or read == "state_dict")
+
+
 # What is left alone
 
 def tie(model): model[2].weight = model[0].weight
@@ -786,6 +804,115 @@ def data_replaced(m, o, d):
     d.steps(m, o, 1)
 
 
+def read_in_inference(m, o, d):
+    with torch.inference_mode(): return [p.grad.norm() for p in m.parameters()]
+def read_in_inference_and_halve(m, o, d):
+    read_in_inference(m, o, d)
+    halve(m, o, d)
+def read_in_inference_and_add(m, o, d):
+    read_in_inference(m, o, d)
+    d.backward(m)
+    return read_in_inference(m, o, d)
+def read_in_inference_and_clip(m, o, d): return read_in_inference(m, o, d), clip_norm(m, o, d)
+def read_in_inference_and_zero(m, o, d):
+    with torch.inference_mode(): o.zero_grad(set_to_none=False)
+    read_in_inference_and_add(m, o, d)
+
+
+class Turned(torch.autograd.Function):
+    "A view made within a function of its own, and its gradient turned."
+    @staticmethod
+    def forward(ctx, x): return x.view_as(x)
+    @staticmethod
+    def backward(ctx, g): return -g
+class Bare(Turned):
+    "The memory of the input, and no view of it."
+    @staticmethod
+    def forward(ctx, x): return x.data
+
+
+def learned(seen, move=None):
+    "The usage in which the input of the first layer is a parameter, `seen` through a view, that the step moves, and `move` before it."
+    def usage(model, make, data):
+        model.constant = nn.Parameter(data.x())
+        net, optimizer = nn.Sequential(*list(model.children())), make(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(net[:6](seen(model.constant)), data.y).backward()
+            if move: move(model.constant)
+            optimizer.step()
+        constant = model.constant
+        del model.constant
+        return constant, constant.grad
+    return usage
+def signs_off(p): p.data.sub_(p.grad.sign())
+def plain_step_off(p): torch.optim.SGD([p], .1).step()
+def weight_as_input(m, o, d):
+    "Weights of one fused layer are the input of another."
+    o.zero_grad()
+    images = m[2].weight.flatten()[:2*60].view(2, 2, 6, 5)
+    F.cross_entropy(m(images), d.y[:2]).backward()
+    o.step()
+def weight_as_gradient(m, o, d):
+    "The gradient of a layer's output is the memory of a parameter."
+    o.zero_grad()
+    out = m[0](d.x()).flatten(1)
+    out.backward(m[0].bias.detach().expand(len(out), -1))
+    o.step()
+
+
+SMALL = .02
+def through_copy(p): p.data.copy_(torch.full_like(p, SMALL))
+def through_clamp(p): p.data.clamp_(-SMALL, SMALL)
+def through_mul(p): p.data.mul_(.5)
+def through_foreach(p): torch._foreach_mul_([p.data], .5)
+def through_numpy(p): p.data.numpy()[:] *= .5
+def through_given(p):
+    given = p.detach()*.5
+    p.data = given
+    given.mul_(.5)
+def through_vector(p):
+    vector = nn.utils.parameters_to_vector([p]).detach()*.5
+    nn.utils.vector_to_parameters(vector, [p])
+    vector.mul_(.5)
+def through_shallow_copy(p):
+    with torch.no_grad(): copy.copy(p).mul_(.5)
+def through_shared_memory(p):
+    "As another process that has got the shared memory."
+    p.share_memory_()
+    torch.Tensor.data.__get__(p).mul_(.5)
+def through_what_it_holds():
+    "The memory that was given to a parameter, by whoever holds it, for as long as there are steps."
+    holds = {}
+    def write(p):
+        if p in holds: holds[p].mul_(.5)
+        else: p.data = holds[p] = p.detach()*.5
+    return write
+def through_detached(p): p.detach().mul_(.5)
+
+
+def stale(write, kept=False):
+    """The usage that sees how far products in bf16 are from those of a copy of the model, which has no other weights than it shows, after a step and a `write`;
+    `kept`: through a `.data` of the first step."""
+    def usage(model, make, data):
+        optimizer, before, seen, bare = make(model), copy.deepcopy(model.state_dict()), [], []
+        def autocast(): return torch.autocast("cpu", torch.bfloat16, enabled=data.dtype == torch.float32)
+        for i in range(3):
+            optimizer.zero_grad()
+            with autocast(): loss = data.loss(model)
+            loss.backward()
+            optimizer.step()
+            if kept and not i: bare = [p.data for p in model.parameters()]
+            for p in bare or model.parameters(): write(p)
+            with torch.no_grad(), autocast():
+                x = data.x()
+                seen.append((model(x) - copy.deepcopy(model)(x)).abs().max())
+        optimizer.zero_grad()
+        model.load_state_dict(before)
+        return seen
+    return usage
+
+
 def scaler(act=None, scale=2.**10):
     def usage(model, make, data):
         optimizer, scaler, seen = make(model), torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2), []
@@ -802,6 +929,10 @@ def scaler(act=None, scale=2.**10):
 def unscale_and_clip(s, o, m):
     s.unscale_(o)
     nn.utils.clip_grad_norm_(m.parameters(), .01)
+
+def finite(s, o, m):
+    "As trainers look for overflows."
+    with torch.inference_mode(): return [p.grad.isfinite().all() for p in m.parameters()]
 
 
 def scheduled(late, make_scheduler):
@@ -940,7 +1071,19 @@ USAGES |= {f.__name__: f for f in (
     step_hooks, hooks_that_give_a_closure, two_optimizers, the_second_is_closed, made_again, made_late, gone, handed_over, another_group, own_groups, a_parameter_replaced, shared_between_models, used_twice,
     a_parametrization_later, averaged)}
 USAGES |= {"checkpointed": each_step(checkpointed(False)), "checkpointed, reentrant": each_step(checkpointed(True)), "scaler": scaler(), "scaler, clipped": scaler(unscale_and_clip),
-           "scaler, too large": scaler(scale=2.**120), "warm-up": scheduled(True, warmup), "warm-up before the step": scheduled(False, warmup), "one cycle": scheduled(True, one_cycle)}
+           "scaler, read in inference mode": scaler(finite), "scaler, too large": scaler(scale=2.**120), "warm-up": scheduled(True, warmup), "warm-up before the step": scheduled(False, warmup), "one cycle": scheduled(True, one_cycle)}
+USAGES |= {f"{f.__name__} between": between(f) for f in (
+    read_in_inference, read_in_inference_and_halve, read_in_inference_and_add, read_in_inference_and_clip, read_in_inference_and_zero)}
+USAGES |= {f"{f.__name__} between, never zeroed": between(f, zero=False) for f in (read_in_inference, read_in_inference_and_clip)}
+USAGES |= {f.__name__: each_step(f) for f in (weight_as_input, weight_as_gradient)}
+SEEN = {"itself": lambda p: p, "expanded": lambda p: p[:1].expand(7, -1, -1, -1), "viewed": lambda p: p.view(7, -1).view(7, 2, 6, 5), "in a function": Turned.apply, "bare": Bare.apply,
+        "checkpointed": lambda p: checkpoint(lambda t: t.view_as(t), p, use_reentrant=True)}
+USAGES |= {f"a parameter {name}": learned(seen) for name, seen in SEEN.items()}
+USAGES |= {f"a parameter {name}, {move.__name__}": learned(seen, move) for name, seen in SEEN.items() if name != "bare" for move in (signs_off, plain_step_off)}
+USAGES |= {f"bf16, {f.__name__}": stale(f) for f in (
+    through_copy, through_clamp, through_mul, through_foreach, through_numpy, through_given, through_vector, through_shallow_copy, through_shared_memory, through_detached)}
+USAGES |= {f"bf16, {f.__name__}, kept": stale(f, True) for f in (through_mul, through_foreach)}
+USAGES["bf16, through what it holds"] = stale(through_what_it_holds())
 
 
 def numbers(seen):
