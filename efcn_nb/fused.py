@@ -169,7 +169,7 @@ def decide(self:_Fused, ctx):
 # %% ../nbs/03_fused.ipynb #0c5fd2b8
 @patch
 def keep(self:_Fused, factors, leaf):
-    "Let the gradient wait in `factors`, with earlier ones. A `leaf`, or a view of one, is copied: people reuse its memory."
+    "Let the gradient wait in `factors`, with earlier ones. A `leaf`, or a view of one, is copied: people reuse it."
     if leaf: factors = _Factors(factors.name, factors.x.clone(), factors.grad, factors.place)
     before = _waiting.get(self.weight)
     both = factors if before is None else before.joined(factors, self.weight.numel())
@@ -421,7 +421,7 @@ class FusedSGD(torch.optim.SGD):
     fused layer is kept in two factors until `zero_grad`, which is best called before the forward pass. It takes the
     memory of a stored gradient where it is read (clipping, unscaling, logging), where a hook on the weight waits for
     it, and for `nesterov`, `dampening` and `maximize`. Hooks on the weight's node in the graph see None. While the
-    optimiser lives, a fused weight is of a subclass of `nn.Parameter`: ask `isinstance(p, nn.Parameter)`, not `type(p)`.
+    optimiser lives, a fused weight is of a subclass of `nn.Parameter`: ask `isinstance`, not `type(p)`.
 
     In lower precision (autocast) products use a copy of the weights that `step` keeps. Whoever takes `p.data` makes
     each forward pass copy them again. Do not write through a `p.data` that was taken before the optimiser was made, or
