@@ -198,6 +198,22 @@ def _way_out(model, name):
         return 'the fused kernel of weight_norm is known for it: measure the network with plain weights, after torch.nn.utils.parametrize.remove_parametrizations (or remove_weight_norm)'
     return 'some operation hides a part of them, such as an autograd.Function whose backward pass is cut off from the graph (detach, once_differentiable): measure the same function without it'
 
+
+# %% ../nbs/32_curvature.ipynb #9b64d0f3
+def _check_finite(product, difference):
+    "Raise `ValueError` if a product with the Hessian is not finite where the gradients are."
+    if not all(x.isfinite().all() for x in difference.values()): return                       # nor is the gradient, or the loss
+    for name, x in product.items():
+        if not x.isfinite().all():
+            raise ValueError(f"PyTorch's second derivatives of this network are not finite in {name}: a root or a power at zero has none, for example (LPPool2d after ReLU); "
+                             'measure a network that keeps away from zero, such as by (x + 1e-6).sqrt(), or that pools by a mean or a maximum')
+
+def _by(off):
+    "How far a product is from differences of gradients, in words."
+    return f'by {off:.0%} of what differences of its gradients converge to' if off < math.inf else 'where differences of its gradients converge to zero'
+
+
+# %% ../nbs/32_curvature.ipynb #70c5e2ab
 _CHECKED = WeakKeyDictionary() # networks whose second derivatives are right, and what they consisted of
 
 @torch.no_grad()
@@ -217,6 +233,7 @@ def _check_second(model, batches, tolerance=.02, shift=1e-3):
         for step in (1e-4, 1e-5, 1e-6, 1e-7, 1e-8):
             try: found.append(_difference(model, leaves, d, few, buffers, step, shift))
             except Exception: return                                                          # it cannot compute in double precision
+            _check_finite(product, found[-1])
             name, off = _furthest(product, found[-1], tolerance, floor)
             if name is None:
                 _CHECKED[model] = made
@@ -224,7 +241,8 @@ def _check_second(model, batches, tolerance=.02, shift=1e-3):
             agree = len(found) > 2 and not any(_furthest(x, found[-1], tolerance/4, floor)[0] for x in found[-3:])
             if agree:
                 if not _is_derivative(model, leaves, d, few, buffers, shift): return
-                raise ValueError(f"PyTorch's second derivatives of this network are wrong in {name}, by {off:.0%} of what differences of its gradients converge to; {_way_out(model, name)}")
+                raise ValueError(f"PyTorch's second derivatives of this network are wrong in {name}, {_by(off)}; {_way_out(model, name)}")
+
 
 # %% ../nbs/32_curvature.ipynb #081018b7
 def _projected(model, vector, parts):

@@ -16,6 +16,7 @@ import tensorly as tl
 import torch
 from tensorly.decomposition import parafac, tensor_ring_als, tensor_train, tucker
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 # %% ../nbs/05_parametrizations.ipynb #f1eed74b
@@ -164,17 +165,42 @@ def _own(layer):
     "The parameter behind a layer's weight."
     return layer.parametrizations.weight.original if _held(layer) else layer.weight
 
+
+# %% ../nbs/05_parametrizations.ipynb #62f0b4e1
+def _place(p):
+    "Where the entries of a tensor lie in memory."
+    return id(p) if is_lazy(p) or not p.numel() or p.is_meta else (p.device, p.data_ptr(), tuple(p.shape), p.stride())
+
+def _overlap(p, q):
+    "Whether two tensors are one, or have memory in common."
+    if p is q: return True
+    if any(not torch.is_tensor(x) or is_lazy(x) or x.layout != torch.strided or x.is_meta or not x.numel() for x in (p, q)) or p.device != q.device: return False
+    (a, m), (b, n) = ((x.data_ptr(), x.element_size()*(1 + sum((k - 1)*s for k, s in zip(x.shape, x.stride())))) for x in (p, q))
+    return a < b + n and b < a + m
+
 def _check_ties(model, layers, masks):
-    "Raise `ValueError` unless all that shares the weight of a layer in `masks` is held to the same mask as that layer."
-    owners = {}
-    for name, m in model.named_modules(remove_duplicate=False):
-        for k, p in m._parameters.items(): owners.setdefault(id(p), []).append((name, k))
+    "Raise `ValueError` unless all that shares the weight of a layer in `masks`, or its memory, is held to the same mask as that layer."
+    kept = [(name, k, p) for name, m in model.named_modules(remove_duplicate=False) for k, p in [*m._parameters.items(), *m._buffers.items()]]
     for name, mask in masks.items():
-        for other, k in owners.get(id(_own(layers[name])), []):
+        p, layer = _own(layers[name]), layers[name]
+        for other, k, q in kept:
+            if not _overlap(p, q): continue
             other = other.removesuffix('parametrizations.weight').rstrip('.') if k == 'original' else other
-            if layers.get(other) is layers[name] and other not in masks: continue                 # another name of the same layer
-            if not (k in ('weight', 'original') and other in masks and torch.equal(masks[other].cpu(), mask.cpu())):
-                raise ValueError(f'the layers {name!r} and {other!r} share their weight: hold both to the same mask, or give one a weight of its own first')
+            if layers.get(other) is layer and other not in masks: continue                        # another name of the same layer
+            alike = k in ('weight', 'original') and other in masks and torch.equal(masks[other].cpu(), mask.cpu())
+            if alike and layers[other] is not layer and layers[other]._parameters is layer._parameters:
+                raise ValueError(f'the layers {name!r} and {other!r} share their weight, and all other parameters, as copy.copy leaves them: take copy.deepcopy, or the layer itself twice')
+            if not (alike and _place(q) == _place(p)): raise ValueError(f'the layers {name!r} and {other!r} share their weight: hold both to the same mask, or give one a weight of its own first')
+
+
+# %% ../nbs/05_parametrizations.ipynb #a7d20c93
+@torch.no_grad()
+def _reunite(places):
+    "Put the weights of layers that lay in one place, a dictionary by layer, in one place again."
+    first = {}
+    for layer, place in places.items():
+        p = _own(layer)
+        if first.setdefault(place, p) is not p: p.set_(first[place])
 
 @torch.no_grad()
 def hold_to_masks(
@@ -189,12 +215,15 @@ def hold_to_masks(
         try: check_mask(mask, layers[name].weight.shape)
         except ValueError as e: raise ValueError(f'layer {name!r}: {e}') from None
     _check_ties(model, layers, masks)
+    places = {layers[name]: _place(_own(layers[name])) for name in masks}
     for layer, mask in {layers[name]: mask for name, mask in masks.items()}.items():      # a layer with two names once
         held = _held(layer)
         if held is None: parametrize.register_parametrization(layer, 'weight', Masked(mask.to(layer.weight.device)))
         else:
             held.mask.copy_(mask)
             layer.parametrizations.weight.original.masked_fill_(~held.mask, 0)
+    _reunite(places)
+
 
 # %% ../nbs/05_parametrizations.ipynb #f7b797d4
 def _make_plain(layer):
@@ -207,7 +236,9 @@ def release_masks(
     model:nn.Module # changed in place
 ):
     "Make the weights of all held layers plain parameters again, zero outside their masks."
-    for layer in [m for m in model.modules() if not isinstance(m, parametrize.ParametrizationList) and _held(m)]: _make_plain(layer)
+    places = {m: _place(_own(m)) for m in model.modules() if not isinstance(m, parametrize.ParametrizationList) and _held(m)}
+    for layer in places: _make_plain(layer)
+    _reunite(places)
 
 # %% ../nbs/05_parametrizations.ipynb #f7986e5b
 FORMATS = ('cp', 'tucker', 'tt', 'tr')
@@ -354,21 +385,25 @@ class LowRank(nn.Module):
 
     def extra_repr(self): return f'{self.format} of rank {self.rank}, {self.shape}' + ', shuffled'*self.shuffled
 
-# %% ../nbs/05_parametrizations.ipynb #74404f9b
-def _keepers(p):
-    "The dictionaries in which modules, anywhere in the process, keep the parameter `p`."
-    found = [d for d in gc.get_referrers(p) if type(d) is dict and any(x is p for x in d.values())]
-    if len(found) < 2: return found                                        # the module's own
-    owners = [owner if type(owner) is dict else vars(owner) for owner in gc.get_referrers(*found) if type(owner) is dict or isinstance(owner, nn.Module)]
-    return [d for d in found if any(owner.get('_parameters') is d for owner in owners)]
+# %% ../nbs/05_parametrizations.ipynb #e3094bd8
+def _others(layer, p):
+    "Modules anywhere in the process, but for `layer`, that keep the parameter `p` or one that lies in its memory."
+    modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and m is not layer]
+    kept = [(m, q) for m in modules for key in ('_parameters', '_buffers') for q in (vars(m).get(key) or {}).values()]
+    return [m for m, q in kept if q is not None and _overlap(p, q)]
 
 def _check_alone(layer, p):
     "Raise `ValueError` if another module keeps `p`, a parameter of `layer`, too."
-    if len(_keepers(p)) < 2: return
+    if not _others(layer, p): return
     gc.collect()                                                           # of modules that nothing refers to any more
-    others = [d for d in _keepers(p) if d is not layer._parameters]
-    if others: raise ValueError(f'the kernel of this {type(layer).__name__} is shared with another module, and cores would be of this one alone: hold the module itself in both places, or give it a kernel of its own first (conv.weight = nn.Parameter(conv.weight.detach().clone()))')
+    others = _others(layer, p)
+    if not others: return
+    way = 'take copy.deepcopy, for copy.copy leaves all parameters in common' if any(m._parameters is layer._parameters for m in others) else \
+        'hold the module itself in both places, or give it a kernel of its own first (conv.weight = nn.Parameter(conv.weight.detach().clone()))'
+    raise ValueError(f'the kernel of this {type(layer).__name__} is shared with another module, and cores would be of this one alone: {way}')
 
+
+# %% ../nbs/05_parametrizations.ipynb #74404f9b
 @torch.no_grad()
 def hold_to_rank(
     conv:nn.Module,      # a convolution, changed in place

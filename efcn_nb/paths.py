@@ -7,7 +7,7 @@ __all__ = ['PATHS', 'in_fcn_space', 'interpolate', 'interpolate_curvilinear', 'O
            'barrier', 'string', 'arc_length', 'along_string', 'barrier_matrix']
 
 # %% ../nbs/31_paths.ipynb #6c6796da
-import copy, functools, itertools, math, types
+import copy, dis, functools, itertools, math, types
 from numbers import Number
 
 import numpy as np
@@ -96,29 +96,78 @@ def _apart(a, b):
 def _is_statistic(model, name): return isinstance(model.get_submodule(name.rpartition('.')[0]), _NormBase)
 
 # %% ../nbs/31_paths.ipynb #63553609
-def _read_by(f, found=None):
-    "Names that a function reads, and those that functions within it and the ones that it calls by name read (PyTorch's own left out)."
-    found, codes = set() if found is None else found, [f.__code__]
-    for code in codes:
-        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-        new = {*code.co_names, *[c for c in code.co_consts if isinstance(c, str)]} - found
-        found |= new
-        called = [f.__globals__.get(name) for name in new]
-        for g in called:
-            if isinstance(g, types.FunctionType) and not g.__module__.startswith('torch.'): _read_by(g, found)
+def _puts(step, local):
+    "Whether a step of bytecode puts the variable `local` on top of the stack."
+    name = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
+    return ('LOAD_FAST' in step.opname or step.opname == 'LOAD_DEREF') and name == local
+
+def _feeds(steps, k):
+    "Whether the attribute loaded at step `k` is only added to: `x.n += 1`, `x.n = x.n + 1`, `x.kept.append(...)` or `x.kept[key] = ...`."
+    name, before = steps[k].argval, steps[k-1].opname
+    after = [*[s.opname for s in steps[k+1:k+5]], *4*['']]
+    if before in ('COPY', 'DUP_TOP'): return True
+    if after[0] in ('LOAD_ATTR', 'LOAD_METHOD'): return steps[k+1].argval in ('append', 'extend', 'insert', 'clear')
+    if after[0].startswith('LOAD_') and after[1] == 'STORE_SUBSCR': return True
+    return after[0].startswith('LOAD_') and after[1].startswith('BINARY_') and after[3] == 'STORE_ATTR' and steps[k+4].argval == name
+
+def _jumps_over(steps, k):
+    "Whether a jump from before step `k` leads to behind it, so that it is not always done."
+    jumps = {*dis.hasjrel, *dis.hasjabs}
+    return any(s.opcode in jumps and s.argval > steps[k].offset for s in steps[:k])
+
+def _loaded(code):
+    "Names of attributes that a function loads, without those that it only adds to, or that it has itself set before."
+    steps = [s for s in dis.get_instructions(code) if s.opname not in ('EXTENDED_ARG', 'CACHE')]
+    found, new, own = set(), set(), next(iter(code.co_varnames), None)
+    for k, s in enumerate(steps):
+        mine = k > 0 and code.co_argcount > 0 and _puts(steps[k-1], own)
+        if s.opname in ('LOAD_ATTR', 'LOAD_METHOD', 'LOAD_SUPER_ATTR'):
+            if not (_feeds(steps, k) or mine and s.argval in new): found.add(s.argval)
+        elif s.opname == 'STORE_ATTR' and mine and not _jumps_over(steps, k):
+            again = k > 3 and 'LOAD_ATTR' in steps[k-4].opname and steps[k-4].argval == s.argval
+            if not again: new.add(s.argval)
     return found
 
-def _functions(model):
-    "The functions of all classes in the network and of their bases, but for those that make or print a module, and those that modules hold."
-    classes = {c for m in model.modules() for c in type(m).__mro__ if c not in (nn.Module, object)}
-    found = [getattr(f, 'fget', None) or f for c in classes for k, f in vars(c).items() if k not in ('__init__', '__repr__', 'extra_repr')]
-    found = [getattr(f, '__func__', f) for f in found + [x for m in model.modules() for x in vars(m).values()]]
-    return [f for f in found if isinstance(f, types.FunctionType)]
+
+# %% ../nbs/31_paths.ipynb #5b1d90c7
+_ENTRIES = ('forward', '__call__', '__getattr__', '__getattribute__', '__getitem__', '__iter__', '__len__', '__contains__', '__bool__')
+
+def _plain(f):
+    "The function behind a property, a method or a static method."
+    for key in ('fget', 'func', '__func__'): f = getattr(f, key, None) or f
+    return f
 
 def _held(f): return [c.cell_contents for c in f.__closure__ or () if c != types.CellType()]
 
+def _methods(model):
+    "Functions of all classes in the network and of their bases, in lists by their names."
+    found = {}
+    for c in {c for m in model.modules() for c in type(m).__mro__ if c not in (nn.Module, object)}:
+        for name, f in vars(c).items(): found.setdefault(name, []).append(_plain(f))
+    return found
+
+def _read(model):
+    "Names of attributes that forward passes read: in themselves, in methods and functions that they call by name, and in functions that modules hold (PyTorch's own functions left out)."
+    methods, found, seen = _methods(model), {'forward'}, set()
+    todo = [f for name in _ENTRIES for f in methods.get(name, [])] + [_plain(x) for m in model.modules() for x in vars(m).values()]
+    while todo:
+        f = todo.pop()
+        if not isinstance(f, types.FunctionType) or f in seen: continue
+        seen.add(f)
+        codes, new = [f.__code__], set()
+        for code in codes:
+            codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+            new |= _loaded(code) | {c for c in code.co_consts if isinstance(c, str)}
+        called = [f.__globals__.get(name) for code in codes for name in code.co_names] + _held(f)
+        todo += [m for name in new - found for m in methods.get(name, [])]
+        todo += [g for g in called if isinstance(g, types.FunctionType) and not (g.__module__ or '').startswith('torch.')]
+        found |= new
+    return found
+
+
+# %% ../nbs/31_paths.ipynb #c38a5f12
 def _same(u, v, places):
-    "Whether two attributes are alike; `places` has the names of the modules of both networks by id."
+    "Whether two attributes are alike; `places` has the names of modules, parameters and buffers of both networks by id."
     if u is v or (id(u) in places and places[id(u)] == places.get(id(v))): return True
     if isinstance(u, types.FunctionType) and isinstance(v, types.FunctionType):
         if any(isinstance(x, (nn.Module, torch.Tensor)) for x in _held(u) + _held(v)): return False
@@ -152,8 +201,8 @@ def _attributes(m):
 def _unlike(a, b):
     "In which module or attribute `a` and `b` differ, in words; None if there is none."
     first, second = (dict(m.named_modules()) for m in (a, b))
-    places = {id(m): name for modules in (first, second) for name, m in modules.items()}
-    read = {'forward'} | {name for model in (a, b) for f in _functions(model) for name in _read_by(f)}
+    own = [found.items() for model, found in ((a, first), (b, second)) for found in (found, _tensors(model))]
+    places, read = {id(x): name for items in own for name, x in items}, _read(a) | _read(b)
     for name in first | second:
         p, q = (_kind(found[name]) if name in found else 'missing' for found in (first, second))
         if p != q: return f'{name or "the network"} is {p} in the first and {q} in the second; take two of one architecture'
@@ -170,9 +219,15 @@ def _check_joined(a, b, called='these networks'):
     if found: raise ValueError(f'no path joins {called}: {found}')
 
 # %% ../nbs/31_paths.ipynb #55dfeb21
+def _within(x):
+    "What lies in lists, tuples and dictionaries in one another."
+    if isinstance(x, dict): x = [*x.values()]
+    return [y for part in x for y in _within(part)] if isinstance(x, (list, tuple)) else [x]
+
 def _copy(model, memory=()):
     "`copy.deepcopy`, also of a network that has tensors of its last forward pass; `memory` as deepcopy's. Raises `ValueError` if that cannot be."
-    stored = [x for m in model.modules() for x in vars(m).values() if isinstance(x, torch.Tensor) and not x.is_leaf]
+    stored = [x for m in model.modules() for kept in vars(m).values() for x in _within(kept)]
+    stored = [x for x in stored if isinstance(x, torch.Tensor) and not x.is_leaf]
     try: return copy.deepcopy(model, {id(x): x.detach().clone() for x in stored} | dict(memory))
     except Exception as e:
         raise ValueError(f'{type(model).__name__} cannot be copied ({(str(e) or type(e).__name__).splitlines()[0]}); take from it what only a running program can hold, such as activations, locks or open files') from e

@@ -227,6 +227,24 @@ class Of(nn.Module):
     def forward(self, x): return self.f(x)
 
 
+class Shifted(torch.autograd.Function):
+    "Adds one number to all logits, of which the loss knows nothing; its second derivative is made up."
+    forward = staticmethod(lambda ctx, x, c: ctx.save_for_backward(c) or x + c)
+
+    @staticmethod
+    def backward(ctx, grad):
+        c, = ctx.saved_tensors
+        return grad, c - c.detach()
+
+
+class Shift(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(1))
+
+    def forward(self, x): return Shifted.apply(x, self.by)
+
+
 def cubed(way): return nn.Sequential(nn.Linear(4, 4), Of(Once.apply if way == "once" else lambda x: Cut.apply(x, way)), nn.Linear(4, 3))
 
 
@@ -245,6 +263,9 @@ WRONG = {
     "weight norm deep inside": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), normed(nn.Linear(4, 6), 6)), (4,), "2.0.parametrizations.weight.original1"),
     "detached": (lambda: cubed("detach"), (4,), "wrong in 0.*, by .* cut off from the graph"), "detached twice": (lambda: cubed("both"), (4,), "wrong in 0.*, by"),
     "through numpy": (lambda: cubed("numpy"), (4,), "wrong in 0.*, by"), "a tenth off": (lambda: cubed("factor"), (4,), "wrong in 0.*, by"), "once differentiable": (lambda: cubed("once"), (4,), "cut off from the graph"),
+    "a root at zero": (lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.LPPool2d(2, 2), nn.Flatten(), nn.Linear(12, 3)), (1, 5, 5), "are not finite in 0.weight: a root or a power at zero has none"),
+    "a cubic root at zero": (lambda: nn.Sequential(nn.Conv1d(1, 3, 2), nn.ReLU(), nn.LPPool1d(3, 2), nn.Flatten(), nn.Linear(6, 3)), (1, 5), "are not finite in 0.weight: a root or a power at zero has none"),
+    "where there are none": (lambda: nn.Sequential(nn.Linear(4, 3), Shift()), (4,), "wrong in 1.by, where differences of its gradients converge to zero; .* cut off from the graph"),
     "none at all": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Hardsigmoid(), nn.Linear(4, 3)), (4,), r"has none in PyTorch \(derivative for aten::hardsigmoid_backward is not implemented\); compute the same"),
     "compiled": (lambda: torch.compile(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), backend="aot_eager"), (4,), "has none in PyTorch .*; measure the network as it was before torch.compile"),
 }

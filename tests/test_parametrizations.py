@@ -557,6 +557,13 @@ def tied(kind):
     if kind == "table": net[2] = nn.Embedding(6, 6, _weight=net[0].weight); net[2].weight = net[0].weight
     if kind == "deep": net[2] = nn.Sequential(nn.Linear(6, 6)); net[2][0].weight = net[0].weight
     if kind == "root": net.shared = net[0].weight
+    if kind == "memory": net[2].weight = nn.Parameter(net[0].weight.data)
+    if kind == "data": net[2].weight.data = net[0].weight.data
+    if kind == "part": net[3].weight = nn.Parameter(net[0].weight.data[2:4])
+    if kind == "buffer": net.register_buffer("kept", net[0].weight.detach())
+    if kind == "flat":
+        flat = torch.randn(2, 6, 6)
+        net[0].weight, net[2].weight = (nn.Parameter(x) for x in flat)          # one storage, no entry in common
     if kind == "layer": net[2] = net[0]
     return net
 
@@ -565,7 +572,9 @@ HALF = torch.arange(36).view(6, 6) % 2 == 0
 PARTLY = {
     "one of two": ("weight", {"0": HALF}, "0", "2"), "the other": ("weight", {"2": HALF}, "2", "0"), "two masks": ("weight", {"0": HALF, "2": ~HALF}, "0", "2"),
     "two of three": ("three", {"0": HALF, "2": HALF}, "0", "4"), "three, two masks": ("three", {"0": HALF, "2": HALF, "4": ~HALF}, "0", "4"), "another name": ("other name", {"0": HALF}, "0", "2"),
-    "an embedding": ("table", {"0": HALF}, "0", "2"), "deep inside": ("deep", {"0": HALF}, "0", "2.0"), "in the network itself": ("root", {"0": HALF}, "0", ""), "two masks for one layer": ("layer", {"0": HALF, "2": ~HALF}, "0", "2"),
+    "an embedding": ("table", {"0": HALF}, "0", "2"), "deep inside": ("deep", {"0": HALF}, "0", "2.0"), "in the network itself": ("root", {"0": HALF}, "0", ""), "in one memory": ("memory", {"0": HALF}, "0", "2"), "in one memory, two masks": ("memory", {"0": HALF, "2": ~HALF}, "0", "2"),
+    "data": ("data", {"2": HALF}, "2", "0"), "a part": ("part", {"0": HALF}, "0", "3"), "a buffer": ("buffer", {"0": HALF}, "0", ""),
+    "two masks for one layer": ("layer", {"0": HALF, "2": ~HALF}, "0", "2"),
 }
 
 
@@ -595,6 +604,38 @@ def test_ties_are_kept(kind, names):
     assert len({id(m.weight) for m in layers}) == 1 and all(type(m.weight) is nn.Parameter for m in layers)
 
 
+@pytest.mark.parametrize("kind", ["memory", "data"])
+def test_ties_in_memory_are_kept(kind):
+    net = tied(kind)
+    hold_to_masks(net, {"0": HALF, "2": HALF})
+    for mask in (HALF, ~HALF):
+        hold_to_masks(net, {"0": mask, "2": mask})
+        with torch.no_grad(): net[0].parametrizations.weight.original.add_(mask*1.)
+        assert torch.equal(net[0].weight, net[2].weight) and net[0].weight[mask].all() and not net[2].weight[~mask].any()
+    release_masks(net)
+    assert net[0].weight.data_ptr() == net[2].weight.data_ptr() and net[0].weight is not net[2].weight
+
+
+def test_neighbours_in_one_storage_are_no_tie():
+    net = tied("flat")
+    before = net[2].weight.detach().clone()
+    hold_to_masks(net, {"0": HALF})
+    assert torch.equal(net[2].weight, before) and not net[0].weight[~HALF].any()
+
+
+def test_shallow_copies_are_no_layers_of_their_own():
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    net[1] = copy.copy(net[0])
+    with pytest.raises(ValueError, match="the layers '0' and '1' share their weight, .* take copy.deepcopy"): hold_to_masks(net, {"0": HALF, "1": HALF})
+    with pytest.raises(ValueError, match="the layers '0' and '1' share their weight"): hold_to_masks(net, {"0": HALF})
+    conv = nn.Conv2d(4, 4, 3)
+    other, x = copy.copy(conv), torch.randn(1, 4, 5, 5)
+    with pytest.raises(ValueError, match="the kernel of this Conv2d is shared with another module, .* take copy.deepcopy"): hold_to_rank(conv, "cp", 1)
+    assert torch.equal(other(x), conv(x))
+    del other
+    hold_to_rank(conv, "cp", 1)
+
+
 def test_masks_of_a_tied_network_can_be_put_back():
     net = tied("weight")
     hold_to_masks(net, {"0": HALF, "2": HALF})
@@ -611,20 +652,27 @@ def convs(kind):
     if kind == "other name": other.register_parameter("kernel", conv.weight)
     elif kind == "container": other = nn.ParameterList([conv.weight])
     elif kind == "dictionary": other = nn.ParameterDict(dict(a=conv.weight))
+    elif kind == "memory": other.weight = nn.Parameter(conv.weight.data)
+    elif kind == "data": other.weight.data = conv.weight.data
+    elif kind == "part": other = nn.Linear(3, 3, bias=False); other.weight = nn.Parameter(conv.weight.data[1, 1])
+    elif kind == "buffer": other.register_buffer("kernel", conv.weight.detach())
     else: other.weight = conv.weight
     if kind == "nested": other = nn.Sequential(nn.Sequential(other))
     return conv, other
 
 
-@pytest.mark.parametrize("kind, start", [("weight", "random"), ("weight", "decompose"), *[(kind, "random") for kind in ("transposed", "other name", "container", "dictionary", "nested")]])
+def shares(net, p): return any(q.untyped_storage().data_ptr() == p.untyped_storage().data_ptr() for q in [*net.parameters(), *net.buffers()])
+
+
+@pytest.mark.parametrize("kind, start", [("weight", "random"), ("weight", "decompose"), *[(kind, "random") for kind in ("transposed", "other name", "container", "dictionary", "nested", "memory", "data", "part", "buffer")]])
 def test_a_shared_kernel_is_not_held_to_a_rank(kind, start):
     conv, other = convs(kind)
     before = conv.weight
     with pytest.raises(ValueError, match=r"the kernel of this Conv2d is shared with another module.*give it a kernel of its own first"): hold_to_rank(conv, "cp", 2, start=start)
-    assert conv.weight is before and type(conv) is nn.Conv2d and any(p is before for p in other.parameters())
+    assert conv.weight is before and type(conv) is nn.Conv2d and shares(other, before)
     conv.weight = nn.Parameter(conv.weight.detach().clone())                   # the way out
     hold_to_rank(conv, "cp", 2, start=start)
-    assert any(p is before for p in other.parameters()) and conv(torch.randn(1, 4, 5, 5)).isfinite().all()
+    assert shares(other, before) and conv(torch.randn(1, 4, 5, 5)).isfinite().all()
 
 
 def test_who_else_refers_to_a_kernel_does_not_matter():

@@ -370,6 +370,107 @@ def old_norm(seed):
     return net
 
 
+class Recurrent(nn.Module):
+    "A recurrent layer over two steps of one number each."
+    def __init__(self, seed, layer, **kwargs):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = layer(1, 3, batch_first=True, **kwargs).double()
+        self.last = mlp(seed, (3*(1 + self.layer.bidirectional), 2))
+
+    def forward(self, x): return self.last(self.layer(x[..., None])[0][:, -1])
+
+
+class Leaving(nn.Module):
+    "What a method called `way` leaves behind, without reading it."
+    def __init__(self, seed, way):
+        super().__init__()
+        self.inner, self.way, self.calls, self.total, self.kept, self.acts = mlp(seed, (2, 4, 2)), getattr(self, way), seed, seed, [], {}
+        self.seed, self.name, self.optimizer = seed, f"net {seed}", torch.optim.SGD(self.parameters(), .1 + seed)
+        for _ in range(1 + seed): self.training_step(torch.randn(3, 2, generator=generator(seed)).double(), torch.arange(3) % 2)
+
+    def plain(self, x): return self.inner(x)
+    def kept_first(self, x): self.h = self.inner[0](x); return self.inner[2](self.inner[1](self.h))
+    def kept_last(self, x): h = self.last = self.inner(x); return h
+    def kept_detached(self, x): h = self.inner(x); self.last = h.detach(); return h
+    def after_a_loop(self, x):
+        for layer in self.inner: x = layer(x)
+        self.features = x
+        return 2*self.features
+    def counted(self, x): self.calls += 1; return self.inner(x)
+    def counted_out(self, x): self.calls = self.calls + 1; return self.inner(x)
+    def counted_sometimes(self, x):
+        if self.training: self.calls += 1
+        return self.inner(x)
+    def summed(self, x): h = self.inner(x); self.total += h.mean().item(); return h
+    def listed(self, x): h = self.inner(x); self.kept.append(h); return h
+    def listed_anew(self, x):
+        self.kept = []
+        for layer in self.inner: x = layer(x); self.kept.append(x)
+        return sum(h.mean(1, keepdim=True) for h in self.kept[:2]) + self.kept[-1]
+    def by_name(self, x): h = self.inner(x); self.acts["h"] = h; return h
+
+    def forward(self, x): return self.way(x)
+    def training_step(self, x, y): self.kept.append(F.cross_entropy(self(x), y)); return self.kept[-1]
+    def reset(self): torch.manual_seed(self.seed)
+    def save(self, folder): return f"{folder}/{self.name}.pt", self.calls, self.total
+    def fit(self, x, y): self.optimizer.zero_grad(), self.training_step(x, y).backward(), self.optimizer.step()
+
+
+class Reading(nn.Module):
+    "A `value` that the method called `way` reads, one way or another."
+    def __init__(self, seed, way, value=None):
+        super().__init__()
+        self.inner, self.way, self.value = mlp(seed, (2, 2)), getattr(self, way), seed + 1 if value is None else value
+        self.flag = False
+
+    def scaled(self, x): return self.inner(x)*self.value
+    def before_set(self, x): h = self.inner(x)*self.value; self.value = 3; return h
+    def counted(self, x): self.value += 1; return self.inner(x)*self.value
+    def counted_out(self, x): self.value = self.value + 1; return self.inner(x)*self.value
+    def set_sometimes(self, x):
+        if self.flag: self.value = 5
+        return self.inner(x)*self.value
+    def set_in_a_loop(self, x):
+        for _ in range(int(self.flag)): self.value = 5
+        return self.inner(x)*self.value
+    def chosen(self, x): return self.inner(x) if self.value > 1 else -self.inner(x)
+    def deeper(self, x): return self.helper(x)
+    def helper(self, x): return self.inner(x)*self.factor
+    @property
+    def factor(self): return self.value
+    @torch.no_grad()
+    def decorated(self, x): return self.inner(x)*self.value
+    def within(self, x): return sum((lambda n: self.inner(x)*n*self.value)(n) for n in range(3))
+    def by_name(self, x): return self.inner(x)*getattr(self, "value")
+    def listed(self, x): return self.inner(x)*self.value[0]
+    def appended(self, x): self.value.append(1); return self.inner(x)*self.value[0]
+
+    def forward(self, x): return self.way(x)
+
+
+LEFT_BEHIND = ["plain", "kept_first", "kept_last", "kept_detached", "after_a_loop", "counted", "counted_out", "counted_sometimes", "summed", "listed", "listed_anew", "by_name"]
+READ = ["scaled", "before_set", "counted", "counted_out", "set_sometimes", "set_in_a_loop", "chosen", "deeper", "decorated", "within", "by_name", "listed", "appended"]
+RECURRENT = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN, "two layers": functools.partial(nn.LSTM, num_layers=2), "both ways": functools.partial(nn.GRU, bidirectional=True), "projected": lambda i, h, **kwargs: nn.LSTM(i, h + 1, proj_size=h, **kwargs)}
+
+
+@pytest.mark.parametrize("way", READ)
+def test_attributes_that_a_forward_pass_reads_are_refused(way):
+    a, b = (Reading(seed, way, [seed + 1] if way in ("listed", "appended") else None) for seed in (0, 1))
+    with pytest.raises(ValueError, match="no path joins these networks: they differ in the attribute value, which"): interpolate(a, b, .5)
+
+
+class Listing(nn.Module):
+    "Its own parameters and a buffer once more, in a list and a dictionary."
+    def __init__(self, seed):
+        super().__init__()
+        self.inner = mlp(seed, (2, 2))
+        self.register_buffer("gain", torch.full((2,), 1.5 + seed).double())
+        self.weights, self.named, self.same = [*self.inner.parameters()], dict(gain=self.gain), self.inner[0].weight
+
+    def forward(self, x): return F.linear(x, *self.weights)*self.named["gain"]
+
+
 SOMETHING_BETWEEN = {
     "plain": mlp, "names and seeds": Scaled, "one mask": lambda s: masked(s, 3), "one shuffle": lambda s: ranked(s, 3), "one mask of prune": lambda s: pruned(s, 3),
     "weights released from masks": lambda s: (lambda net: release_masks(net) or net)(masked(s)),
@@ -377,6 +478,8 @@ SOMETHING_BETWEEN = {
     "tables": lambda s: Scaled(s, dict(order=torch.tensor([1, 0]))), "one lambda": lambda s: Scaled(s, after=lambda x: x.tanh()), "one closure": lambda s: Scaled(s, after=(lambda n: lambda x: n*x)(3)),
     "one method put in": lambda s: patched(s, 3), "running statistics": lambda s: Scaled(s, dict(shift=torch.full((2,), .3 + s).double())), "complex": twisted, "weight norm": lambda s: nn.Sequential(parametrizations.weight_norm(mlp(s)[0])),
     "weight norm by a hook": old_norm, "another mode": lambda s: mlp(s).train(bool(s)), "an activation kept": lambda s: changed(mlp(s), last=torch.ones(2, requires_grad=True)*(1. + s)),
+    "own tensors in lists": Listing, **{name: lambda s, layer=layer: Recurrent(s, layer) for name, layer in RECURRENT.items()},
+    **{f"left behind, {way}": lambda s, way=way: Leaving(s, way) for way in LEFT_BEHIND},
 }
 
 
