@@ -279,13 +279,25 @@ def _computes_its_kernel(conv):
     changes = {'forward', '_conv_forward', '_output_padding', '__call__', '_call_impl', '__getattr__', '__getattribute__', 'weight', 'bias'}
     return not (added & changes or conv._forward_pre_hooks or conv._forward_hooks or parametrize.is_parametrized(conv))
 
+def _kind_name(x):
+    "What `x` is, as messages call it: a class by its name, a thing by that of its class."
+    return f'the class {x.__name__}' if isinstance(x, type) else f'a {type(x).__name__}'
+
 def _chosen(model, layers):
     "The convolutions of `model` by name that `layers` (None, names, or a predicate of name and module) chooses."
+    if not isinstance(model, nn.Module): raise ValueError(f'model must be a torch.nn.Module with convolutions, not {_kind_name(model)}')
     names = {name for name, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
     if not names: raise ValueError(f'{type(model).__name__} has no convolution (nn.Conv1d to nn.ConvTranspose3d), so there is nothing to embed')
     if isinstance(layers, str): layers = [layers]
-    if callable(layers): layers = [name for name in names if layers(name, model.get_submodule(name))]
-    unknown = sorted(set(layers or []) - names)
+    if isinstance(layers, type) or not (layers is None or callable(layers) or hasattr(layers, '__iter__')):
+        raise ValueError('layers must be names of convolutions or a predicate of name and module (lambda name, m: ...), '
+                         f'not {_kind_name(layers)}')
+    if layers is not None and not callable(layers): layers = list(layers)
+    by_predicate = callable(layers)
+    if by_predicate: layers = [name for name in names if layers(name, model.get_submodule(name))]
+    if by_predicate and not layers:
+        raise ValueError(f'layers chooses no convolution, so there is nothing to release; the convolutions are {sorted(names)}')
+    unknown = [name for name in layers or [] if not isinstance(name, str) or name not in names]
     if unknown: raise ValueError(f'no convolution is called {unknown[0]!r}; the convolutions are {sorted(names)}')
     for name, p in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(p): raise ValueError(f'{name} has no shape yet, because the model is lazy; let it process one batch first')
@@ -531,15 +543,22 @@ def _in_evaluation(model):
 def _geometries(model, input_shape, layers=None, trim=False, images=None, keep=True):
     "What `conv_geometries` returns, and the trace of the pass that told it, with all activations at convolutions if `keep`."
     chosen = _chosen(model, layers)                         # refused convolutions need not survive a copy
+    if images is not None and not isinstance(images, torch.Tensor):
+        raise ValueError(f'images must be a tensor, a batch of shape (N, *input_shape), not {_kind_name(images)}; torch.stack joins a list of them')
     if images is not None and (tuple(images.shape[1:]) != tuple(input_shape) or not len(images)):
         wanted = ', '.join(map(str, ('N', *input_shape)))
         raise ValueError(f'images must be a batch of shape ({wanted}), not {tuple(images.shape)}')
     released = {name for name, m in model.named_modules() if isinstance(m, _RELEASED)}
     trace = _Trace(model, input_shape, {*chosen, *released}, images, keep=keep)
+    trace.more, missing, start = [], {name for name in chosen if not trace.calls[name]}, 2
+    while missing and images is not None and start < len(images):                                  # other images may take other ways
+        other = _Trace(model, input_shape, trace.sites, images[start:start+2], keep=keep)
+        found, start = {name for name in missing if other.calls[name]}, start + 2
+        if found: missing, trace.more = missing - found, [*trace.more, other]
     geometries = {}
     for name, m in chosen.items():
         axes = len(m.kernel_size)
-        shapes = sorted({(tuple(x.shape[-axes-1:]), tuple(out.shape[-axes:])) for x, out in trace.calls[name]})
+        shapes = sorted({(tuple(x.shape[-axes-1:]), tuple(out.shape[-axes:])) for t in (trace, *trace.more) for x, out in t.calls[name]})
         if len(shapes) > 1: raise ValueError(f'{name} is called with shapes {shapes[0][0]} and {shapes[1][0]} in one forward pass, so it has no single '
                                              'matrix; use a convolution of its own for each, or leave it out with layers=')
         if not shapes: raise ValueError(_uncalled(name, trace))
@@ -550,7 +569,8 @@ def _geometries(model, input_shape, layers=None, trim=False, images=None, keep=T
 def _uncalled(name, trace):
     "Why the convolution `name` was not heard."
     if f'{name}.weight'.strip('.') not in trace.watch.read:
-        return f'{name} is never called in evaluation mode, so its input size is unknown; leave it out with layers='
+        return (f'{name} is never called in evaluation mode for the images tried, so its input size is unknown; '
+                'give images= for which it is called, or leave it out with layers=')
     return (f'{name} is used without being called as a module of the network (through a lambda or another function that the network '
             'keeps, by its forward method, or by its weight alone), so it cannot be replaced; call the module itself, in a method of '
             'the class, or leave it out with layers=')
@@ -808,9 +828,9 @@ def _wobble(trace):
 
 def _by_chance(trace, away, verb):
     "Whether the traced network itself comes `away` that far by roundings or by numbers that it draws; warns if nothing can be proved."
-    wobble = _wobble(trace)
-    if away > 8*wobble: return False
-    if wobble > .01:
+    wobble = next((far for far in (_wobble(trace) for _ in range(8)) if away <= 8*far), None)     # one run may come close by chance
+    if wobble is None: return False
+    if wobble > .001:
         _warn(f'{type(trace.model).__name__} is {verb} without a proof, because its own outputs on the same images differ from run to run, '
               f'or with the rounding, by a relative distance of {wobble:.2g}; seed what it draws to have the result proved')
     return True
@@ -1000,13 +1020,13 @@ def embed(
     fold_batchnorm=False,# merge every BatchNorm that follows a released convolution into it first
     trim=False,         # leave out rows of outputs that nothing reads, as far as images of many kinds show
     check=True,         # prove on two images that the function is the same, and warn of convolutions that stay
-    images=None         # (N, *input_shape): images to look at with `trim` and `check`; None for noise
+    images=None         # (N, *input_shape): images to look at; None for noise. All, where some call what others do not
 )->nn.Module:           # a new network, on the same device and of the same dtype
     "The network's equivalent fully- or locally-connected network: same function, released weights. "\
     "Raises `ValueError` or `MemoryError` before any work, and `ValueError` if the result does not compute the same in evaluation mode. "\
     "`trim` tries noise of several sizes and means, constant images and `images`: outputs that a network reads only for images "\
     "unlike all of these are lost."
-    if trim: _require_memory(model, conv_geometries(model, input_shape, layers), to, slack=16)  # before the probing
+    if trim: _require_memory(model, conv_geometries(model, input_shape, layers, images=images), to, slack=16)  # before the probing
     geometries, trace = _geometries(model, input_shape, layers, trim, images, keep=check and not fold_batchnorm)
     convs = {name: model.get_submodule(name) for name in geometries}
     _require_memory(model, geometries, to)
@@ -1019,7 +1039,7 @@ def embed(
     result = _copy(model, released)
     if check:
         _warn_of_unreleased(trace, 'released')
-        _prove(trace, result, 'embedded', trace.calls)
+        for t in (trace, *trace.more): _prove(t, result, 'embedded', t.calls)
     return result
 
 # %% ../nbs/02_embedding.ipynb #76fafc35
@@ -1098,6 +1118,22 @@ def _holds_on_to(model):
         for key, value in vars(m).items():
             if any(id(x) in parts for x in reach(value)): return f'{name}.{key}'.strip('.')
 
+# %% ../nbs/02_embedding.ipynb #7d20c1ea
+def _marks(model):
+    "For each parameter, marks by which one sees that it was drawn anew: which tensor, how often written, where, and its first values."
+    known = lambda p: not (p.is_meta or nn.parameter.is_lazy(p)) and p.layout == torch.strided
+    few = lambda p: str(p.detach().flatten()[:16].tolist()) if known(p) else ''                    # NaN equals NaN
+    version = lambda p: None if p.is_inference() else p._version
+    return {name: (id(p), version(p), _place(p), few(p)) for name, p in model.named_parameters()}
+
+def _warn_of_undrawn(model, before):
+    "Warn of the parameters that are as they were."
+    kept = [name for name, mark in _marks(model).items() if mark == before.get(name) and mark[3] != '[]']
+    if not kept: return
+    listed = ', '.join(kept[:8]) + (f' and {len(kept) - 8} more' if len(kept) > 8 else '')
+    _warn(f'not drawn anew, because no module has a reset_parameters that draws them: {listed}; they keep their values')
+
+# %% ../nbs/02_embedding.ipynb #c3f9a2d8
 def reinitialize(
     model:nn.Module,
     seed:int=None,      # of the new weights; None draws from the global generator
@@ -1105,14 +1141,19 @@ def reinitialize(
     inplace:bool=False, # draw the weights of `model` itself, without a copy
     check=True          # prove that a copy does not read the weights of `model`
 )->nn.Module:
-    "A copy of `model`, or `model` itself, with all weights freshly drawn from PyTorch's default. "\
+    "A copy of `model`, or `model` itself, with the weights of every module that has a `reset_parameters` freshly drawn, as PyTorch draws them. "\
+    "Parameters that no module draws (raw ones, and those behind a parametrization, weight norm or pruning) keep their values, with a warning. "\
     "Raises `ValueError` if a copy would go on reading weights of `model`."
     original, model = model, model if inplace else _copy(model)
+    before = _marks(model)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
         for m in model.modules():
             if isinstance(m, FullyConnected): m.reset_parameters(fan_in)
             elif hasattr(m, 'reset_parameters'): m.reset_parameters()
+        for m in model.modules():
+            if isinstance(m, nn.MultiheadAttention): m._reset_parameters()                         # its own, and zeros for biases
+    _warn_of_undrawn(model, before)
     if inplace or not check: return model
     trace = _traced_around(original, products=False)
     if trace: _prove(trace, model, 'reinitialized', trace.calls, _NOTHING)

@@ -1642,3 +1642,87 @@ def test_noise_of_ones_own_is_no_other_function(forward):
     assert said[0].filename == __file__
     wrong = Net(lambda m, x: m.conv(x + 1e-6*np.random.default_rng().normal())*m.conv.weight.shape[-1])
     with pytest.raises(ValueError, match="another function"): embed(wrong, SHAPE)
+
+
+class Raw(nn.Module):
+    "Parameters of its own that it cannot draw."
+    def __init__(self):
+        super().__init__()
+        self.scale, self.conv = nn.Parameter(torch.ones(3, 1, 1)), nn.Conv2d(2, 3, 3)
+    def forward(self, x): return self.conv(x)*self.scale
+
+
+class OwnDraw(nn.Linear):
+    "Draws in a way that leaves no trace in the version of its parameters."
+    def reset_parameters(self):
+        for p in self.parameters(): p.data.uniform_(-1, 1)
+
+
+def attention():
+    m = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.Linear(4, 4))
+    with torch.no_grad(): m[1].in_proj_bias.fill_(1), m[1].out_proj.bias.fill_(1)
+    return m
+
+
+def pruned_linear():
+    m = nn.Linear(3, 3)
+    prune.l1_unstructured(m, "weight", .5)
+    return m
+
+
+UNDRAWN = {  # network, and the parameters that stay
+    "plain": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.PReLU(), nn.GroupNorm(1, 3), nn.Linear(3, 3, bias=False), nn.Embedding(3, 2), nn.LSTM(2, 2)), []),
+    "raw": (Raw, ["scale"]), "attention": (attention, []), "without a trace": (lambda: OwnDraw(3, 3), []),
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(3, 3)), ["parametrizations.weight.original0", "parametrizations.weight.original1"]),
+    "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(3, 3)), ["parametrizations.weight.original"]),
+    "old spectral norm": (lambda: spectral_norm(nn.Linear(3, 3)), ["weight_orig"]), "old weight norm": (lambda: weight_norm(nn.Linear(3, 3)), ["weight_g", "weight_v"]),
+    "pruned": (pruned_linear, ["weight_orig"])}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", UNDRAWN)
+def test_parameters_that_are_not_drawn_are_named(name, inplace):
+    make, kept = UNDRAWN[name]
+    model = made(make).float()
+    before = {k: p.detach().clone() for k, p in model.named_parameters()}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        drawn = reinitialize(model, 1, inplace=inplace)
+    said = [w for w in said if "not drawn anew" in str(w.message)]
+    assert len(said) == bool(kept) and all(f": {', '.join(sorted(kept))};" in str(w.message) and w.filename == __file__ for w in said)
+    assert all(torch.equal(p, before[k]) == (k in kept) for k, p in drawn.named_parameters() if p.dim() > 1 or k in kept)
+    if name == "attention": assert not drawn[1].in_proj_bias.any() and not drawn[1].out_proj.bias.any()
+
+
+def test_attention_changes_no_other_draw():
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        first, out, last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+    drawn = reinitialize(made(attention).float(), 1)
+    assert all(torch.equal(a.weight, b.weight) for a, b in [(drawn[0], first), (drawn[1].out_proj, out), (drawn[2], last)])
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda m, x: embed(m, SHAPE, images=[x[0]]), "images must be a tensor.*not a list.*torch.stack"), (lambda m, x: conv_geometries(m, SHAPE, images=x.numpy()), "images must be a tensor.*not a ndarray"),
+    (lambda m, x: embed(m, SHAPE, layers=nn.Conv2d), "names of convolutions or a predicate.*not the class Conv2d"), (lambda m, x: embed(m, SHAPE, layers=3), "not a int"),
+    (lambda m, x: embed(lambda x: x, SHAPE), "torch.nn.Module with convolutions, not a function"), (lambda m, x: embed(Net, SHAPE, trim=True), "not the class Net"),
+    (lambda m, x: embed(m, SHAPE, layers=lambda name, m: False), r"layers chooses no convolution.*\['conv'\]"),
+    (lambda m, x: embed(m, SHAPE, layers=[m.conv]), "no convolution is called Conv2d"), (lambda m, x: embed(m, SHAPE, layers=""), "no convolution is called ''")])
+def test_arguments_of_another_kind_are_refused(call, says):
+    with pytest.raises(ValueError, match=says) as error: call(Net(lambda m, x: m.head(m.conv(x))), rand(2, *SHAPE))
+    assert len(str(error.value).splitlines()) == 1
+
+
+@BOTH
+@pytest.mark.parametrize("options", [{}, dict(trim=True), dict(fold_batchnorm=True)], ids=str)
+def test_images_show_convolutions_that_few_call(to, options):
+    route = lambda m, x: m.norm(m.conv(x)) if x.mean() < 5 else m.other(x)*m.factor()
+    def more(m): m.other, m.factor = nn.Conv2d(2, 3, 3), lambda: 1
+    model = Net(route, more).eval()
+    images = torch.cat([rand(5, *SHAPE), 10 + rand(1, *SHAPE)])
+    with pytest.raises(ValueError, match="other is never called in evaluation mode for the images tried.*give images="): embed(model, SHAPE, to)
+    released = embed(model, SHAPE, to, images=images, **options)
+    assert type(released.other) is RELEASED[to] and all(close(released(x), model(x), 1e-10) for x in (images[:2], images[5:]))
+    wrong = Net(lambda m, x: m.conv(x) if x.mean() < 5 else m.other(x)*m.other.weight.shape[-1], more)
+    with pytest.raises(ValueError, match="another function"): embed(wrong, SHAPE, to, images=images)
