@@ -279,13 +279,25 @@ def _computes_its_kernel(conv):
     changes = {'forward', '_conv_forward', '_output_padding', '__call__', '_call_impl', '__getattr__', '__getattribute__', 'weight', 'bias'}
     return not (added & changes or conv._forward_pre_hooks or conv._forward_hooks or parametrize.is_parametrized(conv))
 
+def _kind_name(x):
+    "What `x` is, as messages call it: a class by its name, a thing by that of its class."
+    return f'the class {x.__name__}' if isinstance(x, type) else f'a {type(x).__name__}'
+
 def _chosen(model, layers):
     "The convolutions of `model` by name that `layers` (None, names, or a predicate of name and module) chooses."
+    if not isinstance(model, nn.Module): raise ValueError(f'model must be a torch.nn.Module with convolutions, not {_kind_name(model)}')
     names = {name for name, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
     if not names: raise ValueError(f'{type(model).__name__} has no convolution (nn.Conv1d to nn.ConvTranspose3d), so there is nothing to embed')
     if isinstance(layers, str): layers = [layers]
-    if callable(layers): layers = [name for name in names if layers(name, model.get_submodule(name))]
-    unknown = sorted(set(layers or []) - names)
+    if isinstance(layers, type) or not (layers is None or callable(layers) or hasattr(layers, '__iter__')):
+        raise ValueError('layers must be names of convolutions or a predicate of name and module (lambda name, m: ...), '
+                         f'not {_kind_name(layers)}')
+    if layers is not None and not callable(layers): layers = list(layers)
+    by_predicate = callable(layers)
+    if by_predicate: layers = [name for name in names if layers(name, model.get_submodule(name))]
+    if by_predicate and not layers:
+        raise ValueError(f'layers chooses no convolution, so there is nothing to release; the convolutions are {sorted(names)}')
+    unknown = [name for name in layers or [] if not isinstance(name, str) or name not in names]
     if unknown: raise ValueError(f'no convolution is called {unknown[0]!r}; the convolutions are {sorted(names)}')
     for name, p in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(p): raise ValueError(f'{name} has no shape yet, because the model is lazy; let it process one batch first')
@@ -386,7 +398,9 @@ def process_blank(model, input_shape):
     p, first = next(itertools.chain(model.parameters(), model.buffers())), None
     for n in (2, 1):
         with torch.random.fork_rng(), _eagerly():
-            try: return model.eval()(torch.zeros(n, *input_shape, device=p.device, dtype=p.dtype))
+            try:
+                model.eval()
+                return model(torch.zeros(n, *input_shape, device=p.device, dtype=p.dtype))
             except torch.OutOfMemoryError: raise
             except Exception as e: first = first or e
     raise _misfit(input_shape, first) from first
@@ -487,7 +501,7 @@ def _leaves(nest):
 class _Trace:
     "What a copy of `model` made of a batch: outputs, pairs of input and output for each call of `sites`, and what was watched."
     def __init__(self, model, input_shape, sites, images=None, prepare=lambda blank: None, keep=True):
-        self.model, self.sites, self.prepare, self.keep, first, done = model, set(sites), prepare, keep, None, False
+        self.model, self.sites, self.prepare, self.keep, first, done = model, set(sites), prepare, keep, None, None
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         for make, self.on in itertools.product(_batches(model, input_shape, images), (True, False)):
             blank = _copy(model, {id(p): p for p in parameters.values()})
@@ -499,16 +513,18 @@ class _Trace:
             except (MemoryError, torch.OutOfMemoryError): raise
             except Exception as e: first = first or e
             else:
-                done, told = True, [t for t in _leaves(self.outputs) if t.is_floating_point() or t.is_complex()]
+                done = done or {k: getattr(self, k) for k in ('batch', 'on', 'outputs', 'calls', 'live', 'watch')}
+                told = [t for t in _leaves(self.outputs) if t.is_floating_point() or t.is_complex()]
                 if not told or any(t.is_meta or t.isfinite().any() for t in told): return
             finally:
                 for m in blank.modules():
                     if isinstance(m, _RELEASED): vars(m).pop('forward', None)                      # circles would keep weights
         if not done: raise _misfit(input_shape, first) from first
+        vars(self).update(done)                                                                    # nothing finite: the most telling
 
     def note(self, name, m, inputs, out):
         if name not in self.sites: return
-        if torch._C._are_functorch_transforms_active(): self.live.add(name)                        # no values to be had
+        if torch._C._are_functorch_transforms_active() or out.requires_grad: self.live.add(name)   # no values to be had, or differentiated
         keep = torch.clone if self.keep else lambda t: t.to('meta')                                # or shapes alone
         self.calls[name].append((inputs[0], out) if name in self.live else (keep(inputs[0]), keep(out)))
 
@@ -527,15 +543,22 @@ def _in_evaluation(model):
 def _geometries(model, input_shape, layers=None, trim=False, images=None, keep=True):
     "What `conv_geometries` returns, and the trace of the pass that told it, with all activations at convolutions if `keep`."
     chosen = _chosen(model, layers)                         # refused convolutions need not survive a copy
+    if images is not None and not isinstance(images, torch.Tensor):
+        raise ValueError(f'images must be a tensor, a batch of shape (N, *input_shape), not {_kind_name(images)}; torch.stack joins a list of them')
     if images is not None and (tuple(images.shape[1:]) != tuple(input_shape) or not len(images)):
         wanted = ', '.join(map(str, ('N', *input_shape)))
         raise ValueError(f'images must be a batch of shape ({wanted}), not {tuple(images.shape)}')
     released = {name for name, m in model.named_modules() if isinstance(m, _RELEASED)}
     trace = _Trace(model, input_shape, {*chosen, *released}, images, keep=keep)
+    trace.more, missing, start = [], {name for name in chosen if not trace.calls[name]}, 2
+    while missing and images is not None and start < len(images):                                  # other images may take other ways
+        other = _Trace(model, input_shape, trace.sites, images[start:start+2], keep=keep)
+        found, start = {name for name in missing if other.calls[name]}, start + 2
+        if found: missing, trace.more = missing - found, [*trace.more, other]
     geometries = {}
     for name, m in chosen.items():
         axes = len(m.kernel_size)
-        shapes = sorted({(tuple(x.shape[-axes-1:]), tuple(out.shape[-axes:])) for x, out in trace.calls[name]})
+        shapes = sorted({(tuple(x.shape[-axes-1:]), tuple(out.shape[-axes:])) for t in (trace, *trace.more) for x, out in t.calls[name]})
         if len(shapes) > 1: raise ValueError(f'{name} is called with shapes {shapes[0][0]} and {shapes[1][0]} in one forward pass, so it has no single '
                                              'matrix; use a convolution of its own for each, or leave it out with layers=')
         if not shapes: raise ValueError(_uncalled(name, trace))
@@ -546,7 +569,8 @@ def _geometries(model, input_shape, layers=None, trim=False, images=None, keep=T
 def _uncalled(name, trace):
     "Why the convolution `name` was not heard."
     if f'{name}.weight'.strip('.') not in trace.watch.read:
-        return f'{name} is never called in evaluation mode, so its input size is unknown; leave it out with layers='
+        return (f'{name} is never called in evaluation mode for the images tried, so its input size is unknown; '
+                'give images= for which it is called, or leave it out with layers=')
     return (f'{name} is used without being called as a module of the network (through a lambda or another function that the network '
             'keeps, by its forward method, or by its weight alone), so it cannot be replaced; call the module itself, in a method of '
             'the class, or leave it out with layers=')
@@ -661,7 +685,8 @@ def use_little_memory(block=4*2**20):
 SAMPLE = 2**16 # weights of a layer that the proof reads
 
 def _some_units(layer, x):
-    "Some output units of a released `layer` for a batch `x`, by its weights: numbers, values (N, units), and these with all signs positive."
+    "Some output units of a released `layer` for a batch `x`, by its weights: numbers, values (N, units), and a function "\
+    "that returns these with all signs positive, and where they overflow or an input is not finite."
     g, positions, rng = layer.geometry, math.prod(layer.out_shape[1:]), random.Random(0)
     kind, read = torch.promote_types(layer.weight.dtype, torch.float32), layer.weight.numel()//math.prod(layer.out_shape)
     few = rng.sample(range(positions), min(positions, max(1, SAMPLE//read)))                       # `read` weights a unit
@@ -675,7 +700,10 @@ def _some_units(layer, x):
         x = F.pad(x.flatten(2), (0, 1)).unflatten(1, (g.groups, -1))[:,group[:,None],:,pixels] # units, slots, N, ci
         W, rule = layer.weight[i,channel], functools.partial(torch.einsum, 'usnc,usc->nu')
     W, x = W.to(kind), x.to(kind)
-    return units, rule(x, W) + bias, lambda: rule(x.abs(), W.abs()) + abs(bias)
+    def scale():
+        size = rule(x.abs(), W.abs()) + abs(bias)
+        return size, ~size.isfinite() & W.isfinite().flatten(1).all(1)
+    return units, rule(x, W) + bias, scale
 
 # %% ../nbs/02_embedding.ipynb #8a581f88
 def _precision(*tensors):
@@ -690,33 +718,38 @@ def _distance(a, b):
     if a.device == b.device and torch.equal(a, b): return 0.
     kind = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     a, b = a.detach().to(b.device, kind).flatten(), b.detach().to(kind).flatten()
-    far, size = float((a - b).norm()), float(b.norm())
-    if not math.isfinite(far + size):
-        a, b = a[b.isfinite()], b[b.isfinite()]
-        far, size = float((a - b).norm()), float(b.norm())
-    far /= size or 1
+    known = b.isfinite()
+    if not known.all(): a, b = a[known], b[known]
+    if not len(b): return 0.
+    size = float(b.abs().max()) or 1                                                               # squares of what is left do not overflow
+    a, b = a/size, b/size
+    far = float((a - b).norm()) / (float(b.norm()) or 1)
     return math.inf if math.isnan(far) else far
 
-def _apart(a, b):
-    "How much more than rounding the tensors in two nests differ by, as a relative distance; 0 if it is no more."
+def _apart(a, b, products=False):
+    "How much more than rounding the tensors in two nests differ by, as a relative distance; 0 if it is no more. "\
+    "Equal operations round (nearly) equally, unless `products` among them are computed in another order."
     a, b = _leaves(a), _leaves(b)
     if len(a) != len(b): return math.inf
-    far = [(_distance(s, t), min(8*_precision(s, t)**.5, .25)) for s, t in zip(a, b)]
-    return max([0, *(distance for distance, allowed in far if distance > allowed)])
+    allowed = (lambda eps: min(8*eps**.5, .25)) if products else lambda eps: min(16*eps, .25)
+    far = [(_distance(s, t), allowed(_precision(s, t))) for s, t in zip(a, b)]
+    return max([0, *(distance for distance, most in far if distance > most)])
 
 # %% ../nbs/02_embedding.ipynb #0bc1119e
 _PRODUCTS, _INPUTS, _NOTHING = 'products', 'inputs', 'nothing' # what is compared at a layer
 
 class _StandIn:
     "The forward pass of the replaced layer `name` on a copy: passes on what the original made; `part(name, distance)` hears of differences."
-    def __init__(self, name, layer, calls, compare, part):
+    def __init__(self, name, layer, calls, compare, part, products=False):
         self.name, self.layer, self.calls, self.compare, self.part, self.met = name, layer, iter(calls), compare, part, []
+        self.products = products                                                                  # not all before it are passed on
 
     def __call__(self, *args, **kwargs):
         layer, x, known = self.layer, (*args, *kwargs.values())[0], next(self.calls, None)
         if isinstance(layer, _RELEASED): layer._check(x, (*args[1:], kwargs.get('output_size'))[0])
+        if self.compare == _NOTHING: return _anything(layer, x, (*args[1:], kwargs.get('output_size'))[0])
         if known is None: away = math.inf                                                          # the original was not called again
-        else: away = 0 if self.compare == _NOTHING or torch.equal(x, known[0]) else _apart(x, known[0])
+        else: away = 0 if torch.equal(x, known[0]) else _apart(x, known[0], self.products)
         if away:
             self.part(self.name, away)
             return type(layer).forward(layer, *args, **kwargs)
@@ -724,13 +757,13 @@ class _StandIn:
         self.met.append((known[0], out))
         return out.clone()
 
-    def check(self):
-        "Compare the layer's own product, if that is wanted, with what was passed on."
+    def check(self, part):
+        "Compare the layer's own product, if that is wanted, with what was passed on; `part(name, distance)` hears of differences."
         for x, out in self.met if self.compare == _PRODUCTS else ():
-            if not isinstance(self.layer, _RELEASED): away = _apart(type(self.layer).forward(self.layer, x), out)
+            if not isinstance(self.layer, _RELEASED): away = _apart(type(self.layer).forward(self.layer, x), out, products=True)
             elif x.dim() > len(self.layer.in_shape): away = _product_apart(self.layer, x, out)
             else: away = _product_apart(self.layer, x[None], out[None])
-            if away: self.part(self.name, away)
+            if away: part(self.name, away)
 
 # %% ../nbs/02_embedding.ipynb #ab786f66
 def _product_apart(layer, x, out):
@@ -740,8 +773,16 @@ def _product_apart(layer, x, out):
     y = out[:1].flatten(1)[:,units]
     away, eps = _distance(values, y), _precision(layer.weight, y)
     allowed = min(8*eps**.5, .25)
+    if away <= allowed: return 0
+    size, lost = scale()
+    if lost.any():                                                                                 # there any order of sums is right
+        values, y, size = values[~lost], y[~lost], size[~lost]
+        away = _distance(values, y)
     if away <= allowed or math.isinf(away): return 0 if away <= allowed else away
-    cancels = min(64*eps, 2**-8) * float(scale().norm()) / (float(y.norm()) or 1)
+    y = y.to(size.dtype)[y.isfinite()].abs()
+    unit = float(y.max()) or 1
+    size = size[size.isfinite()]/unit
+    cancels = min(64*eps, 2**-8) * float(size.norm()) / (float((y/unit).norm()) or 1)
     return 0 if away <= allowed + cancels else away
 
 # %% ../nbs/02_embedding.ipynb #c56f655a
@@ -765,6 +806,35 @@ def _poisoned(tensors, watch):
     finally:
         for t, value in kept: t.data = value
 
+# %% ../nbs/02_embedding.ipynb #5b1f7c3e
+def _wobble(trace):
+    "How far what the traced network makes, and what its `sites` read, moves if what each site makes is off by one rounding: a relative "\
+    "distance. A network that draws numbers of its own, from no seed, moves by as much as these do."
+    blank, calls, far = _copy(trace.model, {id(p): p for p in trace.model.parameters()}), {k: iter(v) for k, v in trace.calls.items()}, [0.]
+    trace.prepare(blank)
+    def nudge(m, args, kwargs, out, name):
+        known = next(calls[name], None)
+        if torch._C._are_functorch_transforms_active() or not (out.is_floating_point() or out.is_complex()): return out
+        if known and name not in trace.live:
+            far.append(_distance((*args, *kwargs.values())[0], known[0]))
+            if known[1].shape == out.shape: out = known[1]
+        noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        return out*(1 + torch.finfo(out.dtype).eps*noise)
+    for name in calls: blank.get_submodule(name).register_forward_hook(functools.partial(nudge, name=name), with_kwargs=True)
+    with _in_evaluation(trace.model), contextlib.suppress(Exception):
+        ours, theirs = (_leaves(out) for out in (_run(blank, trace.batch, _Watch(_named(trace.model)), on=trace.on), trace.outputs))
+        far += map(_distance, ours, theirs) if len(ours) == len(theirs) else [math.inf]
+    return max(far)
+
+def _by_chance(trace, away, verb):
+    "Whether the traced network itself comes `away` that far by roundings or by numbers that it draws; warns if nothing can be proved."
+    wobble = next((far for far in (_wobble(trace) for _ in range(8)) if away <= 8*far), None)     # one run may come close by chance
+    if wobble is None: return False
+    if wobble > .001:
+        _warn(f'{type(trace.model).__name__} is {verb} without a proof, because its own outputs on the same images differ from run to run, '
+              f'or with the rounding, by a relative distance of {wobble:.2g}; seed what it draws to have the result proved')
+    return True
+
 # %% ../nbs/02_embedding.ipynb #43979ee9
 def _prove(trace, result, verb, replaced, compare=_PRODUCTS):
     "Raise `ValueError` unless `result`, with layers `replaced` (name: calls), computes what the traced network computes, on its own."
@@ -773,8 +843,8 @@ def _prove(trace, result, verb, replaced, compare=_PRODUCTS):
     shared = [name for name, t in own.items() if any(t is other for other in original.values())]
     trained = next((name for name in shared if own[name].requires_grad), None)
     original = {f'original {name}': t for name, t in original.items() if name not in shared}
-    watch, parts, error = _Watch(original | own), {}, None
-    run = functools.partial(_run_twin, trace, result, watch, replaced, compare, parts.setdefault)
+    watch, parts, products, error = _Watch(original | own), {}, {}, None
+    run = functools.partial(_run_twin, trace, result, watch, replaced, compare, parts, products)
     with _in_evaluation(trace.model), _poisoned(original, watch):
         try: out = run()
         except (MemoryError, torch.OutOfMemoryError): raise
@@ -784,24 +854,25 @@ def _prove(trace, result, verb, replaced, compare=_PRODUCTS):
             watch.read.clear()
             with contextlib.suppress(Exception): run(listen=lambda *call: None)
     if read: raise ValueError(_reads_original(trace.model, verb, read.removeprefix('original '), watch.read.get(read)))
+    if compare == _NOTHING: return
     if error: raise ValueError(_fails(result, verb, watch.stack[-1], error)) from error
-    away = 0 if compare == _NOTHING else _apart(out, trace.outputs)
-    if away or parts and compare != _NOTHING:
-        raise ValueError(_differs(result, verb, *_first_parting(trace, run, replaced, parts, away)))
+    away = _apart(out, trace.outputs, products=trace.live)
+    if products or (away or parts) and not _by_chance(trace, max(away, *parts.values(), 0), verb):
+        raise ValueError(_differs(result, verb, *_first_parting(trace, run, replaced, products | parts, away)))
 
-def _run_twin(trace, result, watch, replaced, compare, part, listen=None):
+def _run_twin(trace, result, watch, replaced, compare, parts, products, listen=None):
     "What a copy of `result`, which shares its parameters, makes of the traced batch."
     idle = [] if listen else [x for m in result.modules() for k, x in vars(m).items() if k.endswith('_hooks') and not x]
     twin = _copy(result, {id(x): x for x in (*result.parameters(), *idle)})                       # without hooks, nothing to copy
     layers = {name: twin.get_submodule(name) for name in replaced if name not in trace.live}
-    stand_ins = [_StandIn(name, layer, replaced[name], compare, part) for name, layer in layers.items()]
+    stand_ins = [_StandIn(name, layer, replaced[name], compare, parts.setdefault, bool(trace.live)) for name, layer in layers.items()]
     for stand_in in stand_ins: stand_in.layer.forward = stand_in
     try: out = _run(twin, trace.batch, watch, listen, on=trace.on)
     finally:
         for x in idle: x.clear()
         for stand_in in stand_ins: del stand_in.layer.forward                                      # a circle would keep the weights
     with torch.no_grad():
-        for stand_in in stand_ins: stand_in.check()
+        for stand_in in stand_ins: stand_in.check(products.setdefault)
     return out
 
 # %% ../nbs/02_embedding.ipynb #5d162c83
@@ -917,6 +988,11 @@ def merge_batchnorm(
     return result
 
 # %% ../nbs/02_embedding.ipynb #4db0eff9
+def _warn(message):
+    "Warn where the code outside of this module called it."
+    level = next(n for n in itertools.count(1) if sys._getframe(n).f_globals is not globals())
+    warnings.warn(message, stacklevel=level)
+
 def _warn_of_unreleased(trace, verb):
     "Warn of convolutions that the traced pass computed outside of modules that could be released."
     found = {}
@@ -925,9 +1001,8 @@ def _warn_of_unreleased(trace, verb):
         if not isinstance(m, (*CONVOLUTIONS, *_RELEASED)): found.setdefault(_called(trace.model, where), operation)
     if not found: return
     listed = '; '.join(f'in {where}, by {operation}' for where, operation in found.items())
-    level = next(n for n in itertools.count(1) if sys._getframe(n).f_globals is not globals())     # who called embed
-    warnings.warn(f'not {verb}, because a function computes them and no module of torch.nn (nn.Conv1d to nn.ConvTranspose3d): '
-                  f'convolutions {listed}; they stay as they are; give each a module of its own to release it too', stacklevel=level)
+    _warn(f'not {verb}, because a function computes them and no module of torch.nn (nn.Conv1d to nn.ConvTranspose3d): '
+          f'convolutions {listed}; they stay as they are; give each a module of its own to release it too')
 
 def _require_memory(model, geometries, to, slack=1):
     "`require_memory` for the released convolutions of `model`, on each device."
@@ -945,13 +1020,13 @@ def embed(
     fold_batchnorm=False,# merge every BatchNorm that follows a released convolution into it first
     trim=False,         # leave out rows of outputs that nothing reads, as far as images of many kinds show
     check=True,         # prove on two images that the function is the same, and warn of convolutions that stay
-    images=None         # (N, *input_shape): images to look at with `trim` and `check`; None for noise
+    images=None         # (N, *input_shape): images to look at; None for noise. All, where some call what others do not
 )->nn.Module:           # a new network, on the same device and of the same dtype
     "The network's equivalent fully- or locally-connected network: same function, released weights. "\
     "Raises `ValueError` or `MemoryError` before any work, and `ValueError` if the result does not compute the same in evaluation mode. "\
     "`trim` tries noise of several sizes and means, constant images and `images`: outputs that a network reads only for images "\
     "unlike all of these are lost."
-    if trim: _require_memory(model, conv_geometries(model, input_shape, layers), to, slack=16)  # before the probing
+    if trim: _require_memory(model, conv_geometries(model, input_shape, layers, images=images), to, slack=16)  # before the probing
     geometries, trace = _geometries(model, input_shape, layers, trim, images, keep=check and not fold_batchnorm)
     convs = {name: model.get_submodule(name) for name in geometries}
     _require_memory(model, geometries, to)
@@ -964,7 +1039,7 @@ def embed(
     result = _copy(model, released)
     if check:
         _warn_of_unreleased(trace, 'released')
-        _prove(trace, result, 'embedded', trace.calls)
+        for t in (trace, *trace.more): _prove(t, result, 'embedded', t.calls)
     return result
 
 # %% ../nbs/02_embedding.ipynb #76fafc35
@@ -1043,6 +1118,22 @@ def _holds_on_to(model):
         for key, value in vars(m).items():
             if any(id(x) in parts for x in reach(value)): return f'{name}.{key}'.strip('.')
 
+# %% ../nbs/02_embedding.ipynb #7d20c1ea
+def _marks(model):
+    "For each parameter, marks by which one sees that it was drawn anew: which tensor, how often written, where, and its first values."
+    known = lambda p: not (p.is_meta or nn.parameter.is_lazy(p)) and p.layout == torch.strided
+    few = lambda p: str(p.detach().flatten()[:16].tolist()) if known(p) else ''                    # NaN equals NaN
+    version = lambda p: None if p.is_inference() else p._version
+    return {name: (id(p), version(p), _place(p), few(p)) for name, p in model.named_parameters()}
+
+def _warn_of_undrawn(model, before):
+    "Warn of the parameters that are as they were."
+    kept = [name for name, mark in _marks(model).items() if mark == before.get(name) and mark[3] != '[]']
+    if not kept: return
+    listed = ', '.join(kept[:8]) + (f' and {len(kept) - 8} more' if len(kept) > 8 else '')
+    _warn(f'not drawn anew, because no module has a reset_parameters that draws them: {listed}; they keep their values')
+
+# %% ../nbs/02_embedding.ipynb #c3f9a2d8
 def reinitialize(
     model:nn.Module,
     seed:int=None,      # of the new weights; None draws from the global generator
@@ -1050,14 +1141,19 @@ def reinitialize(
     inplace:bool=False, # draw the weights of `model` itself, without a copy
     check=True          # prove that a copy does not read the weights of `model`
 )->nn.Module:
-    "A copy of `model`, or `model` itself, with all weights freshly drawn from PyTorch's default. "\
+    "A copy of `model`, or `model` itself, with the weights of every module that has a `reset_parameters` freshly drawn, as PyTorch draws them. "\
+    "Parameters that no module draws (raw ones, and those behind a parametrization, weight norm or pruning) keep their values, with a warning. "\
     "Raises `ValueError` if a copy would go on reading weights of `model`."
     original, model = model, model if inplace else _copy(model)
+    before = _marks(model)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
         for m in model.modules():
             if isinstance(m, FullyConnected): m.reset_parameters(fan_in)
             elif hasattr(m, 'reset_parameters'): m.reset_parameters()
+        for m in model.modules():
+            if isinstance(m, nn.MultiheadAttention): m._reset_parameters()                         # its own, and zeros for biases
+    _warn_of_undrawn(model, before)
     if inplace or not check: return model
     trace = _traced_around(original, products=False)
     if trace: _prove(trace, model, 'reinitialized', trace.calls, _NOTHING)

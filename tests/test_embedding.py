@@ -1518,3 +1518,211 @@ def test_the_proof_keeps_no_weights():
         del model, steps
         assert not [ref for ref in held if ref() is not None]
     finally: gc.enable()
+
+
+# What a proof may say, and what it may not
+
+def spoilt(change, which=None):
+    "A small network in single precision after `change` of all parameters, or of one."
+    model = made(lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 3, stride=2), nn.Tanh() if which == "tanh" else nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)))
+    with torch.no_grad():
+        for name, p in model.float().named_parameters():
+            if which in (None, "tanh", name): change(p)
+    return model
+
+
+def one_entry(value): return lambda p: p.view(-1)[:1].fill_(value)
+
+
+BEYOND = {  # weights of which roundings, overflows and what is not finite decide
+    **{f"scaled by 1e{e}": (lambda p, e=e: p.mul_(10.**e), None) for e in (8, 15, 19, 22, 30, 37)}, "huge before tanh": (lambda p: p.mul_(1e19), "tanh"),
+    **{f"{value} in {name}": (one_entry(value), name) for value in (math.nan, math.inf, -math.inf) for name in ("0.weight", "0.bias", "2.weight", "2.bias", "5.weight")},
+    "nothing but NaN": (lambda p: p.fill_(math.nan), None), "nothing but infinity": (lambda p: p.fill_(math.inf), None), "largest numbers": (lambda p: p.fill_(3e38), None),
+    "sums that overflow": (lambda p: p.copy_(3e38*p.sign()), "0.weight"), "tiny": (lambda p: p.mul_(1e-38), None)}
+
+
+@BOTH
+@pytest.mark.parametrize("name", BEYOND)
+def test_weights_beyond_what_numbers_hold_are_not_refused(to, name):
+    model = spoilt(*BEYOND[name])
+    released = embed(model, SHAPE, to)
+    for step in (nearest_cnn, lambda m: convert(m, "lcn"), lambda m: convert(m, "fcn"), lambda m: reinitialize(m, 0)): step(released)
+    merge_batchnorm(nn.Sequential(model[0], nn.BatchNorm2d(3), *model[1:]).eval(), SHAPE)
+
+
+@BOTH
+def test_wrong_weights_beside_huge_or_broken_ones_are_noticed(to):
+    for change in (lambda p: p.mul_(1e19), lambda p: p.mul_(1e15), one_entry(math.nan)):
+        model = spoilt(change, "0.weight")
+        trace, good = embedding._geometries(model, SHAPE)[1], embed(model, SHAPE, to)
+        for spoil in (lambda w: w.mul_(1.1), lambda w: w.fill_(math.nan), lambda w: w.fill_(math.inf)):
+            wrong = copy.deepcopy(good)
+            with torch.no_grad(): spoil(wrong[0].weight)
+            with pytest.raises(ValueError, match="first part at 0"): embedding._prove(trace, wrong, "embedded", trace.calls)
+
+
+READS = {  # reads of a released weight that move the outputs by little
+    "mean": lambda m, x: m.head((m.conv(x) + .01*m.conv.weight.abs().mean()).relu()), "less": lambda m, x: m.head((m.conv(x) + 1e-4*m.conv.weight.abs().mean()).relu()),
+    "norm": lambda m, x: m.head(m.conv(x))*(1 + 1e-4*m.conv.weight.norm()), "bias": lambda m, x: m.head(m.conv(x) + 1e-3*m.conv.bias.sum()),
+    "input": lambda m, x: m.head(m.conv(x + 1e-4*m.conv.weight.norm())), "type": lambda m, x: m.head(m.conv(x)) + (1e-4 if isinstance(m.conv, nn.Conv2d) else 0)}
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", READS)
+def test_small_reads_of_a_released_weight_are_refused(to, name, dtype):
+    with pytest.raises(ValueError, match="another function"): embed(Net(READS[name]).to(dtype), SHAPE, to)
+
+
+class Energy(nn.Module):
+    "The gradient of an energy with respect to the image, and with `both` the energy too."
+    def __init__(self, both, wrong=False):
+        super().__init__()
+        self.both, self.wrong, self.a, self.b, self.f = both, wrong, nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 1)
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = self.f(self.b(self.a(x).tanh()).tanh().flatten(1))
+            if self.wrong: y = y*self.a.weight.norm()
+            g = torch.autograd.grad((y + x.pow(2).sum()*self.both).sum(), x)[0]
+        return (y.detach(), g) if self.both else g
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("both", [False, True])
+def test_networks_that_differentiate_are_embedded(to, both, dtype):
+    model, x = made(lambda: Energy(both)).to(dtype), rand(2, *SHAPE, dtype=dtype)
+    released = embed(model, SHAPE, to)
+    for m in released, nearest_cnn(released), convert(released, "fcn"), convert(released, "lcn"):
+        assert all(close(a, b, .1 if dtype == torch.bfloat16 else 1e-5) for a, b in zip(embedding._leaves(m(x)), embedding._leaves(model(x))))
+    reinitialize(released, 0)
+    with pytest.raises(ValueError, match="another function"): embed(made(lambda: Energy(both, wrong=True)).to(dtype), SHAPE, to)
+
+
+class Experts(nn.Module):
+    "A mixture of experts, each of which takes the images that a gate sends it."
+    def __init__(self):
+        super().__init__()
+        self.experts, self.gate, self.fc = nn.ModuleList([nn.Conv2d(2, 2, 3) for _ in range(4)]), nn.Linear(50, 4), nn.Linear(18, 2)
+    def forward(self, x):
+        expert, h = self.gate(x.flatten(1)).argmax(1), x.new_zeros(len(x), 2, 3, 3)
+        for i, conv in enumerate(self.experts): h[expert == i] = conv(x[expert == i])
+        return self.fc(h.flatten(1))
+
+
+@BOTH
+def test_a_mixture_of_experts_is_reinitialized(to):
+    released = embed(made(Experts), SHAPE, to)
+    for seed in range(10): assert reinitialize(released, seed) is not released
+    released.held = lambda x: released.fc(x)
+    released.forward = types.MethodType(lambda self, x: self.held(x.flatten(1)[:, :18]), released)
+    with pytest.raises(ValueError, match="goes on using fc.weight of the original"): reinitialize(released, 0)
+
+
+class FrozenNorm(nn.Sequential):
+    "Keeps its BatchNorm in evaluation mode; returns nothing, as many a `train` of one's own."
+    def train(self, mode=True):
+        super().train(mode)
+        self[1].eval()
+
+
+def test_a_train_of_ones_own_that_returns_nothing():
+    model, x = FrozenNorm(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), rand(2, *SHAPE).float()
+    model.train(False)
+    released = embed(model, SHAPE, fold_batchnorm=True)
+    assert type(released[1]) is nn.Identity and close(released(x), model(x), 1e-5) and type(merge_batchnorm(model, SHAPE)[1]) is nn.Identity
+
+
+@pytest.mark.parametrize("forward", [
+    lambda m, x: m.conv(x) + np.random.default_rng().normal(), lambda m, x: m.conv(x + np.random.default_rng().normal(size=(5, 5))),
+    lambda m, x: m.head(m.conv(x)*random.Random().random())], ids=["after", "before", "factor"])
+def test_noise_of_ones_own_is_no_other_function(forward):
+    with pytest.warns(UserWarning, match="embedded without a proof, because its own outputs") as said: embed(Net(forward), SHAPE)
+    assert said[0].filename == __file__
+    wrong = Net(lambda m, x: m.conv(x + 1e-6*np.random.default_rng().normal())*m.conv.weight.shape[-1])
+    with pytest.raises(ValueError, match="another function"): embed(wrong, SHAPE)
+
+
+class Raw(nn.Module):
+    "Parameters of its own that it cannot draw."
+    def __init__(self):
+        super().__init__()
+        self.scale, self.conv = nn.Parameter(torch.ones(3, 1, 1)), nn.Conv2d(2, 3, 3)
+    def forward(self, x): return self.conv(x)*self.scale
+
+
+class OwnDraw(nn.Linear):
+    "Draws in a way that leaves no trace in the version of its parameters."
+    def reset_parameters(self):
+        for p in self.parameters(): p.data.uniform_(-1, 1)
+
+
+def attention():
+    m = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.Linear(4, 4))
+    with torch.no_grad(): m[1].in_proj_bias.fill_(1), m[1].out_proj.bias.fill_(1)
+    return m
+
+
+def pruned_linear():
+    m = nn.Linear(3, 3)
+    prune.l1_unstructured(m, "weight", .5)
+    return m
+
+
+UNDRAWN = {  # network, and the parameters that stay
+    "plain": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.PReLU(), nn.GroupNorm(1, 3), nn.Linear(3, 3, bias=False), nn.Embedding(3, 2), nn.LSTM(2, 2)), []),
+    "raw": (Raw, ["scale"]), "attention": (attention, []), "without a trace": (lambda: OwnDraw(3, 3), []),
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(3, 3)), ["parametrizations.weight.original0", "parametrizations.weight.original1"]),
+    "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(3, 3)), ["parametrizations.weight.original"]),
+    "old spectral norm": (lambda: spectral_norm(nn.Linear(3, 3)), ["weight_orig"]), "old weight norm": (lambda: weight_norm(nn.Linear(3, 3)), ["weight_g", "weight_v"]),
+    "pruned": (pruned_linear, ["weight_orig"])}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", UNDRAWN)
+def test_parameters_that_are_not_drawn_are_named(name, inplace):
+    make, kept = UNDRAWN[name]
+    model = made(make).float()
+    before = {k: p.detach().clone() for k, p in model.named_parameters()}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        drawn = reinitialize(model, 1, inplace=inplace)
+    said = [w for w in said if "not drawn anew" in str(w.message)]
+    assert len(said) == bool(kept) and all(f": {', '.join(sorted(kept))};" in str(w.message) and w.filename == __file__ for w in said)
+    assert all(torch.equal(p, before[k]) == (k in kept) for k, p in drawn.named_parameters() if p.dim() > 1 or k in kept)
+    if name == "attention": assert not drawn[1].in_proj_bias.any() and not drawn[1].out_proj.bias.any()
+
+
+def test_attention_changes_no_other_draw():
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        first, out, last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+    drawn = reinitialize(made(attention).float(), 1)
+    assert all(torch.equal(a.weight, b.weight) for a, b in [(drawn[0], first), (drawn[1].out_proj, out), (drawn[2], last)])
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda m, x: embed(m, SHAPE, images=[x[0]]), "images must be a tensor.*not a list.*torch.stack"), (lambda m, x: conv_geometries(m, SHAPE, images=x.numpy()), "images must be a tensor.*not a ndarray"),
+    (lambda m, x: embed(m, SHAPE, layers=nn.Conv2d), "names of convolutions or a predicate.*not the class Conv2d"), (lambda m, x: embed(m, SHAPE, layers=3), "not a int"),
+    (lambda m, x: embed(lambda x: x, SHAPE), "torch.nn.Module with convolutions, not a function"), (lambda m, x: embed(Net, SHAPE, trim=True), "not the class Net"),
+    (lambda m, x: embed(m, SHAPE, layers=lambda name, m: False), r"layers chooses no convolution.*\['conv'\]"),
+    (lambda m, x: embed(m, SHAPE, layers=[m.conv]), "no convolution is called Conv2d"), (lambda m, x: embed(m, SHAPE, layers=""), "no convolution is called ''")])
+def test_arguments_of_another_kind_are_refused(call, says):
+    with pytest.raises(ValueError, match=says) as error: call(Net(lambda m, x: m.head(m.conv(x))), rand(2, *SHAPE))
+    assert len(str(error.value).splitlines()) == 1
+
+
+@BOTH
+@pytest.mark.parametrize("options", [{}, dict(trim=True), dict(fold_batchnorm=True)], ids=str)
+def test_images_show_convolutions_that_few_call(to, options):
+    route = lambda m, x: m.norm(m.conv(x)) if x.mean() < 5 else m.other(x)*m.factor()
+    def more(m): m.other, m.factor = nn.Conv2d(2, 3, 3), lambda: 1
+    model = Net(route, more).eval()
+    images = torch.cat([rand(5, *SHAPE), 10 + rand(1, *SHAPE)])
+    with pytest.raises(ValueError, match="other is never called in evaluation mode for the images tried.*give images="): embed(model, SHAPE, to)
+    released = embed(model, SHAPE, to, images=images, **options)
+    assert type(released.other) is RELEASED[to] and all(close(released(x), model(x), 1e-10) for x in (images[:2], images[5:]))
+    wrong = Net(lambda m, x: m.conv(x) if x.mean() < 5 else m.other(x)*m.other.weight.shape[-1], more)
+    with pytest.raises(ValueError, match="another function"): embed(wrong, SHAPE, to, images=images)
