@@ -131,14 +131,19 @@ def cnn(self:Study, seed:int)->torch.nn.Module:
     with _in_single_precision():
         if isinstance(self.model, str):
             return make_model(self.model, train.shape, len(train.classes), seed, self.width).to(self.device)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = _a_network(self.model(train.shape, len(train.classes)))
-            try: list(model.parameters()) and process_blank(model, train.shape)  # lazy layers learn their size
-            except ValueError as e:
-                raise ValueError(f'the network cannot process one image of shape {train.shape} in evaluation mode: '
-                                 f'{_first_line(e.__cause__ or e)}') from e
+        model = _untrained(self.model, train.shape, len(train.classes), seed)
     return model.train().to(self.device)
+
+def _untrained(function, shape, classes, seed):
+    "The network that `function` makes under `seed`, on the CPU."
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _a_network(function(shape, classes))
+        try: list(model.parameters()) and process_blank(model, shape)         # lazy layers learn their size
+        except ValueError as e:
+            raise ValueError(f'the network cannot process one image of shape {shape} in evaluation mode: '
+                             f'{_first_line(e.__cause__ or e)}') from e
+    return model
 
 # %% ../nbs/22_relaxation.ipynb #2cfb69e4
 def _check_function(model):
@@ -302,7 +307,7 @@ def _check_network(self:Study, copies):
 def _open(self:Study, out):
     "Take `out`, or a folder named after the study; raises `ValueError` if it holds anything else."
     name = re.sub(r'[^\w]+', '-', f'{self.config["data"]}-{self.model_name}').strip('-').lower()
-    self.out = Path(out) if out is not None else Path('efcn_runs')/f'{name}-{run_id(self.config)[:8]}'
+    self.out = Path(os.path.expanduser(out)) if out is not None else Path('efcn_runs')/f'{name}-{run_id(self.config)[:8]}'
     known = self.out/'study.json'
     if known.exists():
         try: there = dict(json.loads(known.read_bytes()))
@@ -614,14 +619,41 @@ def _check_executor(executor, workers):
         raise ValueError(f'executor must be one of the kind of concurrent.futures, not {executor!r}; for a number '
                          f'of processes take workers=')
 
+# %% ../nbs/22_relaxation.ipynb #5c1d90be
+@_in_single_precision()
+def _look(function, shape, classes):
+    "How the network that `function` makes under seed 0 prints, its content, and its outputs for an image of noise."
+    model = _untrained(function, shape, classes, 0).eval()
+    x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.random.fork_rng():
+        outs = [(torch.manual_seed(0), model(x))[1].float() for _ in range(2)]
+    repeats = torch.allclose(*outs, rtol=1e-3, atol=1e-5, equal_nan=True)
+    printed = re.sub(' at 0x[0-9a-f]+', '', str(model))
+    return dict(layers=printed, weights=_content(model), outputs=outs[0].cpu() if repeats else None)
+
+def _agree(here, there):
+    "Whether two parts of a `_look` are the same, outputs up to rounding; None is not compared."
+    if here is None or there is None or not isinstance(here, torch.Tensor): return None in (here, there) or here == there
+    return here.shape == there.shape and torch.allclose(here, there, rtol=1e-3, atol=1e-5, equal_nan=True)
+
 # %% ../nbs/22_relaxation.ipynb #86bf39bf
 _NO_GUARD = "a script must ask for workers below `if __name__ == '__main__':`, because each worker imports the script"
 _REMEDY = 'define it by def at the top of a script, or (in a notebook) in a module of its own that is imported'
 
-def _arrives(content):
-    "In a worker: why the pickled settings in `content` cannot be read here; None if they can."
-    try: pickle.loads(content)
-    except Exception as e: return f'{type(e).__name__}: {e}'.splitlines()[0]
+_ELSEWHERE = ("it must read something that is not the same there, such as what the script sets below `if __name__ == "
+              "'__main__':` or draws when it is imported; set that above, with a seed, or hand it over by "
+              "functools.partial")
+
+def _arrives(content, look=None, shape=None, classes=None, threads=1):
+    "In a worker: why the model's function in the pickled settings does not make a network of this `look`; or None."
+    try: model = pickle.loads(content)['model']
+    except Exception as e: return f'is not there in other processes ({type(e).__name__}: {_first_line(e)}); {_REMEDY}'
+    if look is None: return
+    torch.set_num_threads(threads)
+    try: there = _look(model, shape, classes)
+    except Exception as e: return f'fails in a worker, though not here ({type(e).__name__}: {_first_line(e)}): {_ELSEWHERE}'
+    differ = [what for what in look if not _agree(look[what], there[what])]
+    if differ: return f'makes another network in a worker than here (its {differ[0]} differ): {_ELSEWHERE}'
 
 @patch
 def _pack(self:Study, executor, workers):
@@ -641,15 +673,17 @@ def _pack(self:Study, executor, workers):
                          f"({_first_line(e)}); {_REMEDY}") from e
 
 @patch
-def _try_out(self:Study, executor, content, most):
-    "Raise `ValueError` if the processes of a pool do not start, or if they cannot read the settings in `content`."
-    futures = [executor.submit(_arrives, content) for _ in range(most)]
+def _try_out(self:Study, executor, content, most, threads):
+    "Raise `ValueError` if the processes of a pool do not start, cannot read the settings in `content`, or make "\
+    "another network of them."
+    train, look = self.data.train, None
+    if not isinstance(self.model, str): look = _look(self.model, train.shape, len(train.classes))
+    asked = content, look, train.shape, len(train.classes), threads
+    futures = [executor.submit(_arrives, *asked) for _ in range(most)]
     try: whys = [why for future in futures if (why := future.result())]
     except BrokenExecutor:
         raise ValueError('no worker could start, so that nothing was computed (why, it has printed); ' + _NO_GUARD) from None
-    if whys:
-        raise ValueError(f"the model's function {self._function} is not there in other processes ({whys[0]}); "
-                         f"{_REMEDY}")
+    if whys: raise ValueError(f"the model's function {self._function} {whys[0]}")
 
 @patch(as_prop=True)
 def _function(self:Study): return getattr(self.model, '__qualname__', None) or type(self.model).__name__
@@ -670,7 +704,7 @@ def _run_there(self:Study, executor, left, progress, threads, content):
     out = self.out.absolute()
     job = secrets.token_hex(8), self.settings | dict(out=out), out/'data.safetensors', threads, os.getpid()
     try:
-        if content: self._try_out(executor, content, min(_workers(executor, len(left)), len(left)))
+        if content: self._try_out(executor, content, min(_workers(executor, len(left)), len(left)), threads)
         _store_data(self.data, job[2])
         with self._bar(left, progress) as bar:
             while left or running:
