@@ -68,6 +68,12 @@ def _in_single_precision():
     try: yield
     finally: torch.set_default_dtype(before)
 
+def _as_data(data):
+    "`Data` from `data` as `Study` takes them; raises `ValueError` for anything else."
+    if isinstance(data, Data): return data
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Dataset) for part in data): return Data(*data)
+    return load_data(data)
+
 def _first_line(error):
     "What `error` says, in one line."
     return (str(error) or type(error).__name__).splitlines()[0]
@@ -77,7 +83,7 @@ class Study:
     "CNNs, their embeddings relaxed at several times, and the baseline: the runs of one folder. Raises `ValueError` or `MemoryError` before any work."
     @_in_single_precision()
     def __init__(self,
-        data='digits',        # `Data`, or what `load_data` takes: a name, a folder of images
+        data='digits',        # `Data`, a pair of `Dataset`, or what `load_data` takes: a name, a folder of images
         model='small',        # a name in `MODELS`, or a function of input shape and number of classes
         relax_times=None,     # epochs at which the CNN becomes an eFCN; None for the model's protocol, as for all up to batch_size
         lcn_times=None,       # epochs at which it becomes an eLCN
@@ -106,7 +112,7 @@ class Study:
         check_precision(precision, self.device)
         self.precision, self.keep_weights, self.trim = precision, keep_weights, bool(trim)
         self.batch_size, self.shuffle = s['batch_size'], shuffle
-        self.data = (data if isinstance(data, Data) else load_data(data)).to(self.device)
+        self.data = _as_data(data).to(self.device)
         identity = self._try_model()
         self._check_network(1 + .5*(precision == 'bf16') + (momentum > 0))      # a copy of half the size, a buffer
         self.config = dict(data=self.data.train.name, content=self.data.train.fingerprint + self.data.test.fingerprint,
@@ -179,14 +185,35 @@ def _tensors_of(model):
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return [(name, t) for name, t in named if t.layout == torch.strided]
 
+def _bare(module):
+    "Whether a module has no parameter and no hook, so that training changes it by its forward pass at most."
+    hooks = [v for m in module.modules() for k, v in vars(m).items() if k.endswith('_hooks') and v]
+    return not hooks and not any(True for _ in module.parameters())
+
+def _remembers(module):
+    "What a module remembers, apart from its mode and its submodules."
+    def written(v):
+        try: return pickle.dumps(v)
+        except Exception: return repr(v)
+    return [(k, written(v)) for k, v in vars(module).items() if k not in ('training', '_modules')]
+
+def _shared(first, second):
+    "Buffers and modules of `first` that `second` has, too, by name, each with a function that tells its content."
+    modules, taken = set(map(id, second.modules())), {b.untyped_storage().data_ptr() for b in second.buffers() if b.numel()}
+    found = {name: lambda b=b: _bytes([b]) for name, b in first.named_buffers()
+             if b.layout == torch.strided and b.numel() and b.untyped_storage().data_ptr() in taken}
+    return found | {name: lambda m=m: _remembers(m) for name, m in first.named_modules() if id(m) in modules}
+
 def _in_common(first, second):
     "A module, parameter or buffer that two networks share, in words; None if there is none."
     if first is second: return 'it is one and the same network'
     memory = lambda t: t.untyped_storage().data_ptr() if t.numel() else None
+    owned = {memory(p) for p in first.parameters()} - {None}
     modules, taken = set(map(id, first.modules())), {memory(t) for _, t in _tensors_of(first)} - {None}
     for name, m in second.named_modules():
-        if id(m) in modules: return f'they share the module {name} ({type(m).__name__})'
-    shared = [name for name, t in _tensors_of(second) if memory(t) in taken]
+        if id(m) in modules and not _bare(m): return f'they share the module {name} ({type(m).__name__})'
+    free = {id(b) for b in second.buffers()}                     # of weights, which `_shared` looks at
+    shared = [name for name, t in _tensors_of(second) if memory(t) in (owned if id(t) in free else taken)]
     return f'they share the memory of {shared[0]}' if shared else None
 
 def _bytes(tensors):
@@ -209,7 +236,9 @@ def _describe(self:Study, cnn)->str:
 def _try_model(self:Study)->str:
     "What identifies the network. Raises `ValueError` if the model's function does not make a new and equal one for "\
     "a seed each time, or none that can be trained; warns if all seeds are equal."
-    first, second, other = self.cnn(0), self.cnn(0), self.cnn(next(seed for seed in (*self.seeds, 1) if seed))
+    first = self.cnn(0)
+    new = _content(first)
+    second, other = self.cnn(0), self.cnn(next(seed for seed in (*self.seeds, 1) if seed))
     for one, two in (first, second), (first, other), (second, other):
         if shared := _in_common(one, two):
             raise ValueError(f"two calls of the model's function have made networks that are not apart ({shared}), "
@@ -225,7 +254,15 @@ def _try_model(self:Study)->str:
         alone = 'dropout' + ' and in the order of images'*bool(self.shuffle)
         warnings.warn(f"the model's function makes the same weights for all seeds, so that seeds differ in {alone} alone")
     identity = self._describe(first)
+    shared = _shared(first, second) | _shared(first, other)
+    before = {name: tell() for name, tell in shared.items()}
     self._try_network(first)
+    if before: self._answer(first, [0, len(self.data.train) - 1], training=True)
+    written = [name for name, tell in shared.items() if tell() != before[name] or new != contents[0]]
+    if written:
+        raise ValueError(f"the networks that the model's function makes share {written[0]}, which changes when they are "
+                         f'used, so that one run would begin where another has ended; let the function make all '
+                         f'parts anew in each call')
     return identity
 
 # %% ../nbs/22_relaxation.ipynb #a922acc3
