@@ -219,6 +219,7 @@ def _bench_train(args, names, device, command):
     if args.images < args.batch: raise ValueError(f'images must fill a batch of {args.batch} at least, not be {args.images}')
     check_precision(args.precision, device)
     if args.out:
+        args.out = os.path.expanduser(args.out)
         if list(Path(args.out).glob('*.csv')): raise ValueError(f'{args.out} holds tables already; choose another folder')
         Path(args.out).mkdir(parents=True, exist_ok=True)
         write_atomic(Path(args.out)/'command.txt', f'{command}\ndate {datetime.date.today().isoformat()}, efcn_nb {__version__}, {machine(device)}\n')

@@ -41,6 +41,8 @@ def _refuse_odd_parts(d):
     for name in ('x', 'y', 'mean', 'std'):
         kind = type(getattr(d, name))
         if not issubclass(kind, Tensor): raise ValueError(f'{name} is a {kind.__name__}: make it a tensor by as_tensor')
+    for name in ('x', 'mean', 'std'):
+        if getattr(d, name).requires_grad: raise ValueError(f'{name} requires gradients: give {name}.detach()')
     if d.x.dtype not in (torch.uint8, torch.float32): raise ValueError(f'x is {d.x.dtype}: make it uint8 or float32')
     if d.x.ndim < 2: raise ValueError(f'x has the shape {tuple(d.x.shape)}: it must have (N, C, *spatial)')
     if len({*d.classes}) < len(d.classes): raise ValueError(f'each class needs a name of its own, not {[*d.classes]}')
@@ -178,6 +180,9 @@ class Data(_Splits):
         if isinstance(train, Dataset) and isinstance(test, Dataset):
             _refuse_other_classes(train, test)
             _refuse_other_images(train, test)
+        for part in (train, test):
+            if isinstance(part, Dataset) or hasattr(part, 'batches'): continue
+            raise ValueError(f'Data are made of two of Dataset, train and test, not of {type(part).__name__}')
         self = super().__new__(cls, train, test)
         self.notes = tuple(notes) # sentences about the source
         return self
@@ -388,6 +393,7 @@ def _pair(folder, names, endings):
     for name in names: parts[_part_of(name)].append(name)
     for rest in sorted({rest for part, rest in parts if part in ('train', 'test')}):
         train, test = parts[('train', rest)], parts[('test', rest)]
+        if rest and train and test and all(_is_plain(os.path.join(folder, n), endings) for n in train + test): continue
         for found in (train, test):
             if train and test and len(found) > 1:
                 raise ValueError(f'{folder} holds {" and ".join(found)}, one part twice: leave one')
@@ -398,7 +404,7 @@ def _pair(folder, names, endings):
             raise ValueError(_half(folder, name, 'test' if train else 'train', parts[('val', ())]))
     return []
 
-def _is_plain(folder, endings): return not _subfolders(folder) and bool(_loose(folder, endings))
+def _is_plain(folder, endings): return os.path.isdir(folder) and not _subfolders(folder) and bool(_loose(folder, endings))
 
 def _half(folder, name, lacking, val):
     "What is wrong with a tree that has one part only."
@@ -472,6 +478,10 @@ def _refuse_empty(folder, names, images, left):
         here = os.path.join(folder, name)
         there = {reason: sum(p.startswith(here + os.sep) for p in others) for reason, others in left.items()}
         but = '; '.join(f'{reason}: {n:,}' for reason, n in there.items() if n)
+        if len(full) == 1 and not _subfolders(full[0]):
+            raise FileNotFoundError(f'class folder {here} holds no image{f" ({but})" if but else ""}, and those of '
+                                    f'{full[0]} lie flat, without class folders: sort them into '
+                                    f'{folder}/<class>, or add images to {here} if these two are the classes')
         raise FileNotFoundError(f'class folder {here} holds no image{f" ({but})" if but else ""}: add images that PIL '
                                 f'reads, such as .png or .jpg, or remove the folder{way}')
     if len(names) == 1: raise ValueError(f'{folder} holds one class only, {names[0]}: classification needs two or more')
@@ -815,6 +825,9 @@ def load_data(
     unknown, missing, unusable or too large. `describe()` of the result says what there is, and what was left out.
     """
     known = ['digits', *_collections]
+    if not isinstance(source, (str, os.PathLike)):
+        what = 'one Dataset, a split: say Data(train, test)' if isinstance(source, Dataset) else repr(source)[:60]
+        raise ValueError(f'data must be one of {", ".join(known)}, or a folder of images, not {what}')
     if source in known and size is not None: raise ValueError(f'size is for folders of images: {source} comes in its own size')
     if source == 'digits': return load_shifted_digits(shift, seed, test_share, name)
     if source in _collections: return load_collection(source, root, download, name)

@@ -68,6 +68,12 @@ def _in_single_precision():
     try: yield
     finally: torch.set_default_dtype(before)
 
+def _as_data(data):
+    "`Data` from `data` as `Study` takes them; raises `ValueError` for anything else."
+    if isinstance(data, Data): return data
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Dataset) for part in data): return Data(*data)
+    return load_data(data)
+
 def _first_line(error):
     "What `error` says, in one line."
     return (str(error) or type(error).__name__).splitlines()[0]
@@ -77,7 +83,7 @@ class Study:
     "CNNs, their embeddings relaxed at several times, and the baseline: the runs of one folder. Raises `ValueError` or `MemoryError` before any work."
     @_in_single_precision()
     def __init__(self,
-        data='digits',        # `Data`, or what `load_data` takes: a name, a folder of images
+        data='digits',        # `Data`, a pair of `Dataset`, or what `load_data` takes: a name, a folder of images
         model='small',        # a name in `MODELS`, or a function of input shape and number of classes
         relax_times=None,     # epochs at which the CNN becomes an eFCN; None for the model's protocol, as for all up to batch_size
         lcn_times=None,       # epochs at which it becomes an eLCN
@@ -106,7 +112,7 @@ class Study:
         check_precision(precision, self.device)
         self.precision, self.keep_weights, self.trim = precision, keep_weights, bool(trim)
         self.batch_size, self.shuffle = s['batch_size'], shuffle
-        self.data = (data if isinstance(data, Data) else load_data(data)).to(self.device)
+        self.data = _as_data(data).to(self.device)
         identity = self._try_model()
         self._check_network(1 + .5*(precision == 'bf16') + (momentum > 0))      # a copy of half the size, a buffer
         self.config = dict(data=self.data.train.name, content=self.data.train.fingerprint + self.data.test.fingerprint,
@@ -131,14 +137,19 @@ def cnn(self:Study, seed:int)->torch.nn.Module:
     with _in_single_precision():
         if isinstance(self.model, str):
             return make_model(self.model, train.shape, len(train.classes), seed, self.width).to(self.device)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = _a_network(self.model(train.shape, len(train.classes)))
-            try: list(model.parameters()) and process_blank(model, train.shape)  # lazy layers learn their size
-            except ValueError as e:
-                raise ValueError(f'the network cannot process one image of shape {train.shape} in evaluation mode: '
-                                 f'{_first_line(e.__cause__ or e)}') from e
+        model = _untrained(self.model, train.shape, len(train.classes), seed)
     return model.train().to(self.device)
+
+def _untrained(function, shape, classes, seed):
+    "The network that `function` makes under `seed`, on the CPU."
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _a_network(function(shape, classes))
+        try: list(model.parameters()) and process_blank(model, shape)         # lazy layers learn their size
+        except ValueError as e:
+            raise ValueError(f'the network cannot process one image of shape {shape} in evaluation mode: '
+                             f'{_first_line(e.__cause__ or e)}') from e
+    return model
 
 # %% ../nbs/22_relaxation.ipynb #2cfb69e4
 def _check_function(model):
@@ -174,14 +185,35 @@ def _tensors_of(model):
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return [(name, t) for name, t in named if t.layout == torch.strided]
 
+def _bare(module):
+    "Whether a module has no parameter and no hook, so that training changes it by its forward pass at most."
+    hooks = [v for m in module.modules() for k, v in vars(m).items() if k.endswith('_hooks') and v]
+    return not hooks and not any(True for _ in module.parameters())
+
+def _remembers(module):
+    "What a module remembers, apart from its mode and its submodules."
+    def written(v):
+        try: return pickle.dumps(v)
+        except Exception: return repr(v)
+    return [(k, written(v)) for k, v in vars(module).items() if k not in ('training', '_modules')]
+
+def _shared(first, second):
+    "Buffers and modules of `first` that `second` has, too, by name, each with a function that tells its content."
+    modules, taken = set(map(id, second.modules())), {b.untyped_storage().data_ptr() for b in second.buffers() if b.numel()}
+    found = {name: lambda b=b: _bytes([b]) for name, b in first.named_buffers()
+             if b.layout == torch.strided and b.numel() and b.untyped_storage().data_ptr() in taken}
+    return found | {name: lambda m=m: _remembers(m) for name, m in first.named_modules() if id(m) in modules}
+
 def _in_common(first, second):
     "A module, parameter or buffer that two networks share, in words; None if there is none."
     if first is second: return 'it is one and the same network'
     memory = lambda t: t.untyped_storage().data_ptr() if t.numel() else None
+    owned = {memory(p) for p in first.parameters()} - {None}
     modules, taken = set(map(id, first.modules())), {memory(t) for _, t in _tensors_of(first)} - {None}
     for name, m in second.named_modules():
-        if id(m) in modules: return f'they share the module {name} ({type(m).__name__})'
-    shared = [name for name, t in _tensors_of(second) if memory(t) in taken]
+        if id(m) in modules and not _bare(m): return f'they share the module {name} ({type(m).__name__})'
+    free = {id(b) for b in second.buffers()}                     # of weights, which `_shared` looks at
+    shared = [name for name, t in _tensors_of(second) if memory(t) in (owned if id(t) in free else taken)]
     return f'they share the memory of {shared[0]}' if shared else None
 
 def _bytes(tensors):
@@ -204,7 +236,9 @@ def _describe(self:Study, cnn)->str:
 def _try_model(self:Study)->str:
     "What identifies the network. Raises `ValueError` if the model's function does not make a new and equal one for "\
     "a seed each time, or none that can be trained; warns if all seeds are equal."
-    first, second, other = self.cnn(0), self.cnn(0), self.cnn(next(seed for seed in (*self.seeds, 1) if seed))
+    first = self.cnn(0)
+    new = _content(first)
+    second, other = self.cnn(0), self.cnn(next(seed for seed in (*self.seeds, 1) if seed))
     for one, two in (first, second), (first, other), (second, other):
         if shared := _in_common(one, two):
             raise ValueError(f"two calls of the model's function have made networks that are not apart ({shared}), "
@@ -220,7 +254,15 @@ def _try_model(self:Study)->str:
         alone = 'dropout' + ' and in the order of images'*bool(self.shuffle)
         warnings.warn(f"the model's function makes the same weights for all seeds, so that seeds differ in {alone} alone")
     identity = self._describe(first)
+    shared = _shared(first, second) | _shared(first, other)
+    before = {name: tell() for name, tell in shared.items()}
     self._try_network(first)
+    if before: self._answer(first, [0, len(self.data.train) - 1], training=True)
+    written = [name for name, tell in shared.items() if tell() != before[name] or new != contents[0]]
+    if written:
+        raise ValueError(f"the networks that the model's function makes share {written[0]}, which changes when they are "
+                         f'used, so that one run would begin where another has ended; let the function make all '
+                         f'parts anew in each call')
     return identity
 
 # %% ../nbs/22_relaxation.ipynb #a922acc3
@@ -302,7 +344,7 @@ def _check_network(self:Study, copies):
 def _open(self:Study, out):
     "Take `out`, or a folder named after the study; raises `ValueError` if it holds anything else."
     name = re.sub(r'[^\w]+', '-', f'{self.config["data"]}-{self.model_name}').strip('-').lower()
-    self.out = Path(out) if out is not None else Path('efcn_runs')/f'{name}-{run_id(self.config)[:8]}'
+    self.out = Path(os.path.expanduser(out)) if out is not None else Path('efcn_runs')/f'{name}-{run_id(self.config)[:8]}'
     known = self.out/'study.json'
     if known.exists():
         try: there = dict(json.loads(known.read_bytes()))
@@ -614,14 +656,41 @@ def _check_executor(executor, workers):
         raise ValueError(f'executor must be one of the kind of concurrent.futures, not {executor!r}; for a number '
                          f'of processes take workers=')
 
+# %% ../nbs/22_relaxation.ipynb #5c1d90be
+@_in_single_precision()
+def _look(function, shape, classes):
+    "How the network that `function` makes under seed 0 prints, its content, and its outputs for an image of noise."
+    model = _untrained(function, shape, classes, 0).eval()
+    x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.random.fork_rng():
+        outs = [(torch.manual_seed(0), model(x))[1].float() for _ in range(2)]
+    repeats = torch.allclose(*outs, rtol=1e-3, atol=1e-5, equal_nan=True)
+    printed = re.sub(' at 0x[0-9a-f]+', '', str(model))
+    return dict(layers=printed, weights=_content(model), outputs=outs[0].cpu() if repeats else None)
+
+def _agree(here, there):
+    "Whether two parts of a `_look` are the same, outputs up to rounding; None is not compared."
+    if here is None or there is None or not isinstance(here, torch.Tensor): return None in (here, there) or here == there
+    return here.shape == there.shape and torch.allclose(here, there, rtol=1e-3, atol=1e-5, equal_nan=True)
+
 # %% ../nbs/22_relaxation.ipynb #86bf39bf
 _NO_GUARD = "a script must ask for workers below `if __name__ == '__main__':`, because each worker imports the script"
 _REMEDY = 'define it by def at the top of a script, or (in a notebook) in a module of its own that is imported'
 
-def _arrives(content):
-    "In a worker: why the pickled settings in `content` cannot be read here; None if they can."
-    try: pickle.loads(content)
-    except Exception as e: return f'{type(e).__name__}: {e}'.splitlines()[0]
+_ELSEWHERE = ("it must read something that is not the same there, such as what the script sets below `if __name__ == "
+              "'__main__':` or draws when it is imported; set that above, with a seed, or hand it over by "
+              "functools.partial")
+
+def _arrives(content, look=None, shape=None, classes=None, threads=1):
+    "In a worker: why the model's function in the pickled settings does not make a network of this `look`; or None."
+    try: model = pickle.loads(content)['model']
+    except Exception as e: return f'is not there in other processes ({type(e).__name__}: {_first_line(e)}); {_REMEDY}'
+    if look is None: return
+    torch.set_num_threads(threads)
+    try: there = _look(model, shape, classes)
+    except Exception as e: return f'fails in a worker, though not here ({type(e).__name__}: {_first_line(e)}): {_ELSEWHERE}'
+    differ = [what for what in look if not _agree(look[what], there[what])]
+    if differ: return f'makes another network in a worker than here (its {differ[0]} differ): {_ELSEWHERE}'
 
 @patch
 def _pack(self:Study, executor, workers):
@@ -641,15 +710,17 @@ def _pack(self:Study, executor, workers):
                          f"({_first_line(e)}); {_REMEDY}") from e
 
 @patch
-def _try_out(self:Study, executor, content, most):
-    "Raise `ValueError` if the processes of a pool do not start, or if they cannot read the settings in `content`."
-    futures = [executor.submit(_arrives, content) for _ in range(most)]
+def _try_out(self:Study, executor, content, most, threads):
+    "Raise `ValueError` if the processes of a pool do not start, cannot read the settings in `content`, or make "\
+    "another network of them."
+    train, look = self.data.train, None
+    if not isinstance(self.model, str): look = _look(self.model, train.shape, len(train.classes))
+    asked = content, look, train.shape, len(train.classes), threads
+    futures = [executor.submit(_arrives, *asked) for _ in range(most)]
     try: whys = [why for future in futures if (why := future.result())]
     except BrokenExecutor:
         raise ValueError('no worker could start, so that nothing was computed (why, it has printed); ' + _NO_GUARD) from None
-    if whys:
-        raise ValueError(f"the model's function {self._function} is not there in other processes ({whys[0]}); "
-                         f"{_REMEDY}")
+    if whys: raise ValueError(f"the model's function {self._function} {whys[0]}")
 
 @patch(as_prop=True)
 def _function(self:Study): return getattr(self.model, '__qualname__', None) or type(self.model).__name__
@@ -670,7 +741,7 @@ def _run_there(self:Study, executor, left, progress, threads, content):
     out = self.out.absolute()
     job = secrets.token_hex(8), self.settings | dict(out=out), out/'data.safetensors', threads, os.getpid()
     try:
-        if content: self._try_out(executor, content, min(_workers(executor, len(left)), len(left)))
+        if content: self._try_out(executor, content, min(_workers(executor, len(left)), len(left)), threads)
         _store_data(self.data, job[2])
         with self._bar(left, progress) as bar:
             while left or running:

@@ -135,7 +135,7 @@ def table_text(
     table:pd.DataFrame
 )->str:
     "`table` as CSV without its index, with marks where text would be taken for something else, for `read_table`."
-    marked = [not _comes_back(table.iloc[:, i]) for i in range(table.shape[1])]
+    marked = [not name or not _comes_back(table.iloc[:, i]) for i, name in enumerate(map(str, table.columns))]
     if marked == [False]: marked = [bool(re.search('[,"]', str(table.columns[0])))]   # whose gaps would have marks
     if not any(marked): return table.to_csv(index=False)
     columns = []
@@ -200,7 +200,7 @@ class Run:
         device='cpu'     # noted in environment.json
     ):
         self.config, self.device = config, device
-        self.path = Path(folder) / f'{label}-{run_id(config)}'
+        self.path = Path(os.path.expanduser(folder)) / f'{label}-{run_id(config)}'
         known = self.path/'config.json'
         if known.exists() and known.read_bytes() != self._config_text.encode():
             raise ValueError(f'{known} was altered: it no longer describes the run that its name says; delete {self.path}')

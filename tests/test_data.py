@@ -136,6 +136,8 @@ def test_fingerprint_sees_content_only():
     (dict(x=torch.zeros(20, 3, 8, 8, dtype=torch.int64)), "uint8 or float32"),
     (dict(classes=list("abca")), "a name of its own"), (dict(classes=["a"]), "between 0 and 0"),
     (dict(std=torch.tensor([1., 0., 1.])), "std positive"),
+    (dict(x=torch.zeros(20, 3, 8, 8, requires_grad=True)), "x requires gradients: give x.detach()"),
+    (dict(mean=torch.zeros(3, requires_grad=True)), "mean requires gradients"),
     (dict(mean=torch.full((3,), float("nan"))), "must be finite"), (dict(std=-torch.ones(3)), "std positive")])
 def test_dataset_parts_must_fit(change, message):
     with pytest.raises(ValueError, match=message): data.replace(photos(), **change)
@@ -185,6 +187,16 @@ def test_data_stay_a_pair():
         assert kept.notes == ("one",) and isinstance(kept, Data)
     with pytest.raises(TypeError): Data(a, b, a)
     for n in 0, 1: Data(changed(a, x=a.x[:n], y=a.y[:n]), changed(b, x=b.x[:1], y=b.y[:1]))  # training says it
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda a: Data(a, None), "not of NoneType"), (lambda a: Data((1, 2), (3, 4)), "not of tuple"),
+    (lambda a: Data(a.x, a.x), "not of Tensor"), (lambda a: load_data(a), r"one Dataset, a split: say Data\(train, test"),
+    (lambda a: load_data(None), "or a folder of images, not None"), (lambda a: load_data(3), "not 3"),
+    (lambda a: load_data([1, 2]), r"not \[1, 2\]"), (lambda a: load_data(b"x"), "not b'x'")])
+def test_what_are_no_data(make, said):
+    with pytest.raises(ValueError, match=said) as caught: make(photos())
+    assert "\n" not in str(caught.value)
 
 
 def test_classes_in_another_order():
@@ -553,6 +565,10 @@ def test_parts_by_any_name(tmp_path, train, test):
     (["test tube", "train station"], ["test tube", "train station"]),
     (["crash_test", "train_ride"], ["crash_test", "train_ride"]), (["cat/2019", "cat/2020", "dog"], TWO),
     (["car", "train_ride/a", "train_ride/b"], ["car", "train_ride"]),
+    (["test strip", "train strip", "other"], ["other", "test strip", "train strip"]),
+    (["crash test", "crash train"], ["crash test", "crash train"]),
+    (["test_cat", "test_dog", "train_cat", "train_dog"], ["test_cat", "test_dog", "train_cat", "train_dog"]),
+    (["test_cat", "test_dog", "train_cat"], ["test_cat", "test_dog", "train_cat"]),
     (["A", "a"], ["A", "a"]), (["images", "photos"], ["images", "photos"])])
 def test_classes_are_found(tmp_path, folders, classes):
     loaded = load_data(plant(tmp_path, folders), cache=False, test_share=.25)
@@ -629,6 +645,8 @@ UNUSABLE = [
      ["fish holds no image (hidden, or left by a system: 1; files with the ending .heic, which PIL does not read: 1)"]),
     (["images/cat", "images/dog"], ["annotations/cat.xml"], [],
      ["annotations holds no image", "or name", "/images if its folders are the classes"]),
+    (["images"], ["annotations/list.txt"], [],
+     ["annotations holds no image", "images lie flat, without class folders", "/<class>"]),
     (["train/cat", "train/dog", "train/fish", "test/cat", "test/dog", "test/bird"], [], [],
      ["only in train: fish; only in test: bird"]),
     (["train/A", "train/a", "test/a", "test/b"], [], [], ["only in train: A; only in test: b"]),

@@ -1,7 +1,9 @@
 """Sweeps by any executor: the same records as in one process, also when a worker dies."""
 import functools
+import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -147,13 +149,86 @@ tiny.study("s").run(executor=pool)
 """
 
 
-def test_a_script_without_a_guard(tmp_path):
-    (tmp_path/"script.py").write_text(NO_GUARD)
+def run_script(folder, text):
+    (folder/"script.py").write_text(text)
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(Path(tiny.__file__).parent), str(Path(tiny.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
-    ended = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "script.py"], cwd=folder, env=env, capture_output=True, text=True)
+
+
+def test_a_script_without_a_guard(tmp_path):
+    ended = run_script(tmp_path, NO_GUARD)
     said = [line for line in ended.stderr.splitlines() if "below `if __name__ == '__main__':`, because each worker imports the script" in line]
     assert ended.returncode == 1 and said[0].endswith("this worker ends") and said[-1].startswith("ValueError: no worker could start, so that nothing was computed") and "goes on" not in ended.stderr
     assert not list((tmp_path/"s").glob("*/epoch-*"))
+
+
+# A function that reads what the script sets below the guard, or draws at import, is another one in a worker
+
+ELSEWHERE = """
+import functools, json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+import torch
+from torch import nn
+import tiny
+
+WIDTH, SLOPE, W, MASK, TABLE = 2, .1, torch.randn(2, 1, 5, 5), torch.rand(2, 1, 1), {}
+
+class Scaled(nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        self.register_buffer("mask", mask)
+    def forward(self, x): return x*self.mask*SLOPE
+
+def net(shape, classes, width=2, mask=None, weight=None, more=nn.ReLU):
+    parts = [nn.Conv2d(1, width, 5, stride=3), *([Scaled(mask)] if mask is not None else []), more(), nn.Flatten()]
+    made = nn.Sequential(*parts, nn.LazyLinear(classes))
+    if weight is not None: made[0].weight.data.copy_(weight)
+    return made
+
+def width(s, c): return net(s, c, WIDTH)
+def slope(s, c): return net(s, c, mask=torch.ones(2, 1, 1))
+def weight(s, c): return net(s, c, weight=W)
+def buffer(s, c): return net(s, c, mask=MASK.clone())
+def name(s, c): return net(s, c, args.width)
+def entry(s, c): return net(s, c, TABLE["width"])
+def ours(s, c): return net(s, c, 3, more=nn.Dropout)
+class Made:
+    def __call__(self, s, c): return net(s, c, WIDTH)
+
+if __name__ == "__main__":
+    import argparse
+    WIDTH, SLOPE, args, TABLE["width"] = 4, .3, argparse.Namespace(width=4), 4
+    pool = ProcessPoolExecutor(1, get_context("spawn"))
+    for model in width, slope, weight, buffer, name, entry, Made(), ours, functools.partial(net, width=WIDTH):
+        label = getattr(model, "__name__", type(model).__name__)
+        small = tiny.study(label, model=model, epochs=1, relax_times=[], lcn_times=[], width=None, batch_size=100)
+        try: said = len(small.run(executor=pool)) and "ran"
+        except ValueError as e: said = f"{e} [{len([*small.out.iterdir()])}]"
+        print(json.dumps([label, said]))
+"""
+
+SAID_OF = dict(
+    width=r"width makes another network in a worker than here \(its layers differ\)", slope=r"its outputs differ",
+    weight=r"its weights differ", buffer="its weights differ", Made=r"Made makes another network .*its layers differ",
+    name=r"name fails in a worker, though not here \(NameError: name 'args' is not defined\)",
+    entry=r"entry fails in a worker, though not here \(KeyError: 'width'\)", ours="^ran$", partial="^ran$")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    "What a script hears of its functions, by their names."
+    ended = run_script(tmp_path_factory.mktemp("elsewhere"), ELSEWHERE)
+    assert ended.returncode == 0, ended.stderr
+    return dict(map(json.loads, ended.stdout.splitlines()))
+
+
+@pytest.mark.parametrize("function", SAID_OF)
+def test_a_function_that_is_another_one_in_a_worker(elsewhere, function):
+    "Said before any run: the folder holds nothing but the settings and the lock."
+    said = elsewhere[function]
+    assert re.search(SAID_OF[function], said) and "\n" not in said
+    if said != "ran": assert "below `if __name__ == '__main__':`" in said and said.endswith(" [2]")
 
 
 def test_a_mistake_in_a_worker_is_that_mistake(tmp_path):

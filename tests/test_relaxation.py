@@ -505,6 +505,33 @@ def put(model, i, module):
     return model
 
 
+class Counter(nn.Module):
+    "Counts its calls."
+    calls = 0
+    def forward(self, x):
+        self.calls += 1
+        return x.relu()
+
+
+class Held(nn.Module):
+    "Multiplies by a buffer."
+    def __init__(self, x):
+        super().__init__()
+        self.register_buffer("held", x)
+    def forward(self, x): return x*self.held
+
+
+class Written(Held):
+    "The same, and training writes to it."
+    def forward(self, x):
+        if self.training: self.held.mul_(.9)
+        return super().forward(x)
+
+
+COUNTER, RUNNING, HOOKED, GRID, WRITTEN = Counter(), nn.BatchNorm2d(2, affine=False), nn.ReLU(), torch.ones(1), torch.ones(1)
+HOOKED.register_forward_hook(lambda *_: None)
+
+
 def with_buffer(model, common):
     model.register_buffer("mask", common[0].bias.detach())
     return model
@@ -547,8 +574,10 @@ REFUSED = dict(
     no_network=(lambda s, c: 5, "returned int, not a network", {}), no_function=(5, "a function of input shape and number of classes, not 5", {}), other_function=(lambda shape: base(shape, 10), "cannot be called with them", {}),
     no_arguments=(lambda: base((1, 16, 16), 10), "cannot be called with them", {}), a_network=(base((1, 16, 16), 10), "not a network", {}),
     handed_out_again=(remembered(base), "it is one and the same network", {}), shared_module=(sharing(lambda m, c: put(m, 0, c[0])), r"share the module 0 \(Conv2d\)", {}), shared_head=(sharing(lambda m, c: put(m, 4, c[4])), "share the module 4", {}),
-    shared_function=(sharing(lambda m, c: put(m, 2, c[2])), r"share the module 2 \(ReLU\)", {}), shared_weight=(sharing(lambda m, c: setattr(m[0], "weight", c[0].weight) or m), "share the memory of 0.weight", {}),
-    shared_memory=(sharing(lambda m, c: setattr(m[4], "bias", nn.Parameter(c[4].bias.detach()[:])) or m), "share the memory of 4.bias", {}), shared_buffer=(sharing(with_buffer), "share the memory of mask", {}), taking_turns=(taking_turns(base), "one and the same network", {}),
+    shared_counter=(sharing(lambda m, c: put(m, 2, COUNTER)), "share 2, which changes when they are used", {}), shared_running=(sharing(lambda m, c: put(m, 2, RUNNING)), "share 2.* changes", {}),
+    shared_hook=(sharing(lambda m, c: put(m, 2, HOOKED)), r"share the module 2 \(ReLU\)", {}), shared_weight=(sharing(lambda m, c: setattr(m[0], "weight", c[0].weight) or m), "share the memory of 0.weight", {}),
+    shared_memory=(sharing(lambda m, c: setattr(m[4], "bias", nn.Parameter(c[4].bias.detach()[:])) or m), "share the memory of 4.bias", {}), shared_buffer=(sharing(lambda m, c: put(m, 2, Written(WRITTEN))), "share 2.held, which changes when they are used", {}),
+    weight_as_buffer=(sharing(lambda m, c: with_buffer(m, m) and setattr(m[0], "bias", c[0].bias) or m), "share the memory of 0.bias", {}), taking_turns=(taking_turns(base), "one and the same network", {}),
     counter=(counting(iter(range(1, 10**6)).__next__), "under one seed have made different networks", {}), own_generator=(counting(random.Random(0).random), "under one seed have made different networks", {}))
 
 
@@ -562,7 +591,19 @@ def test_models_that_are_refused(tmp_path, case):
     assert torch.equal(state, torch.get_rng_state()) and torch.get_default_dtype() == dtype
 
 
+DATA_GIVEN = dict(pair=tuple, list=list)
+
+
+@pytest.mark.parametrize("kind", DATA_GIVEN)
+def test_a_pair_of_datasets_are_data_and_home_is_expanded(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("HOME", str(tmp_path/"home"))
+    monkeypatch.chdir(tmp_path)
+    study = tiny.study("~/s", data=DATA_GIVEN[kind](tiny.DATA))
+    assert study.config == tiny.study(tmp_path/"t").config and study.out == tmp_path/"home"/"s" and not (tmp_path/"~").exists()
+
+
 ALLOWED = dict(
+    shared_function=sharing(lambda m, c: put(m, 2, c[2])), shared_mask=sharing(with_buffer), shared_constant=sharing(lambda m, c: put(m, 2, Held(GRID))),
     plain=base, more_outputs=lambda s, c: base(s, c + 5), softmaxed=changed(lambda m: m.append(nn.Softmax(1))), channels_last=changed(lambda m: m.to(memory_format=torch.channels_last)), weight_norm_at_the_end=weight_norm_at(4),
     tied=changed(lambda m: m.insert(4, nn.Linear(32, 32)) and m.insert(5, nn.Linear(32, 32)) and setattr(m[5], "weight", m[4].weight)), parallel=changed(nn.DataParallel), norm=NORM, lazy=changed(lambda m: put(m, 4, nn.LazyLinear(10))),
     squeezed_batches=SQUEEZED, frozen_head=changed(lambda m: m[4].requires_grad_(False) and None), dropout=changed(lambda m: m.insert(4, nn.Dropout()) and None), printed_address=changed(lambda m: setattr(m[2], "extra_repr", lambda: f"{object()}")),

@@ -205,6 +205,18 @@ COLUMNS = {
     "large and broken": [2**60 + 1, .5], "large with gaps": [2**60 + 1, None], "whole with gaps": [1, None], "nothing": [None, None], "none at all": []}
 
 
+@pytest.mark.parametrize("cells", [["a", "b"], ["007", "1"], [1.5, 2.], ["a", None]])
+@pytest.mark.parametrize("more", [{}, dict(z=[1, 2])])
+def test_a_column_without_a_name_stays_without(cells, more):
+    back = read_table(table_text(pd.DataFrame({"": cells} | more)))
+    assert [*back.columns] == ["", *more] and same_cells(back[""], pd.Series(cells))
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Run("~/s", {}).path.parent == tmp_path/"s"
+
+
 def as_cells(column): return [None if pd.isna(c) else bool(c) if isinstance(c, (bool, np.bool_)) else c for c in column]
 
 
