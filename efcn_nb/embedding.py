@@ -1038,8 +1038,8 @@ def embed(
     for layer in released.values(): layer.image_shape = tuple(input_shape)
     result = _copy(model, released)
     if check:
-        _warn_of_unreleased(trace, 'released')
         for t in (trace, *trace.more): _prove(t, result, 'embedded', t.calls)
+        _warn_of_unreleased(trace, 'released')
     return result
 
 # %% ../nbs/02_embedding.ipynb #76fafc35
@@ -1139,7 +1139,7 @@ def reinitialize(
     seed:int=None,      # of the new weights; None draws from the global generator
     fan_in:str='folded',# of the dense layers: 'folded' counts real inputs, 'padded' those in the padding too
     inplace:bool=False, # draw the weights of `model` itself, without a copy
-    check=True          # prove that a copy does not read the weights of `model`
+    check=True          # prove that a copy does not read the weights of `model`, and warn of what is not drawn
 )->nn.Module:
     "A copy of `model`, or `model` itself, with the weights of every module that has a `reset_parameters` freshly drawn, as PyTorch draws them. "\
     "Parameters that no module draws (raw ones, and those behind a parametrization, weight norm or pruning) keep their values, with a warning. "\
@@ -1153,7 +1153,7 @@ def reinitialize(
             elif hasattr(m, 'reset_parameters'): m.reset_parameters()
         for m in model.modules():
             if isinstance(m, nn.MultiheadAttention): m._reset_parameters()                         # its own, and zeros for biases
-    _warn_of_undrawn(model, before)
+    if check: _warn_of_undrawn(model, before)
     if inplace or not check: return model
     trace = _traced_around(original, products=False)
     if trace: _prove(trace, model, 'reinitialized', trace.calls, _NOTHING)

@@ -22,6 +22,11 @@ from .layers import backward_in_chunks, chunks_of, forward_in_chunks, is_batched
 # %% ../nbs/03_fused.ipynb #5d0e3c17
 def _version(t): return None if t.is_inference() else t._version
 
+def _storage(t):
+    "Address of the storage of `t`; None if it has none of its own, as sparse and distributed tensors."
+    try: return t.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError): return None
+
 class _Factors:
     """The gradient of the weights of the layer `name`: inputs `x` and gradients `grad` of outputs.
 
@@ -63,7 +68,7 @@ def empty(self:_Factors):
 @patch
 def apart(self:_Factors, places):
     "The same factors, none of them in a storage whose address is in `places`."
-    x, grad = (t.clone() if t.untyped_storage().data_ptr() in places else t for t in (self.x, self.grad))
+    x, grad = (t.clone() if _storage(t) in places else t for t in (self.x, self.grad))
     return self if x is self.x and grad is self.grad else _Factors(self.name, x, grad, self.place)
 
 @patch
@@ -478,8 +483,7 @@ def _taken(self:FusedSGD):
     for _, factors in todo: factors.check()
     for f, factors in todo:
         if not f.can_descend(factors): _store(f.weight)
-    dense = [p for group in self.param_groups for p in group['params'] if p.layout == torch.strided]
-    moved = {p.untyped_storage().data_ptr() for p in dense}
+    moved = {_storage(p) for group in self.param_groups for p in group['params']} - {None}
     todo = [(f, factors.apart(moved)) for f, factors in todo if f.weight in _waiting]
     for f, _ in todo: del _waiting[f.weight]
     try: yield todo

@@ -399,7 +399,7 @@ def start(self:Study, phase:str, seed:int, relax:int=None)->torch.nn.Module:
     "The network with which a run starts."
     cnn, shape = self.cnn(seed), self.data.train.shape
     if phase == 'cnn': return cnn
-    if phase == 'fcn': return reinitialize(embed(cnn, shape, trim=self.trim), seed, self.config['fan_in'], inplace=True)
+    if phase == 'fcn': return reinitialize(embed(cnn, shape, trim=self.trim), seed, self.config['fan_in'], inplace=True, check=False)
     self._recover(seed, relax)
     cnn = self._at(self.open_run('cnn', seed), lambda: cnn, relax, 'run the study first')
     return embed(cnn, shape, to='lcn' if phase == 'lcn' else 'fcn', trim=self.trim)
