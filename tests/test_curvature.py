@@ -86,14 +86,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    "Each test draws from its own start, whatever ran before."
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
 @pytest.fixture(scope="module", params=CASES)
 def case(request): return Case(*CASES[request.param])
 
@@ -255,16 +247,23 @@ def normed(layer, after, old=False, **kw):
     return nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(after, 3))
 
 
+def with_empty_windows(*layers):
+    "A network drawn such that for the images that are drawn next, some windows of its pooling hold zeros alone."
+    torch.manual_seed(0)
+    for layer in layers: getattr(layer, "reset_parameters", lambda: None)()
+    return nn.Sequential(*layers)
+
+
 WRONG = {
     "weight norm": (lambda: normed(nn.Linear(4, 6), 6), (4,), "wrong in 0.parametrizations.weight.original1, by .*fused kernel of weight_norm .*remove_parametrizations"),
     "weight norm of a convolution": (lambda: normed(nn.Conv2d(2, 3, 2), 27), (2, 4, 4), "original1, by .* weight_norm"),
     "weight norm over the other axis": (lambda: normed(nn.Linear(4, 6), 6, dim=1), (4,), "original1, by .* weight_norm"),
     "weight norm by a hook": (lambda: normed(nn.Linear(4, 6), 6, old=True), (4,), "0.weight_v, by .* remove_weight_norm"),
     "weight norm deep inside": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), normed(nn.Linear(4, 6), 6)), (4,), "2.0.parametrizations.weight.original1"),
-    "detached": (lambda: cubed("detach"), (4,), "wrong in 0.*, by .* cut off from the graph"), "detached twice": (lambda: cubed("both"), (4,), "wrong in 0.*, by"),
+    "detached": (lambda: cubed("detach"), (4,), "wrong in 0.*, by .* cut off from the graph"), "detached twice": (lambda: cubed("both"), (4,), "wrong in [02].*, by"),
     "through numpy": (lambda: cubed("numpy"), (4,), "wrong in 0.*, by"), "a tenth off": (lambda: cubed("factor"), (4,), "wrong in 0.*, by"), "once differentiable": (lambda: cubed("once"), (4,), "cut off from the graph"),
-    "a root at zero": (lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.LPPool2d(2, 2), nn.Flatten(), nn.Linear(12, 3)), (1, 5, 5), "are not finite in 0.weight: a root or a power at zero has none"),
-    "a cubic root at zero": (lambda: nn.Sequential(nn.Conv1d(1, 3, 2), nn.ReLU(), nn.LPPool1d(3, 2), nn.Flatten(), nn.Linear(6, 3)), (1, 5), "are not finite in 0.weight: a root or a power at zero has none"),
+    "a root at zero": (lambda: with_empty_windows(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.LPPool2d(2, 2), nn.Flatten(), nn.Linear(12, 3)), (1, 5, 5), "are not finite in 0.weight: a root or a power at zero has none"),
+    "a cubic root at zero": (lambda: with_empty_windows(nn.Conv1d(1, 3, 2), nn.ReLU(), nn.LPPool1d(3, 2), nn.Flatten(), nn.Linear(6, 3)), (1, 5), "are not finite in 0.weight: a root or a power at zero has none"),
     "where there are none": (lambda: nn.Sequential(nn.Linear(4, 3), Shift()), (4,), "wrong in 1.by, where differences of its gradients converge to zero; .* cut off from the graph"),
     "none at all": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Hardsigmoid(), nn.Linear(4, 3)), (4,), r"has none in PyTorch \(derivative for aten::hardsigmoid_backward is not implemented\); compute the same"),
     "compiled": (lambda: torch.compile(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), backend="aot_eager"), (4,), "has none in PyTorch .*; measure the network as it was before torch.compile"),

@@ -22,14 +22,6 @@ from efcn_nb.training import train_steps
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    "Each test draws from its own start, whatever ran before."
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
 def draw(seed=0): return torch.Generator().manual_seed(seed)
 
 

@@ -19,14 +19,6 @@ from efcn_nb.subspaces import (ablate, ablation, bias_spread, dimensions, off_lo
 pytestmark = pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    "Each test draws from its own start, whatever ran before."
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
 CONVS = {
     "plain": nn.Conv2d(2, 3, 3, padding=1), "strided": nn.Conv2d(2, 2, (3, 2), stride=2, padding=(0, 2), dilation=(1, 2)), "grouped": nn.Conv2d(4, 4, 3, groups=2),
     "reflect": nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), "circular": nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"),

@@ -19,14 +19,6 @@ from efcn_nb.training import PRECISIONS, Diverged, evaluate, evaluated, modes_ke
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    "Each test draws from its own start, whatever ran before."
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
 PLACES = [("fp32", "cpu"), ("bf16", "cpu")] + [pytest.param(p, "cuda", marks=needs_gpu) for p in PRECISIONS]
 
 
