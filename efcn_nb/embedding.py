@@ -335,12 +335,24 @@ def _obvious_copies(model):
     return found
 
 def _quick_copies(model):
-    "By id, copies of what `deepcopy` is slow with: empty containers of modules, and geometries, which never change."
+    "By id, copies of what `deepcopy` is slow with: empty containers of modules, plain modules, and geometries, which never change."
     found = {}
-    for x in (x for m in model.modules() for x in vars(m).values()):
-        if isinstance(x, ConvGeometry): found[id(x)] = x
-        elif type(x) in (OrderedDict, dict, set) and not x: found[id(x)] = type(x)()
+    for m in model.modules():
+        for x in vars(m).values():
+            if isinstance(x, ConvGeometry): found[id(x)] = x
+            elif type(x) in (OrderedDict, dict, set) and not x: found[id(x)] = type(x)()
+        if _is_plain(m):
+            found[id(m)] = twin = type(m).__new__(type(m))
+            vars(twin).update({key: found.get(id(x), x) for key, x in vars(m).items()})
     return found
+
+def _is_plain(m):
+    "Whether `m` holds numbers and words alone (an activation, a pooling, a dropout), and its class leaves copying to Python."
+    own = {name for kind in type(m).__mro__[:-1] if kind is not nn.Module for name in vars(kind)}
+    if own & {'__new__', '__copy__', '__deepcopy__', '__reduce__', '__reduce_ex__', '__getstate__', '__setstate__', '__slots__'}: return False
+    for x in vars(m).values():
+        if not (type(x) in (OrderedDict, dict, set) and not x or isinstance(x, (bool, int, float, str, type(None)))): return False
+    return True
 
 def _copy(model, memo=None):
     "A deep copy of `model`, with `memo` (id: replacement) for some of its parts. Raises `ValueError` if it cannot be copied."
@@ -429,11 +441,12 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if operation not in self.kinds: self.kinds[operation] = _kind_of(operation)
         convolves, writes = self.kinds[operation]
-        nests = (a if isinstance(a, (list, tuple)) else (a,) for a in (*args, *kwargs.values()))
-        tensors = (t for nest in nests for t in nest if isinstance(t, torch.Tensor))
-        for name in (name for t in tensors for name in self.places.get(_place(t), ())):
-            self.read.setdefault(name, self.stack[-1])
-            if writes and name not in self.saved: self._save(name)
+        for a in (*args, *kwargs.values()) if kwargs else args:
+            for t in a if isinstance(a, (list, tuple)) else (a,):
+                if not isinstance(t, torch.Tensor): continue
+                for name in self.places.get(_place(t), ()):
+                    self.read.setdefault(name, self.stack[-1])
+                    if writes and name not in self.saved: self._save(name)
         if convolves: self.convolutions.append((self.stack[-1], str(operation)))
         return operation(*args, **kwargs)
 
@@ -715,9 +728,11 @@ def _precision(*tensors):
 def _distance(a, b):
     "Norm of the difference between `a` and `b` over that of `b`, where `b` is finite; infinite if shapes differ."
     if a.shape != b.shape: return math.inf
-    if a.device == b.device and torch.equal(a, b): return 0.
     kind = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     a, b = a.detach().to(b.device, kind).flatten(), b.detach().to(kind).flatten()
+    far, size = float((a - b).norm()), float(b.norm())
+    if far < 1e15 and 1e-15 < size < 1e15: return far/size                                         # the usual case, in few operations
+    if torch.equal(a, b): return 0.
     known = b.isfinite()
     if not known.all(): a, b = a[known], b[known]
     if not len(b): return 0.
@@ -862,14 +877,12 @@ def _prove(trace, result, verb, replaced, compare=_PRODUCTS):
 
 def _run_twin(trace, result, watch, replaced, compare, parts, products, listen=None):
     "What a copy of `result`, which shares its parameters, makes of the traced batch."
-    idle = [] if listen else [x for m in result.modules() for k, x in vars(m).items() if k.endswith('_hooks') and not x]
-    twin = _copy(result, {id(x): x for x in (*result.parameters(), *idle)})                       # without hooks, nothing to copy
+    twin = _copy(result, {id(p): p for p in result.parameters()})
     layers = {name: twin.get_submodule(name) for name in replaced if name not in trace.live}
     stand_ins = [_StandIn(name, layer, replaced[name], compare, parts.setdefault, bool(trace.live)) for name, layer in layers.items()]
     for stand_in in stand_ins: stand_in.layer.forward = stand_in
     try: out = _run(twin, trace.batch, watch, listen, on=trace.on)
     finally:
-        for x in idle: x.clear()
         for stand_in in stand_ins: del stand_in.layer.forward                                      # a circle would keep the weights
     with torch.no_grad():
         for stand_in in stand_ins: stand_in.check(products.setdefault)

@@ -1728,3 +1728,38 @@ def test_images_show_convolutions_that_few_call(to, options):
     assert type(released.other) is RELEASED[to] and all(close(released(x), model(x), 1e-10) for x in (images[:2], images[5:]))
     wrong = Net(lambda m, x: m.conv(x) if x.mean() < 5 else m.other(x)*m.other.weight.shape[-1], more)
     with pytest.raises(ValueError, match="another function"): embed(wrong, SHAPE, to, images=images)
+
+
+class Plain(nn.Module):
+    "Holds numbers alone."
+    def __init__(self): super().__init__(); self.factor, self.name = 2, "plain"
+    def forward(self, x): return x*self.factor
+
+
+class Marked(Plain):
+    "Its class has a way of its own to be copied."
+    def __deepcopy__(self, memo):
+        twin = type(self)()
+        twin.factor, twin.copied = self.factor, True
+        return twin
+
+
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.Dropout, functools.partial(nn.MaxPool2d, 1), Plain, Marked])
+def test_modules_that_hold_numbers_alone_are_copied_like_others(kind):
+    model = Net(lambda m, x: m.head(m.plain(m.conv(x))), lambda m: setattr(m, "plain", kind())).eval()
+    model.again = model.plain
+    twin = embed(model, SHAPE).plain
+    expected = copy.deepcopy(model.plain)
+    assert type(twin) is type(expected) and vars(twin) == vars(expected)
+    assert not {id(x) for x in vars(twin).values() if isinstance(x, dict)} & {id(x) for x in vars(model.plain).values()}
+    twin.extra, twin.training = 1, True
+    twin.register_forward_hook(lambda *call: None)
+    assert not hasattr(model.plain, "extra") and not model.plain.training and not model.plain._forward_hooks
+    assert embed(model, SHAPE).again is not model.plain
+
+
+def test_a_plain_module_in_two_places_stays_one():
+    model = Net(lambda m, x: m.head(m.again(m.plain(m.conv(x)))), lambda m: setattr(m, "plain", Plain()))
+    model.again = model.plain
+    released = embed(model, SHAPE)
+    assert released.again is released.plain
