@@ -1,7 +1,7 @@
 """Export the notebooks, execute the stale ones for keeps, render README.md.
 
     python tests/keep.py                  whatever is stale: its code, its outputs or a module that it imports have changed
-    python tests/keep.py 02_embedding     these, stale or not
+    python tests/keep.py 08_embedding     these, stale or not
     python tests/keep.py --all            every notebook
     python tests/keep.py --check          only say what is stale; exit status 1 if anything is
     python tests/keep.py --compare        rerun the gallery (or the named notebooks) at full size in a temporary

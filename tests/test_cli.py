@@ -15,9 +15,9 @@ from filelock import FileLock
 from PIL import Image
 
 import tiny
-from efcn_nb import runs
+from efcn_nb.service import files
 from efcn_nb.cli import efcn_relax
-from efcn_nb.runs import read_table
+from efcn_nb.service.tables import read_table
 
 REPORTS = {"summary.csv", "claims.csv", "metrics.csv", "figure.png", "command.txt", "study.json", "lock"}
 
@@ -204,7 +204,7 @@ def test_a_name_that_looks_like_something_else(console, tmp_path, name):
 def test_a_finished_study_is_reported_where_nothing_can_be_written(done, monkeypatch, capsys):
     before = tiny.files(done[0])
     def fail(*args, **kw): raise OSError(30, "Read-only file system")
-    for owner, name in ((runs, "FileLock"), (os, "replace"), (os, "mkdir"), (Path, "mkdir"), (Path, "write_bytes"), (Path, "unlink")): monkeypatch.setattr(owner, name, fail)
+    for owner, name in ((files, "FileLock"), (os, "replace"), (os, "mkdir"), (Path, "mkdir"), (Path, "write_bytes"), (Path, "unlink")): monkeypatch.setattr(owner, name, fail)
     monkeypatch.chdir(done[0].parent)
     efcn_relax([*tiny.FLAGS, "--out", "study"])
     said = capsys.readouterr()

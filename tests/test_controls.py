@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efcn_nb.controls import VARIANTS, gaussian, make_variant, permute_pixels, pixel_order, whitened
-from efcn_nb.data import Data
+from efcn_nb.materials.controls import VARIANTS, gaussian, make_variant, permute_pixels, pixel_order, whitened
+from efcn_nb.materials.data import Data
 from tiny import smooth_images as images
 
 pytestmark = pytest.mark.usefixtures("one_thread")

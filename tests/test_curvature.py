@@ -13,11 +13,14 @@ from torch import nn
 from torch.func import functional_call
 
 import keep
-from efcn_nb import curvature, layers
-from efcn_nb.curvature import (along, gradient, gradient_shares, hessian_product, loss_slice, minimise, random_direction, sharpness, smooth_density,
-                               spectral_density, split_unit, top_eigenvalues, trace)
-from efcn_nb.embedding import embed, tied_sum
-from efcn_nb.subspaces import PARTS, dimensions, project
+from efcn_nb.instruments import curvature
+from efcn_nb.ladder import layers
+from efcn_nb.instruments.curvature import (
+    along, gradient, gradient_shares, hessian_product, loss_slice, minimise, random_direction, sharpness,
+    smooth_density, spectral_density, split_unit, top_eigenvalues, trace)
+from efcn_nb.ladder.matrices import tied_sum
+from efcn_nb.ladder.embedding import embed
+from efcn_nb.instruments.subspaces import PARTS, dimensions, project
 
 SUBSETS = [None, PARTS, "convolutional", "unshared", "off_local", "other", ("convolutional", "other"), ("unshared", "off_local")]
 
@@ -569,8 +572,8 @@ def test_no_convergence_is_told(small):
 MEASURE = """
 import re, sys, torch
 from torch import nn
-from efcn_nb import curvature
-from efcn_nb.embedding import embed
+from efcn_nb.instruments import curvature
+from efcn_nb.ladder.embedding import embed
 torch.set_num_threads(1)
 
 def case(channels, size):

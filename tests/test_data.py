@@ -20,8 +20,8 @@ from sklearn.datasets import load_digits
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST, ImageFolder
 
-from efcn_nb import data
-from efcn_nb.data import Data, Dataset, channel_stats, load_data, stratified_split
+from efcn_nb.materials import data
+from efcn_nb.materials.data import Data, Dataset, channel_stats, load_data, stratified_split
 
 
 def seeded(seed=0): return torch.Generator().manual_seed(seed)

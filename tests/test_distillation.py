@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import efcn_nb.studies.distillation as study
-from efcn_nb.data import Data, Dataset, load_data
-from efcn_nb.embedding import embed
-from efcn_nb.layers import FullyConnected, LocallyConnected
-from efcn_nb.models import count_weights
-from efcn_nb.runs import run_id
-from efcn_nb.studies.distillation import (CONVS, MLPS, NETWORKS, STUDENTS, Splits, TransferSet, augment, distil, distillation_claims, distillation_grid, distillation_study,
-                                          embedded_students, find_student, gaps, load_logits, make_student, make_teacher, merge_bottleneck, split_validation, standardise,
-                                          standardised, start_or_architecture, starting_network, store_logits, student, student_width, teach, teacher_logits, tensor_digest,
-                                          transfer_batches, transfer_set, tuned)
-from efcn_nb.training import Diverged, evaluate
+from efcn_nb.materials.data import Data, Dataset, load_data
+from efcn_nb.ladder.embedding import embed
+from efcn_nb.ladder.layers import FullyConnected, LocallyConnected
+from efcn_nb.materials.models import count_weights
+from efcn_nb.experiments.runs import run_id
+from efcn_nb.studies.distillation import (
+    CONVS, MLPS, NETWORKS, STUDENTS, Splits, TransferSet, augment, distil, distillation_claims, distillation_grid,
+    distillation_study, embedded_students, find_student, gaps, load_logits, make_student, make_teacher,
+    merge_bottleneck, split_validation, standardise, standardised, start_or_architecture, starting_network,
+    store_logits, student, student_width, teach, teacher_logits, tensor_digest, transfer_batches, transfer_set, tuned)
+from efcn_nb.training.loop import Diverged, evaluate
 
 FAST = dict(lrs=[1e-2], epochs=2, search_epochs=1, seeds=[0, 1])
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from efcn_nb.effects import claim_row, interval, judge, judged, not_judged, verdict
+from efcn_nb.experiments.effects import claim_row, interval, judge, judged, not_judged, verdict
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])

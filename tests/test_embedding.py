@@ -25,13 +25,16 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import deform_conv2d
 
-from efcn_nb import embedding, geometry
-from efcn_nb.embedding import (BATCHNORMS, conv_geometries, convert, embed, kernel_from_local, kernel_from_matrix, local_from_kernel,
-                               local_from_matrix, matrix_from_kernel, matrix_from_local, merge_batchnorm, nearest_cnn, reinitialize, released_weights)
-from efcn_nb.geometry import PADDING_MODES, ConvGeometry
-from efcn_nb.layers import FullyConnected, LocallyConnected
-from efcn_nb.models import MODELS
-from efcn_nb.subspaces import project_cnn, project_lcn, residuals, shares, squares
+from efcn_nb.ladder import embedding, geometry, inspection, matrices, proof
+from efcn_nb.ladder.matrices import (
+    kernel_from_local, kernel_from_matrix, local_from_kernel, local_from_matrix, matrix_from_kernel, matrix_from_local)
+from efcn_nb.ladder.inspection import conv_geometries
+from efcn_nb.ladder.folding import BATCHNORMS, merge_batchnorm
+from efcn_nb.ladder.embedding import convert, embed, nearest_cnn, reinitialize, released_weights
+from efcn_nb.ladder.geometry import PADDING_MODES, ConvGeometry
+from efcn_nb.ladder.layers import FullyConnected, LocallyConnected
+from efcn_nb.materials.models import MODELS
+from efcn_nb.instruments.subspaces import project_cnn, project_lcn, residuals, shares, squares
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=150, suppress_health_check=list(HealthCheck))
 settings.load_profile("repeatable")
@@ -331,7 +334,7 @@ def break_map(monkeypatch, how):
     "Change the table of each axis, from which matrices, local weights and everything else are made."
     right = ConvGeometry.axes.fget
     monkeypatch.setattr(ConvGeometry, "axes", property(lambda self: [how(table) for table in right(self)]))
-    for table in (geometry._local_shape, embedding._runs, embedding._lone_places, embedding._inverse_counts):
+    for table in (geometry._local_shape, matrices._runs, matrices._lone_places, matrices._inverse_counts):
         monkeypatch.setattr(table.__module__ + "." + table.__name__, table.__wrapped__)  # nothing is remembered
 
 
@@ -884,8 +887,8 @@ def test_convert_refuses_a_cnn_and_an_unknown_kind():
 
 PEAK = """
 import torch
-from efcn_nb.embedding import embed
-from efcn_nb.models import MODELS
+from efcn_nb.ladder.embedding import embed
+from efcn_nb.materials.models import MODELS
 def peak(): return 1024*int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])
 embed(MODELS['alexnet']((3, 32, 32), width=1), (3, 32, 32), TO)
 model = MODELS['alexnet']((3, 32, 32))
@@ -1333,7 +1336,7 @@ def test_odd_networks_are_embedded(to, name):
     for m in model, released, near:
         with torch.random.fork_rng():
             torch.manual_seed(3), np.random.seed(3), random.seed(3)
-            answers.append(embedding._leaves(m.eval()(x.clone())))
+            answers.append(inspection._leaves(m.eval()(x.clone())))
     for y, *others in zip(*answers, strict=True):
         if y.isfinite().any(): assert all(close(o.to_dense().double(), y.to_dense().double(), 1e-2 if name == "autocast" else 1e-6) for o in others)
 
@@ -1493,10 +1496,10 @@ def test_many_channels_and_positions_are_proved_in_part():
     model = made(lambda: nn.Sequential(nn.Conv2d(2, 40, 3, padding=1), nn.Conv2d(40, 30, 3, padding=1, groups=2)))
     for to in RELEASED:
         good = embed(model, (2, 12, 12), to)
-        assert good[1].weight.numel() > embedding.SAMPLE or to == "lcn"
+        assert good[1].weight.numel() > proof.SAMPLE or to == "lcn"
         with torch.no_grad(): good[1].weight.mul_(1.001)
-        trace = embedding._geometries(model, (2, 12, 12))[1]
-        with pytest.raises(ValueError, match="first part at 1"): embedding._prove(trace, good, "embedded", trace.calls)
+        trace = inspection._geometries(model, (2, 12, 12))[1]
+        with pytest.raises(ValueError, match="first part at 1"): proof._prove(trace, good, "embedded", trace.calls)
 
 
 @BOTH
@@ -1556,11 +1559,11 @@ def test_weights_beyond_what_numbers_hold_are_not_refused(to, name):
 def test_wrong_weights_beside_huge_or_broken_ones_are_noticed(to):
     for change in (lambda p: p.mul_(1e19), lambda p: p.mul_(1e15), one_entry(math.nan)):
         model = spoilt(change, "0.weight")
-        trace, good = embedding._geometries(model, SHAPE)[1], embed(model, SHAPE, to)
+        trace, good = inspection._geometries(model, SHAPE)[1], embed(model, SHAPE, to)
         for spoil in (lambda w: w.mul_(1.1), lambda w: w.fill_(math.nan), lambda w: w.fill_(math.inf)):
             wrong = copy.deepcopy(good)
             with torch.no_grad(): spoil(wrong[0].weight)
-            with pytest.raises(ValueError, match="first part at 0"): embedding._prove(trace, wrong, "embedded", trace.calls)
+            with pytest.raises(ValueError, match="first part at 0"): proof._prove(trace, wrong, "embedded", trace.calls)
 
 
 READS = {  # reads of a released weight that move the outputs by little
@@ -1597,7 +1600,7 @@ def test_networks_that_differentiate_are_embedded(to, both, dtype):
     model, x = made(lambda: Energy(both)).to(dtype), rand(2, *SHAPE, dtype=dtype)
     released = embed(model, SHAPE, to)
     for m in released, nearest_cnn(released), convert(released, "fcn"), convert(released, "lcn"):
-        assert all(close(a, b, .1 if dtype == torch.bfloat16 else 1e-5) for a, b in zip(embedding._leaves(m(x)), embedding._leaves(model(x))))
+        assert all(close(a, b, .1 if dtype == torch.bfloat16 else 1e-5) for a, b in zip(inspection._leaves(m(x)), inspection._leaves(model(x))))
     reinitialize(released, 0)
     with pytest.raises(ValueError, match="another function"): embed(made(lambda: Energy(both, wrong=True)).to(dtype), SHAPE, to)
 

@@ -14,13 +14,14 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
 
-from efcn_nb import fused, layers
-from efcn_nb.bench import peak_memory
-from efcn_nb.embedding import embed
-from efcn_nb.fused import FusedSGD
-from efcn_nb.geometry import ConvGeometry
-from efcn_nb.layers import FullyConnected, LocallyConnected
-from efcn_nb.models import make_model
+from efcn_nb.ladder import layers
+from efcn_nb.training import fused
+from efcn_nb.service.timing import peak_memory
+from efcn_nb.ladder.embedding import embed
+from efcn_nb.training.fused import FusedSGD
+from efcn_nb.ladder.geometry import ConvGeometry
+from efcn_nb.ladder.layers import FullyConnected, LocallyConnected
+from efcn_nb.materials.models import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = {"fcn": FullyConnected, "lcn": LocallyConnected}

@@ -10,10 +10,11 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import Kernel
 
 import keep
-from efcn_nb.embedding import use_little_memory
-from efcn_nb.controls import permute_pixels, pixel_order
-from efcn_nb.infinite_width import (KINDS, Architecture, estimate_kernel, finite_network, gp_accuracies, gp_classify, gp_posterior, kernel_bytes, nngp_kernel, nngp_variances,
-                                    relu_covariance)
+from efcn_nb.service.memory import use_little_memory
+from efcn_nb.materials.controls import permute_pixels, pixel_order
+from efcn_nb.instruments.infinite_width import (
+    KINDS, Architecture, estimate_kernel, finite_network, gp_accuracies, gp_classify, gp_posterior, kernel_bytes,
+    nngp_kernel, nngp_variances, relu_covariance)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
-from efcn_nb import layers
-from efcn_nb.embedding import embed
-from efcn_nb.geometry import ConvGeometry
-from efcn_nb.layers import FullyConnected, LocallyConnected
+from efcn_nb.ladder import layers
+from efcn_nb.ladder.embedding import embed
+from efcn_nb.ladder.geometry import ConvGeometry
+from efcn_nb.ladder.layers import FullyConnected, LocallyConnected
 
 KINDS = {"fcn": FullyConnected, "lcn": LocallyConnected}
 BOTH = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

@@ -12,14 +12,17 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import efcn_nb.studies.low_rank as study
-from efcn_nb.controls import make_variant
-from efcn_nb.data import Data, Dataset
-from efcn_nb.models import count_weights
-from efcn_nb.parametrizations import FORMATS, SHUFFLES, compose, core_shapes, count_cores, entry_order, fit_rank, hold_to_rank
-from efcn_nb.studies.low_rank import (AXES, CUTS, SHUFFLED, by_ratio, check_arms, composed_kernel, compress, compressed_model, compression, cut_kernel, cut_model, cut_rank, effective_rank,
-                                      format_ranks, freeze_kernels, held_layers, held_network, kernel_ranks, largest_ratio, learn_held, low_rank_claims, low_rank_grid, measure_batchnorms,
-                                      operator_rank, post_hoc, post_hoc_study, stable_rank, steadiness, tensor_shape, train_held, truncation_errors, unfoldings, validation_data)
-from efcn_nb.training import Diverged, evaluate
+from efcn_nb.materials.controls import make_variant
+from efcn_nb.materials.data import Data, Dataset
+from efcn_nb.materials.models import count_weights
+from efcn_nb.ladder.tensor_formats import (
+    FORMATS, SHUFFLES, compose, core_shapes, count_cores, entry_order, fit_rank, hold_to_rank)
+from efcn_nb.studies.low_rank import (
+    AXES, CUTS, SHUFFLED, by_ratio, check_arms, composed_kernel, compress, compressed_model, compression, cut_kernel,
+    cut_model, cut_rank, effective_rank, format_ranks, freeze_kernels, held_layers, held_network, kernel_ranks,
+    largest_ratio, learn_held, low_rank_claims, low_rank_grid, measure_batchnorms, operator_rank, post_hoc,
+    post_hoc_study, stable_rank, steadiness, tensor_shape, train_held, truncation_errors, unfoldings, validation_data)
+from efcn_nb.training.loop import Diverged, evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

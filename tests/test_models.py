@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from efcn_nb.models import count_weights, fit_width, small
+from efcn_nb.materials.models import count_weights, fit_width, small
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)

@@ -20,8 +20,8 @@ import torch
 from filelock import FileLock
 
 import tiny
-from efcn_nb.relaxation import WorkerLost
-from efcn_nb.runs import Busy
+from efcn_nb.experiments.relaxation import WorkerLost
+from efcn_nb.service.files import Busy
 
 
 def study(out, marker):

@@ -12,12 +12,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import L1Unstructured
 
-from efcn_nb.embedding import embed
-from efcn_nb.fused import FusedSGD
-from efcn_nb.parametrizations import (FORMATS, NULLS, SHUFFLES, check_density, check_mask, compose, core_shapes, count_cores, decompose, entry_order,
-                                      erdos_renyi_density, fit_rank, hold_to_masks, hold_to_rank, largest_rank, magnitude_mask, masks_of, prune_mask, random_mask,
-                                      release_masks, release_rank, shuffle_mask)
-from efcn_nb.training import train_steps
+from efcn_nb.ladder.embedding import embed
+from efcn_nb.training.fused import FusedSGD
+from efcn_nb.ladder.masks import (
+    NULLS, check_density, check_mask, erdos_renyi_density, hold_to_masks, magnitude_mask, masks_of, prune_mask,
+    random_mask, release_masks, shuffle_mask)
+from efcn_nb.ladder.tensor_formats import (
+    FORMATS, SHUFFLES, compose, core_shapes, count_cores, decompose, entry_order, fit_rank, hold_to_rank,
+    largest_rank, release_rank)
+from efcn_nb.training.loop import train_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

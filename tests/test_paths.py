@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from efcn_nb.data import Dataset
-from efcn_nb.embedding import convert, embed, reinitialize
-from efcn_nb.models import make_model
-from efcn_nb.parametrizations import hold_to_masks, hold_to_rank, random_mask, release_masks
-from efcn_nb.paths import (PATHS, OutputAverage, along, along_string, arc_length, barrier, barrier_matrix, in_fcn_space, interpolate, interpolate_curvilinear,
-                           refresh_batchnorm, string)
-from efcn_nb.training import Diverged, evaluate
+from efcn_nb.materials.data import Dataset
+from efcn_nb.ladder.embedding import convert, embed, reinitialize
+from efcn_nb.materials.models import make_model
+from efcn_nb.ladder.masks import hold_to_masks, random_mask, release_masks
+from efcn_nb.ladder.tensor_formats import hold_to_rank
+from efcn_nb.instruments.paths import (
+    PATHS, OutputAverage, along, along_string, arc_length, barrier, barrier_matrix, in_fcn_space, interpolate,
+    interpolate_curvilinear, refresh_batchnorm, string)
+from efcn_nb.training.loop import Diverged, evaluate
 
 SHAPE = (1, 16, 16)
 

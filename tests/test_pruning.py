@@ -15,16 +15,17 @@ from torch import nn
 
 import efcn_nb.studies.pruning as study
 from tiny import smooth_images as images
-from efcn_nb.controls import permute_pixels, pixel_order
-from efcn_nb.data import Data
-from efcn_nb.embedding import embed
-from efcn_nb.layers import FullyConnected
-from efcn_nb.models import make_model
-from efcn_nb.parametrizations import prune_mask, shuffle_mask
-from efcn_nb.studies.pruning import (CASES, DEFAULTS, METHODS, NETWORKS, busiest_units, displacement_histogram, expected_histogram, first_weights,
-                                     interaction_profile, interaction_strength, interaction_table, locality_table, make_dense, mask_from_text, mask_to_text, near_profile,
-                                     near_ratio, null_ratios, pair_strengths, profile_table, prunable, prune_rounds, pruning_claims, pruning_study, round_masks,
-                                     step_batches, survivors)
+from efcn_nb.materials.controls import permute_pixels, pixel_order
+from efcn_nb.materials.data import Data
+from efcn_nb.ladder.embedding import embed
+from efcn_nb.ladder.layers import FullyConnected
+from efcn_nb.materials.models import make_model
+from efcn_nb.ladder.masks import prune_mask, shuffle_mask
+from efcn_nb.studies.pruning import (
+    CASES, DEFAULTS, METHODS, NETWORKS, busiest_units, displacement_histogram, expected_histogram, first_weights,
+    interaction_profile, interaction_strength, interaction_table, locality_table, make_dense, mask_from_text,
+    mask_to_text, near_profile, near_ratio, null_ratios, pair_strengths, profile_table, prunable, prune_rounds,
+    pruning_claims, pruning_study, round_masks, step_batches, survivors)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

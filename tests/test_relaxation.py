@@ -18,11 +18,14 @@ import torch
 from torch import nn
 
 import tiny
-from efcn_nb import embedding, relaxation, runs
-from efcn_nb.embedding import embed, nearest_cnn
-from efcn_nb.runs import Busy, read_table
-from efcn_nb.relaxation import PROTOCOLS, Study, claims, final_values, relax, summary
-from efcn_nb.training import Diverged, evaluate
+from efcn_nb.experiments import acceptance, relaxation
+from efcn_nb.service import files, memory
+from efcn_nb.ladder.embedding import embed, nearest_cnn
+from efcn_nb.service.files import Busy
+from efcn_nb.service.tables import read_table
+from efcn_nb.experiments.relaxation import PROTOCOLS, Study, relax
+from efcn_nb.experiments.claims import claims, final_values, summary
+from efcn_nb.training.loop import Diverged, evaluate
 
 COLUMNS = "data model seed phase relax epoch step split metric value".split()
 
@@ -372,7 +375,7 @@ def test_a_damaged_note_of_the_environment_stops_nothing(copied, done):
 
 def test_momentum_counts_as_memory(tmp_path, monkeypatch):
     needs = []
-    monkeypatch.setattr(relaxation, "require_memory", lambda need, device, slack=1: slack == 1 and needs.append(need))
+    monkeypatch.setattr(acceptance, "require_memory", lambda need, device, slack=1: slack == 1 and needs.append(need))
     for more in {}, dict(momentum=.9), dict(precision="bf16"): tiny.study(tmp_path/str(more), **more)
     assert needs == [needs[0], 2*needs[0], 1.5*needs[0]] and needs[0] > 0
 
@@ -435,7 +438,7 @@ def test_refusals(tmp_path, changed, says):
 
 
 def test_refuses_what_does_not_fit_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "free_memory", lambda device: 10**5)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10**5)
     with pytest.raises(MemoryError, match="0.0 GB are free; use smaller images"): tiny.study(tmp_path/"s")
     assert not (tmp_path/"s").exists()
 
@@ -690,7 +693,7 @@ def read_only(monkeypatch):
     "From the call of what this returns on, whatever would write fails, also for the superuser."
     def start():
         def fail(*args, **kw): raise OSError(30, "Read-only file system")
-        for owner, name in ((runs, "FileLock"), (os, "replace"), (os, "mkdir"), (Path, "mkdir"), (Path, "write_bytes"), (Path, "unlink")): monkeypatch.setattr(owner, name, fail)
+        for owner, name in ((files, "FileLock"), (os, "replace"), (os, "mkdir"), (Path, "mkdir"), (Path, "write_bytes"), (Path, "unlink")): monkeypatch.setattr(owner, name, fail)
     return start
 
 

@@ -19,8 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from efcn_nb import runs
-from efcn_nb.runs import Run, environment, held, read_table, run_id, sweep, table_text, write_atomic
+from efcn_nb.experiments import runs
+from efcn_nb.service import files as service_files
+from efcn_nb.experiments.runs import Run, environment, run_id
+from efcn_nb.experiments.sweeps import sweep
+from efcn_nb.service.files import held, write_atomic
+from efcn_nb.service.tables import read_table, table_text
 
 repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=200)
 CONFIG = dict(epochs=2, lr=.1, names=["a", "b"], width=None)
@@ -289,7 +293,7 @@ def read_only(monkeypatch):
     "From the call of what this returns on, whatever would write fails, also for the superuser."
     def start():
         def fail(*args, **kw): raise OSError(30, "Read-only file system")
-        for owner, name in ((runs, "publish"), (runs, "FileLock"), (os, "replace"), (os, "mkdir"), (Path, "mkdir"), (Path, "write_bytes"), (Path, "unlink")): monkeypatch.setattr(owner, name, fail)
+        for owner, name in ((runs, "publish"), (service_files, "publish"), (service_files, "FileLock"), (os, "replace"), (os, "mkdir"), (Path, "mkdir"), (Path, "write_bytes"), (Path, "unlink")): monkeypatch.setattr(owner, name, fail)
     return start
 
 
@@ -362,7 +366,7 @@ def test_what_is_no_table_is_not_stored(tmp_path, found, kept):
 SWEEPING = """
 import sys, time
 from pathlib import Path
-from efcn_nb.runs import sweep
+from efcn_nb.experiments.sweeps import sweep
 def wait(n):
     with open(sys.argv[1] + "/log", "a") as f: f.write(f"{n}\\n")
     time.sleep(float(sys.argv[2]) if n == 2 else 0)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from efcn_nb.layers import LocallyConnected
-from efcn_nb.studies.separation import (NORM_NETWORKS, TURNS, growth_exponents, norm_difference, norm_network, orthogonal, rotated_training, sample_complexity,
-                                               sample_complexity_claims, samples_needed)
+from efcn_nb.ladder.layers import LocallyConnected
+from efcn_nb.studies.separation import (
+    NORM_NETWORKS, TURNS, growth_exponents, norm_difference, norm_network, orthogonal, rotated_training,
+    sample_complexity, sample_complexity_claims, samples_needed)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,7 +77,7 @@ def exact(architecture, d):
             cnn[1].weight[0,0,1] = cnn[1].weight[1,1,1] = 1
             cnn[3].weight[0,0,1], cnn[3].weight[0,1,1] = 1, -1
             if architecture == "cnn": return cnn
-            from efcn_nb.embedding import embed
+            from efcn_nb.ladder.embedding import embed
             net.load_state_dict(embed(cnn, (2*d,), to="lcn").state_dict())
     return net
 

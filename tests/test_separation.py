@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from efcn_nb.layers import FullyConnected, LocallyConnected
-from efcn_nb.models import count_weights
-from efcn_nb.runs import sweep
+from efcn_nb.ladder.layers import FullyConnected, LocallyConnected
+from efcn_nb.materials.models import count_weights
+from efcn_nb.experiments.sweeps import sweep
 from efcn_nb.studies import separation
-from efcn_nb.studies.separation import (BITS, DIGIT_KINDS, KINDS, KPattern, Reorder, all_inputs, by_seed, claim_above, consecutive_bits, degree_masses, digit_rows, digit_scans,
-                                        digit_slots, final_rows, follow, gradient_bounds, gradient_law, hinge, learn_digits, learn_pattern, make_digit_net, make_local_net,
-                                        make_pattern, mean_gradient, parity_table, pattern_batches, pattern_gradient, random_order, scattered_bits, sign_accuracy, sure_interval,
-                                        walsh_hadamard, width_within)
-from efcn_nb.training import Diverged
+from efcn_nb.studies.separation import (
+    BITS, DIGIT_KINDS, KINDS, KPattern, Reorder, all_inputs, by_seed, claim_above, consecutive_bits, degree_masses,
+    digit_rows, digit_scans, digit_slots, final_rows, follow, gradient_bounds, gradient_law, hinge, learn_digits,
+    learn_pattern, make_digit_net, make_local_net, make_pattern, mean_gradient, parity_table, pattern_batches,
+    pattern_gradient, random_order, scattered_bits, sign_accuracy, sure_interval, walsh_hadamard, width_within)
+from efcn_nb.training.loop import Diverged
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

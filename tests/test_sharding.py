@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from efcn_nb import sharding
-from efcn_nb.embedding import embed
-from efcn_nb.fused import FusedSGD
-from efcn_nb.sharding import gather, shard
+from efcn_nb.training import sharding
+from efcn_nb.ladder.embedding import embed
+from efcn_nb.training.fused import FusedSGD
+from efcn_nb.training.sharding import gather, shard
 
 
 def cnn(groups=1):

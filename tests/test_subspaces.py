@@ -8,13 +8,15 @@ import torch
 from torch import nn
 
 import tiny
-from efcn_nb.data import Data, load_data
-from efcn_nb.embedding import convert, embed, reinitialize, release, tied_sum
-from efcn_nb.geometry import ConvGeometry
-from efcn_nb.curvature import along, gradient, random_direction
-from efcn_nb.measures import MEASURES, first_rows, measured, one_seed, over_networks, slowed
-from efcn_nb.subspaces import (ablate, ablation, bias_spread, dimensions, off_local_rows, project, radial_profile, residuals, shares, split, squares,
-                               template_similarity, window_distances)
+from efcn_nb.materials.data import Data, load_data
+from efcn_nb.ladder.matrices import release, tied_sum
+from efcn_nb.ladder.embedding import convert, embed, reinitialize
+from efcn_nb.ladder.geometry import ConvGeometry
+from efcn_nb.instruments.curvature import along, gradient, random_direction
+from efcn_nb.experiments.measures import MEASURES, first_rows, measured, one_seed, over_networks, slowed
+from efcn_nb.instruments.subspaces import (
+    ablate, ablation, bias_spread, dimensions, off_local_rows, project, radial_profile, residuals, shares, split,
+    squares, template_similarity, window_distances)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
 

@@ -12,14 +12,16 @@ from hypothesis import given, settings, strategies as st
 from scipy.spatial.distance import cdist
 from torch import nn
 
-from efcn_nb.data import Data, Dataset, load_data
-from efcn_nb.embedding import embed
-from efcn_nb.parametrizations import hold_to_masks, masks_of, random_mask
+from efcn_nb.materials.data import Data, Dataset, load_data
+from efcn_nb.ladder.embedding import embed
+from efcn_nb.ladder.masks import hold_to_masks, masks_of, random_mask
 from efcn_nb.studies import topology as study
-from efcn_nb.studies.topology import (KINDS, bench_topology, blind_share, check_topology, compare_topologies, draw_weights, evolve, evolve_mask, layer_distances, local_cnn,
-                                      local_masks, match_units, neighbour_distances, null_distances, pack_masks, pruning_steps, sparse_runs, start_shares, starting_masks,
-                                      topology_claims, topology_distance, topology_distances, topology_study, train_kind, unit_colours, unpack_masks)
-from efcn_nb.training import Diverged
+from efcn_nb.studies.topology import (
+    KINDS, bench_topology, blind_share, check_topology, compare_topologies, draw_weights, evolve, evolve_mask,
+    layer_distances, local_cnn, local_masks, match_units, neighbour_distances, null_distances, pack_masks,
+    pruning_steps, sparse_runs, start_shares, starting_masks, topology_claims, topology_distance, topology_distances,
+    topology_study, train_kind, unit_colours, unpack_masks)
+from efcn_nb.training.loop import Diverged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import keep
-from efcn_nb.bench import noise
-from efcn_nb.data import Data, Dataset
-from efcn_nb.embedding import embed
-from efcn_nb.fused import FusedSGD
-from efcn_nb.models import make_model
-from efcn_nb.training import PRECISIONS, Diverged, evaluate, evaluated, modes_kept, products, start_training, train, train_epoch, train_steps
+from efcn_nb.experiments.bench import noise
+from efcn_nb.materials.data import Data, Dataset
+from efcn_nb.ladder.embedding import embed
+from efcn_nb.training.fused import FusedSGD
+from efcn_nb.materials.models import make_model
+from efcn_nb.training.loop import (
+    PRECISIONS, Diverged, evaluate, evaluated, modes_kept, products, start_training, train, train_epoch, train_steps)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -126,8 +127,9 @@ def test_empty_splits(empty):
 MEMORY = """
 import sys
 import torch
-from efcn_nb.bench import noise, peak_memory
-from efcn_nb.relaxation import Study
+from efcn_nb.experiments.bench import noise
+from efcn_nb.service.timing import peak_memory
+from efcn_nb.experiments.relaxation import Study
 precision, momentum, out = sys.argv[1], float(sys.argv[2]), sys.argv[3]
 study = Study(noise(500), "alexnet", relax_times=[0], lcn_times=[], epochs=1, lr=1e-3, seeds=1, device="cpu", precision=precision, out=out, keep_weights=True, momentum=momentum)
 cnn, fcn, relaxed = study.plan()

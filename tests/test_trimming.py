@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from efcn_nb.embedding import conv_geometries, embed, merge_batchnorm, nearest_cnn
-from efcn_nb.models import make_model
+from efcn_nb.ladder.inspection import conv_geometries
+from efcn_nb.ladder.folding import merge_batchnorm
+from efcn_nb.ladder.embedding import embed, nearest_cnn
+from efcn_nb.materials.models import make_model
 
 BOTH = pytest.mark.parametrize("to", ["fcn", "lcn"])
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from efcn_nb.data import Data, Dataset, load_data
-from efcn_nb.relaxation import Study
+from efcn_nb.materials.data import Data, Dataset, load_data
+from efcn_nb.experiments.relaxation import Study
 
 SETTINGS = dict(model="small", width=2, epochs=2, batch_size=40, seeds=1, relax_times=[0, 1, 2], lcn_times=[1], device="cpu")
 FLAGS = "--width 2 --epochs 1 --batch_size 500 --seeds 1 --relax 0,1 --lcn 0 --device cpu".split()  # as many parts, from the command line
@@ -57,7 +57,7 @@ def deadly(shape, classes, marker, parent):
 SERVER = r"""
 import gc, json, os, resource, signal, sys, threading, traceback
 import torch, sklearn.datasets
-import efcn_nb.runs
+import efcn_nb.experiments.relaxation, efcn_nb.experiments.runs, efcn_nb.service.files
 from efcn_nb.cli import efcn_relax
 torch.set_num_threads(1)
 gc.freeze()
@@ -69,8 +69,9 @@ def die_at(moment):
     what, left = moment
     if what == 'disk': return resource.setrlimit(resource.RLIMIT_FSIZE, (left, left))
     if what == 'clock': return threading.Timer(left, die).start()
-    owner, name = dict(file=(os, 'replace'), half=(efcn_nb.runs, 'publish'), step=(torch.optim.SGD, 'step'))[what]
-    real, count = getattr(owner, name), iter(range(10**9))
+    writers = [efcn_nb.experiments.runs, efcn_nb.experiments.relaxation, efcn_nb.service.files]
+    owners, name = dict(file=([os], 'replace'), half=(writers, 'publish'), step=([torch.optim.SGD], 'step'))[what]
+    real, count = getattr(owners[0], name), iter(range(10**9))
     def counted(*args, **kw):
         if next(count) == left:
             if what == 'half':
@@ -80,7 +81,7 @@ def die_at(moment):
                 os.truncate(beside, os.path.getsize(beside)//2)
             die()
         return real(*args, **kw)
-    setattr(owner, name, counted)
+    for owner in owners: setattr(owner, name, counted)
 
 def serve():
     'Fork a process for each line of the input; return in that process.'

@@ -28,22 +28,14 @@ from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from efcn_nb.effects import interval, verdict
-from efcn_nb.embedding import (
-    conv_geometries,
-    embed,
-    kernel_from_local,
-    local_from_kernel,
-    local_from_matrix,
-    matrix_from_kernel,
-    nearest_cnn,
-    reinitialize,
-    release,
-    tied_sum,
-)
-from efcn_nb.fused import FusedSGD
-from efcn_nb.layers import FullyConnected
-from efcn_nb.models import alexnet, skinny
+from efcn_nb.experiments.effects import interval, verdict
+from efcn_nb.ladder.matrices import (
+    kernel_from_local, local_from_kernel, local_from_matrix, matrix_from_kernel, release, tied_sum)
+from efcn_nb.ladder.inspection import conv_geometries
+from efcn_nb.ladder.embedding import embed, nearest_cnn, reinitialize
+from efcn_nb.training.fused import FusedSGD
+from efcn_nb.ladder.layers import FullyConnected
+from efcn_nb.materials.models import alexnet, skinny
 
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 LAST, EVERY = 5, 20  # evaluations at the end that make the outcome, and epochs between earlier ones

@@ -6,9 +6,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from efcn_nb.bench import take_turns
-from efcn_nb.data import Data, load_folder
-from efcn_nb.parametrizations import FORMATS, fit_rank, hold_to_rank
+from efcn_nb.service.timing import take_turns
+from efcn_nb.materials.data import Data, load_folder
+from efcn_nb.ladder.tensor_formats import FORMATS, fit_rank, hold_to_rank
 from efcn_nb.studies.low_rank import low_rank_grid, post_hoc_study, tensor_shape
 
 torch.set_num_threads(1)

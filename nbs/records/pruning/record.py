@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from efcn_nb.data import load_folder
-from efcn_nb.runs import environment
+from efcn_nb.materials.data import load_folder
+from efcn_nb.experiments.runs import environment
 from efcn_nb.studies.pruning import pruning_study
 
 torch.set_num_threads(1)

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import torch
 
-from efcn_nb.runs import environment, sweep
+from efcn_nb.experiments.runs import environment
+from efcn_nb.experiments.sweeps import sweep
 from efcn_nb.studies.separation import final_rows, learn_digits, learn_pattern
 
 torch.set_num_threads(1)

@@ -7,10 +7,10 @@ import pandas as pd
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from efcn_nb.bench import peak_memory, timed
-from efcn_nb.data import Data, load_data
-from efcn_nb.parametrizations import random_mask
-from efcn_nb.runs import environment
+from efcn_nb.service.timing import peak_memory, timed
+from efcn_nb.materials.data import Data, load_data
+from efcn_nb.ladder.masks import random_mask
+from efcn_nb.experiments.runs import environment
 from efcn_nb.studies.topology import bench_topology, topology_distance, topology_study
 
 torch.set_num_threads(1)
