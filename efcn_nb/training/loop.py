@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'find_device', 'check_precision', 'products', 'modes_kept', 'evaluated', 'start_training', 'evaluate',
-           'Diverged', 'train_steps', 'train_epoch', 'train']
+           'Diverged', 'train_steps', 'fit', 'train_epoch', 'train']
 
 # %% ../../nbs/training/22_loop.ipynb #e265975f
 import math
@@ -135,6 +135,25 @@ def train_steps(
     losses = torch.stack(losses).cpu() if losses else torch.zeros(0)
     if not losses.isfinite().all(): raise Diverged(int((~losses.isfinite()).nonzero()[0]) + 1)
     return losses
+
+# %% ../../nbs/training/22_loop.ipynb #c684e350
+def fit(
+    model:torch.nn.Module, # trained in place, in training mode
+    batches,               # an iterable of inputs and targets
+    optimizer,             # any of `torch.optim`
+    loss=F.cross_entropy,  # of outputs and targets: their mean
+    precision:str='fp32',
+    clip:float=None,       # largest norm of the gradient of all that the optimizer moves; None for no bound
+    schedule=None          # makes a scheduler of `torch.optim.lr_scheduler` of the optimizer, which steps after each step
+)->torch.Tensor:           # the loss at each step
+    "`train_steps` with a bound on the gradient and a schedule. Raises `Diverged` as it does."
+    moved = [p for group in optimizer.param_groups for p in group['params']]
+    def bound(*_): torch.nn.utils.clip_grad_norm_(moved, clip)
+    hook = optimizer.register_step_pre_hook(bound) if clip is not None else None
+    after_step = schedule(optimizer).step if schedule else None
+    try: return train_steps(start_training(model), optimizer, batches, loss, precision, after_step)
+    finally:
+        if hook: hook.remove()
 
 # %% ../../nbs/training/22_loop.ipynb #2159c3b2
 def train_epoch(
