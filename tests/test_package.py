@@ -52,9 +52,23 @@ def test_every_module_imports(site, tmp_path):
     assert int(count) >= len(modules)
 
 
-@pytest.mark.skipif(not keep.module_file(f"{keep.PACKAGE}.plots"), reason="no plots yet")
 def test_plots_import_without_torch(site, tmp_path):
-    run(sys.executable, "-I", "-c", IMPORT, site, ",".join((*TOOLS, "torch")), f"{keep.PACKAGE}.plots", cwd=tmp_path)
+    run(sys.executable, "-I", "-c", IMPORT, site, ",".join((*TOOLS, "torch")), f"{keep.PACKAGE}.experiments.plots", cwd=tmp_path)
+
+
+FACE = """
+import sys, efcn_nb
+assert not {"torch", "pandas", "matplotlib"} & set(sys.modules), "the face imports what it offers"
+assert set(efcn_nb.__all__) <= set(dir(efcn_nb))
+for name in efcn_nb.__all__: assert getattr(efcn_nb, name).__name__ == name
+try: efcn_nb.nothing
+except AttributeError as error: print(error)
+"""
+
+
+def test_the_face_offers_its_names_and_imports_them_when_they_are_asked_for(tmp_path):
+    said = run(sys.executable, "-c", FACE, cwd=tmp_path, PYTHONPATH=str(keep.ROOT))
+    assert said == "module 'efcn_nb' has no attribute 'nothing'\n"
 
 
 def settings():
