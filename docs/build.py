@@ -55,7 +55,8 @@ def present(cell):
     said = dict(re.findall(r"^#\|\s*([\w-]+):\s*(.*)$", cell.source, flags=re.M))
     cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
     hide = {"echo": "remove-input", "output": "remove-output", "include": "remove-cell"}
-    cell.metadata["tags"] = cell.metadata.get("tags", []) + [tag for key, tag in hide.items() if said.get(key) == "false"]
+    hidden = [tag for key, tag in hide.items() if said.get(key) == "false"]
+    cell.metadata["tags"] = cell.metadata.get("tags", []) + hidden
     if "fig-alt" in said: cell.metadata["mystnb"] = {"image": {"alt": said["fig-alt"]}}
 
 
@@ -105,8 +106,10 @@ def write_pages():
     shutil.copytree(NBS, PAGES, ignore=shutil.ignore_patterns("*.ipynb", "_*", ".*", "*.yml", "*.css", "efcn_runs"))
     paths = sorted(nbglob(NBS, as_path=True))
     pages = {path: page(path) for path in paths}
-    labels = {name for nb in pages.values() for cell in nb.cells for name in re.findall(r"^\((.*)\)=$", cell.source, re.M)}
-    pages.setdefault(NBS / "index.ipynb", dict2nb(dict(cells=[mk_cell("# efcn_nb", "markdown")], metadata=PYTHON, nbformat=4, nbformat_minor=5)))
+    texts = [cell.source for nb in pages.values() for cell in nb.cells]
+    labels = {name for text in texts for name in re.findall(r"^\((.*)\)=$", text, re.M)}
+    title = dict(cells=[mk_cell("# efcn_nb", "markdown")], metadata=PYTHON, nbformat=4, nbformat_minor=5)
+    pages.setdefault(NBS / "index.ipynb", dict2nb(title))
     pages[NBS / "index.ipynb"].cells += contents(paths)
     for path, nb in pages.items():
         for cell in nb.cells:
@@ -122,7 +125,8 @@ def main():
     sys.path.insert(0, str(ROOT))
     write_pages()
     site = PAGES / "_build/html"
-    if build_main(["-c", "docs", "-d", str(site.with_name("doctrees")), "-W", "--keep-going", "-q", str(PAGES), str(site)]): return 1
+    options = ["-c", "docs", "-d", str(site.with_name("doctrees")), "-W", "--keep-going", "-q"]
+    if build_main([*options, str(PAGES), str(site)]): return 1
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(site, out)
     print(f"The site is in {out / 'index.html'}")

@@ -1,5 +1,5 @@
-"""The gate runs in this order: what is cheap and explains later failures comes first. Each test runs as though it were alone:
-it draws from a seed of its own, and what it changes in the process is put back."""
+"""The gate runs in this order: what is cheap and explains later failures comes first. Each test runs as though it
+were alone: it draws from a seed of its own, and what it changes in the process is put back."""
 import os, random, sys, zlib
 
 import matplotlib
@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, register_random, settings
 try: import keep  # refuses fastcore 2 with a sentence that says what to do
 except SystemExit as error: raise pytest.UsageError(str(error)) from None
 
-GATE = ["test_keep", "test_export", "test_names", "test_imports", "test_notebooks", "test_readme", "test_package", "test_docs"]
+GATE = ["test_keep", "test_export", "test_names", "test_imports", "test_notebooks", "test_readme", "test_package",
+        "test_docs"]
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that share the cores
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -23,8 +24,10 @@ os.chdir(keep.ROOT)  # nbdev reads the settings.ini that it finds from here
 
 def pytest_addoption(parser):
     group = parser.getgroup("independence", "what no result may depend on")
-    group.addoption("--order", metavar="WORD", help="another order of the files within a stage of the gate, and of the tests within a file")
-    group.addoption("--draw", metavar="WORD", default="", help="other random numbers wherever a test leaves the seed open")
+    group.addoption("--order", metavar="WORD",
+                    help="another order of the files within a stage of the gate, and of the tests within a file")
+    group.addoption("--draw", metavar="WORD", default="",
+                    help="other random numbers wherever a test leaves the seed open")
 
 
 # Order
@@ -38,7 +41,8 @@ def pytest_collection_modifyitems(config, items):
     order = config.getoption("order")
     def place(item):
         name = item.path.stem
-        stage = (GATE.index(name), item.name.startswith("test_run")) if name in GATE else (GATE.index("test_notebooks"), False)
+        of_gate = (GATE.index(name), item.name.startswith("test_run")) if name in GATE else None
+        stage = of_gate or (GATE.index("test_notebooks"), False)
         return stage if order is None else (*stage, number(order, name), number(order, name, item.name))
     items.sort(key=place)
 
@@ -63,7 +67,8 @@ class Torch:
     getstate, setstate = staticmethod(torch.get_rng_state), staticmethod(torch.set_rng_state)
 
 
-GENERATORS = [(random.seed, random.getstate, random.setstate), (np.random.seed, np.random.get_state, np.random.set_state),
+GENERATORS = [(random.seed, random.getstate, random.setstate),
+              (np.random.seed, np.random.get_state, np.random.set_state),
               (torch.manual_seed, torch.get_rng_state, torch.set_rng_state)]
 TORCH = Torch()
 register_random(TORCH)
@@ -74,9 +79,10 @@ def seed(config, *words):
 
 
 def pytest_configure(config):
-    "Hypothesis tries the same examples everywhere, on machines of any speed; others with its own option --hypothesis-seed."
+    "Hypothesis tries the same examples everywhere, on machines of any speed; others with its --hypothesis-seed."
     fixed = config.getoption("--hypothesis-seed", None) is None
-    settings.register_profile("alone", derandomize=fixed, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("alone", derandomize=fixed, database=None, deadline=None,
+                              suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.hookimpl(wrapper=True)
@@ -101,7 +107,8 @@ def pytest_fixture_setup(fixturedef, request):
 
 # What a test may leave behind
 
-def deterministic(): return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+def deterministic():
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def set_deterministic(state): torch.use_deterministic_algorithms(state[0], warn_only=state[1])
@@ -129,11 +136,19 @@ def set_figures(before):
 
 
 SWITCHES = [
-    (torch.get_default_dtype, torch.set_default_dtype), (torch.get_default_device, torch.set_default_device), (torch.get_num_threads, torch.set_num_threads),
-    (torch.is_grad_enabled, torch.set_grad_enabled), (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly), (deterministic, set_deterministic),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision), (np.geterr, lambda before: np.seterr(**before)),
-    (os.getcwd, os.chdir), (environment, set_environment), (lambda: [*sys.path], lambda before: sys.path.__setitem__(slice(None), before)),
-    (style, set_style), (figures, set_figures)]
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, torch.set_default_device),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    (deterministic, set_deterministic),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (np.geterr, lambda before: np.seterr(**before)),
+    (os.getcwd, os.chdir),
+    (environment, set_environment),
+    (lambda: [*sys.path], lambda before: sys.path.__setitem__(slice(None), before)),
+    (style, set_style),
+    (figures, set_figures)]
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Export the notebooks, execute the stale ones for keeps, render README.md.
 
-    python tests/keep.py                  whatever is stale: its code, its outputs or a module that it imports have changed
+    python tests/keep.py                  what is stale: its code, its outputs or a module that it imports has changed
     python tests/keep.py 08_embedding     these, stale or not
     python tests/keep.py --all            every notebook
     python tests/keep.py --check          only say what is stale; exit status 1 if anything is
@@ -105,7 +105,8 @@ def cleaned(nb):
 # Execution
 
 HANGS = 3600  # seconds: nothing waits for ever, and no busy machine is taken for one that hangs
-PRELOAD = ["torch", "torchvision", "matplotlib.pyplot", "pandas", "seaborn", "scipy.stats", "sklearn.datasets", "nbdev.test"]
+PRELOAD = ["torch", "torchvision", "matplotlib.pyplot", "pandas", "seaborn", "scipy.stats", "sklearn.datasets",
+           "nbdev.test"]
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(PRELOAD)
 
@@ -130,7 +131,8 @@ def in_child(function, *args, timeout=None):
 
 def _report(sender, function, args):
     try: result = True, function(*args)
-    except BaseException as error: result = False, str(error) if isinstance(error, NotebookError) else traceback.format_exc()
+    except NotebookError as error: result = False, str(error)
+    except BaseException: result = False, traceback.format_exc()
     sender.send(result)
 
 
@@ -272,7 +274,8 @@ def compare(paths):
             else: differences = [f"cell {i}: {line}" for i, (a, b) in enumerate(zip(read_nb(path).cells, new.cells))
                                  for line in output_differences(a.get("outputs", []), b.get("outputs", []))]
             different += bool(differences)
-            print(f"{path.relative_to(ROOT)}: {'DIFFERENT' if differences else 'same'}", *differences, sep="\n  ", flush=True)
+            said = "DIFFERENT" if differences else "same"
+            print(f"{path.relative_to(ROOT)}: {said}", *differences, sep="\n  ", flush=True)
     return different
 
 
@@ -290,7 +293,8 @@ def output_differences(old, new):
 
 def shown(output):
     "What an output shows, by kind, without the name that pandas draws for a styled table."
-    return {kind: re.sub(r"\bT_[0-9a-f]{5}(?=[_\W])", "T", joined(data)) for kind, data in output.get("data", {"text": output.get("text", "")}).items()}
+    shows = output.get("data", {"text": output.get("text", "")})
+    return {kind: re.sub(r"\bT_[0-9a-f]{5}(?=[_\W])", "T", joined(data)) for kind, data in shows.items()}
 
 
 def main():

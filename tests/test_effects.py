@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from efcn_nb.experiments.effects import claim_row, interval, judge, judged, not_judged, verdict
+from efcn_nb.experiments.effects import above, claim_row, interval, judge, judged, not_judged, verdict
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])
@@ -25,17 +25,18 @@ def test_interval_is_scipys(n, tries):
 def test_what_does_not_vary_has_no_interval(n, value):
     "Neither equal numbers, whose standard deviation is rounded to 1e-17, nor numbers that are equal but for rounding."
     for d in [value]*n, [value]*(n-1) + [value + .1 - .1]:
-        assert interval(pd.Series(d))[2] == math.inf and judged("c", pd.Series(d))["verdict"] == "undecided"
+        assert interval(pd.Series(d)).half == math.inf and judged("c", pd.Series(d))["verdict"] == "undecided"
 
 
 @pytest.mark.parametrize("d", [[], [.1], [math.nan]*3, [.1, math.nan]])
-def test_too_few(d): assert interval(pd.Series(d, dtype=float))[2] == math.inf
+def test_too_few(d): assert interval(pd.Series(d, dtype=float)).half == math.inf
 
 
 def test_small_effects_count(): assert judged("c", pd.Series([1e-9, 1.1e-9, .9e-9]))["verdict"] == "holds"
 
 
-CASES = dict(high=[.10, .12, .11], low=[-.10, -.12, -.11], around=[-.1, .1, .05], near=[-.10, -.13, -.04], unknown=[math.nan]*3)
+CASES = dict(high=[.10, .12, .11], low=[-.10, -.12, -.11], around=[-.1, .1, .05], near=[-.10, -.13, -.04],
+             unknown=[math.nan]*3)
 
 
 def by_the_rule(cases, every):
@@ -56,24 +57,70 @@ def test_verdicts_by_the_rule_in_any_order(every):
     for count in (1, 2, 3):
         for cases in itertools.permutations(CASES, count):
             said = judge(pd.DataFrame({c: CASES[c] for c in cases}), every)
-            assert said[4] == by_the_rule(cases, every), cases
-            found.add(said[4])
+            assert said.verdict == by_the_rule(cases, every), cases
+            found.add(said.verdict)
     assert found == {"holds", "fails", "undecided"}
 
 
 def test_the_case_that_decides():
     table = pd.DataFrame(CASES)
-    assert judge(table, every=True)[0] == "unknown" and judge(table, every=False)[0] == "high"
-    case, mean, spread, half, _ = judge(table[["high", "low"]], every=True)
-    assert case == "low" and (mean, spread, half) == interval(table.low)
-    assert judge(table[["high", "low"]], every=False)[3] == interval(table.high, 2)[2]
+    assert judge(table, every=True).case == "unknown" and judge(table, every=False).case == "high"
+    found = judge(table[["high", "low"]], every=True)
+    assert found.case == "low" and (found.mean, found.spread, found.half) == interval(table.low)
+    assert judge(table[["high", "low"]], every=False).half == interval(table.high, 2).half
     with pytest.raises(ValueError, match="no case to judge"): judge(pd.DataFrame(), every=True)
 
 
-def test_verdict(): assert [verdict(*ends) for ends in [(.1, .2), (0, .2), (-.2, 0), (-.2, -.1), (math.nan, math.nan)]] == ["holds", "undecided", "undecided", "fails", "undecided"]
+@pytest.mark.parametrize("ends, said", [((.1, .2), "holds"), ((0, .2), "undecided"), ((-.2, 0), "undecided"),
+                                        ((-.2, -.1), "fails"), ((math.nan, math.nan), "undecided")])
+def test_verdict(ends, said): assert verdict(*ends) == said
 
 
 def test_rows():
-    assert judged("c", pd.Series([.10, .12, .11, math.nan])) == dict(claim="c", effect="+11.0 points", spread="1.0 points", interval="±2.5", n=3, verdict="holds")
-    assert judged("c", pd.Series([-.1]), "said") == dict(claim="c", effect="said", spread="", interval="", n=1, verdict="undecided")
+    three, one = pd.Series([.10, .12, .11, math.nan]), pd.Series([-.1])
+    row = dict(claim="c", effect="+11.0 points", spread="1.0 points", interval="±2.5", n=3, verdict="holds")
+    assert judged("c", three) == row
+    row = dict(claim="c", effect="said", spread="", interval="", n=1, verdict="undecided")
+    assert judged("c", one, "said") == row
     assert not_judged("c", "why") == claim_row("c", "why", math.nan, math.nan, 0, "not judged")
+
+
+# Where every test input is answered rightly there is no spread: what is left are the inputs that were not tested
+
+@pytest.mark.parametrize("seeds, tests, half", [(3, 1000, .001), (5, 60, .01), (1, 1000, math.inf)])
+def test_known_tests_bound_what_does_not_vary(seeds, tests, half):
+    assert interval(pd.Series([1.]*seeds), tests=tests).half == pytest.approx(half)
+
+
+def test_an_interval_is_never_narrower_than_the_tests_allow():
+    wide, narrow = pd.Series([.1, .2, .3]), pd.Series([.5, .5 + 1e-9, .5])
+    assert interval(wide, tests=1000) == interval(wide)
+    assert interval(narrow).half < 1e-7 < interval(narrow, tests=1000).half == .001
+    assert interval(wide, 2, tests=1000).half == interval(wide, 2).half
+
+
+def test_ends_of_an_interval():
+    found = interval(pd.Series([.1, .2, .3]))
+    assert (found.low, found.high) == (found.mean - found.half, found.mean + found.half)
+
+
+# A claim that something is above something else
+
+CLAIMS = [
+    (dict(), "-11.0 points (low)", "fails"),
+    (dict(every=False), "+11.0 points (high)", "holds"),
+    (dict(margin=.2), "-11.0 points (low)", "holds"),
+    (dict(say=lambda found: f"{found.case}: {found.mean:.2f}"), "low: -0.11", "fails"),
+    (dict(say=lambda found: f"{found.mean:.2f}", margin=.2), "-0.11", "holds")]
+
+
+@pytest.mark.parametrize("how, effect, said", CLAIMS)
+def test_above(how, effect, said):
+    row = above("c", {case: pd.Series(CASES[case]) for case in ("high", "low")}, **how)
+    assert (row["effect"], row["verdict"], row["n"]) == (effect, said, 3)
+    assert row["spread"] == "1.0 points" and row["interval"] in ("±2.5", "±3.6")  # of one case, or picked from two
+
+
+@pytest.mark.parametrize("cases", [None, {}, pd.DataFrame(), {"a": pd.Series([math.nan])}])
+def test_above_without_a_case_is_not_judged(cases):
+    assert above("c", cases, needs="needs two") == not_judged("c", "needs two")

@@ -10,4 +10,5 @@ def test_modules_equal_export(tmp_path):
     text = lambda folder: {file.relative_to(folder): file.read_text() for file in (folder / keep.PACKAGE).rglob("*.py")}
     exported, committed = text(root), text(keep.ROOT)
     wrong = [str(file) for file in exported.keys() | committed.keys() if exported.get(file) != committed.get(file)]
-    assert not wrong, f"not what the notebooks export: {sorted(wrong)}; run nbdev_export, and remove modules without a notebook"
+    assert not wrong, (f"not what the notebooks export: {sorted(wrong)}; "
+                       "run nbdev_export, and remove modules without a notebook")

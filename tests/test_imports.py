@@ -6,21 +6,18 @@ import pytest
 
 import keep
 
-ROOMS = {keep.PACKAGE: 0, f"{keep.PACKAGE}._modidx": 0}                              # of no notebook
-BANNED = {"experiments.plots": {"torch", "torchvision"}}                              # what a module must not import from others
-EVERYWHERE, APART = "service", "studies"                                             # open to all; do not know each other
+BANNED = {"experiments.plots": {"torch", "torchvision"}}  # what a module must not import from others
+EVERYWHERE, APART = "service", "studies"  # open to all; do not know each other
 
 
-def numbered():
-    "Number of each library notebook, by the name of its module."
-    library = [path for path in keep.notebooks() if re.match(r"\d\d_", path.stem)]
-    return {".".join((*path.relative_to(keep.ROOT / "nbs").parts[:-1], path.stem[3:])): int(path.stem[:2]) for path in library}
+def module(path):
+    "Name of the module that the notebook makes, without the package in front."
+    return ".".join((*path.relative_to(keep.ROOT / "nbs").parts[:-1], path.stem[3:]))
 
 
-NUMBERS = numbered()
-FILES = {name: keep.module_file(f"{keep.PACKAGE}.{name}") for name in NUMBERS}
-NOTEBOOKS = {".".join((*path.relative_to(keep.ROOT / "nbs").parts[:-1], path.stem[3:])): path
-             for path in keep.notebooks() if re.match(r"\d\d_", path.stem)}
+NOTEBOOKS = {module(path): path for path in keep.notebooks() if re.match(r"\d\d_", path.stem)}
+NUMBERS = {name: int(path.stem[:2]) for name, path in NOTEBOOKS.items()}
+FILES = {name: keep.module_file(f"{keep.PACKAGE}.{name}") for name in NOTEBOOKS}
 
 
 def edges(source, package):
@@ -31,9 +28,11 @@ def edges(source, package):
 
 def upwards(name, imported):
     "Those of the `imported` modules that the module `name` must not import."
-    room = name.split(".")[0]
-    return {other for other in imported - {name} if NUMBERS[other] >= NUMBERS[name] and other.split(".")[0] != EVERYWHERE
-            or other.split(".")[0] == room == APART}
+    own, found = name.split(".")[0], set()
+    for other in imported - {name}:
+        room = other.split(".")[0]
+        if NUMBERS[other] >= NUMBERS[name] and room != EVERYWHERE or room == own == APART: found.add(other)
+    return found
 
 
 def test_every_module_comes_from_a_notebook():
@@ -52,12 +51,14 @@ def test_imports_come_from_lower_numbers(name):
     cells = [cell.source for cell in keep.code_cells(keep.read_nb(NOTEBOOKS[name]))]
     python = keep.TransformerManager().transform_cell
     found = edges(FILES[name].read_text(), package).union(*(edges(python(cell), keep.PACKAGE) for cell in cells))
-    assert not upwards(name, found), f"{name} ({NUMBERS[name]}) imports {', '.join(f'{o} ({NUMBERS[o]})' for o in upwards(name, found))}"
+    wrong = [f"{other} ({NUMBERS[other]})" for other in upwards(name, found)]
+    assert not wrong, f"{name} ({NUMBERS[name]}) imports {', '.join(wrong)}"
 
 
 def test_an_upward_import_is_noticed():
-    assert upwards("ladder.layers", {"ladder.embedding"}) and not upwards("ladder.embedding", {"ladder.layers", "service.files"})
-    assert upwards("studies.topology", {"studies.separation"}) and upwards("service.files", {"experiments.runs"}) == set()
+    assert upwards("ladder.layers", {"ladder.embedding"}) == {"ladder.embedding"}
+    assert upwards("ladder.embedding", {"ladder.layers", "service.files"}) == set()
+    assert upwards("studies.topology", {"studies.separation"}) == {"studies.separation"}
 
 
 @pytest.mark.parametrize("name", NUMBERS)

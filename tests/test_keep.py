@@ -84,8 +84,11 @@ def test_comparison_says_what_differs():
 
 def test_names_that_pandas_draws_are_no_difference():
     import pandas as pd
-    styled = lambda value: [dict(output_type="display_data", data={"text/html": pd.DataFrame(dict(a=[value])).style.to_html()})]
-    assert styled(1) != styled(1) and keep.output_differences(styled(1), styled(1)) == [] and len(keep.output_differences(styled(1), styled(2))) == 1
+    def styled(value):
+        html = pd.DataFrame(dict(a=[value])).style.to_html()
+        return [dict(output_type="display_data", data={"text/html": html})]
+    assert styled(1) != styled(1) and keep.output_differences(styled(1), styled(1)) == []
+    assert len(keep.output_differences(styled(1), styled(2))) == 1
 
 
 # Each test as though alone
@@ -96,7 +99,8 @@ def draws(): return random.random(), np.random.rand(), torch.rand(()).item()
 def expected(config, *words):
     "The same draws from generators of our own."
     seed = zlib.crc32("\0".join([config.getoption("draw"), *words]).encode())
-    return random.Random(seed).random(), np.random.RandomState(seed).rand(), torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
+    generator = torch.Generator().manual_seed(seed)
+    return random.Random(seed).random(), np.random.RandomState(seed).rand(), torch.rand((), generator=generator).item()
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +114,9 @@ def test_draws_are_those_of_the_name(request, turn, shared):
 
 
 def spoil():
-    torch.set_default_dtype(torch.float64), torch.set_num_threads(torch.get_num_threads() + 1), torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.set_grad_enabled(False)
     torch.use_deterministic_algorithms(True), torch.set_float32_matmul_precision("medium"), np.seterr(all="raise")
     os.environ["EFCN_NB_LEFT_BEHIND"], os.environ["TQDM_DISABLE"] = "1", "0"
     plt.rcParams["lines.linewidth"] = 7
@@ -124,8 +130,9 @@ CLEAN = [look() for look, _ in conftest.SWITCHES]
 @pytest.mark.parametrize("turn", range(2))
 def test_nothing_is_left_behind(turn):
     "Of two tests that spoil the process, neither finds what the other did."
-    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled() and not plt.get_fignums() and Path.cwd() == keep.ROOT
-    assert "EFCN_NB_LEFT_BEHIND" not in os.environ and os.environ["TQDM_DISABLE"] == "1" and plt.rcParams["lines.linewidth"] != 7
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+    assert not plt.get_fignums() and Path.cwd() == keep.ROOT and plt.rcParams["lines.linewidth"] != 7
+    assert "EFCN_NB_LEFT_BEHIND" not in os.environ and os.environ["TQDM_DISABLE"] == "1"
     spoil()
     for (look, put), before in zip(conftest.SWITCHES, CLEAN):
         if look() != before: put(before)
@@ -136,7 +143,8 @@ def test_nothing_is_left_behind(turn):
 @pytest.mark.parametrize("word", [None, "a", "b"])
 def test_orders(word):
     "Within a stage of the gate, file by file; the same word, the same order."
-    names = [(file, f"test_{k}") for file in ("test_a", "test_b", "test_c", "test_docs", "test_keep") for k in range(6)] + [("test_notebooks", "test_run[x]")]
+    files = ("test_a", "test_b", "test_c", "test_docs", "test_keep")
+    names = [*((file, f"test_{k}") for file in files for k in range(6)), ("test_notebooks", "test_run[x]")]
     config = types.SimpleNamespace(getoption=lambda name: dict(order=word)[name])
     def ordered(names):
         items = [types.SimpleNamespace(path=Path(f"{file}.py"), name=name) for file, name in names]
@@ -144,5 +152,6 @@ def test_orders(word):
         return [(item.path.stem, item.name) for item in items]
     found = ordered(names)
     files = [file for k, (file, _) in enumerate(found) if not k or found[k-1][0] != file]
-    assert sorted(found) == sorted(names) and (files[0], *sorted(files[1:4]), *files[4:]) == ("test_keep", "test_a", "test_b", "test_c", "test_notebooks", "test_docs")
+    in_order = ("test_keep", "test_a", "test_b", "test_c", "test_notebooks", "test_docs")
+    assert sorted(found) == sorted(names) and (files[0], *sorted(files[1:4]), *files[4:]) == in_order
     assert (found[6:24] == names[:18]) == (word is None) == (found != ordered(names[::-1]))

@@ -1,12 +1,41 @@
-"The exported modules use no name that they do not define or import."
+"The code uses no name that it does not define or import, and reads without scrolling."
 import subprocess, sys
+
+import pytest
 
 import keep
 
+LONGEST, MOST = 120, 30  # characters of a line; lines of an export cell
+RULES = "E9,F63,F7,F82,F401,F403,E501,E702,E703,E711,E712,E713,E714,E722"  # syntax, names, imports; long and joined lines
 
-def test_no_undefined_names():
-    rules = "E9,F63,F7,F82,F401,F403"  # syntax, names undefined, imported for nothing or by star
-    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--output-format=concise",
-               f"--select={rules}", "--per-file-ignores=__init__.py:F401", keep.PACKAGE]
+
+def ruff(*paths, rules=RULES):
+    "What ruff finds in `paths`, a line for each."
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--output-format=concise", f"--select={rules}",
+               f"--line-length={LONGEST}", "--per-file-ignores=__init__.py:F401", "--exclude=_modidx.py", *paths]
     done = subprocess.run(command, cwd=keep.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    return [] if done.returncode == 0 else (done.stdout + done.stderr).splitlines()
+
+
+@pytest.mark.parametrize("path", [keep.PACKAGE, "tests", "docs", "nbs/records", "setup.py"])
+def test_code_is_sound(path):
+    found = ruff(path)
+    assert not found, "\n".join(found)
+
+
+def test_a_long_line_is_noticed(tmp_path):
+    (tmp_path / "long.py").write_text("x = 1  # " + LONGEST*"-" + "\n")
+    assert "E501" in ruff(tmp_path)[0]
+
+
+def code(path): return [cell.source for cell in keep.code_cells(keep.read_nb(path))]
+
+
+@pytest.mark.parametrize("path", keep.notebooks(), ids=lambda path: path.stem)
+def test_cells_are_narrow_and_short(path):
+    lines = [line for source in code(path) for line in source.splitlines() if not line.startswith("#|")]
+    wide = [line for line in lines if len(line) > LONGEST]
+    assert not wide, f"lines of more than {LONGEST} characters:\n" + "\n".join(wide)
+    exports = [source for source in code(path) if source.startswith("#| export")]
+    long = [source.splitlines()[1] for source in exports if len(source.splitlines()) > MOST]
+    assert not long, f"export cells of more than {MOST} lines begin with:\n" + "\n".join(long)

@@ -10,7 +10,8 @@ from nbdev.test import test_nb as nbdev_test_nb
 import keep
 
 NOTEBOOKS = keep.notebooks()
-every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[str(path.relative_to(keep.ROOT / "nbs")) for path in NOTEBOOKS])
+NAMES = [str(path.relative_to(keep.ROOT / "nbs")) for path in NOTEBOOKS]
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 
 
 def outputs(path): return [output for cell in keep.code_cells(read_nb(path)) for output in cell.outputs]
@@ -24,7 +25,8 @@ def test_clean(path):
 
 @every_notebook
 def test_fresh(path):
-    assert keep.is_fresh(path), f"its code, its outputs or a module it imports have changed: run python tests/keep.py {path.stem}"
+    assert keep.is_fresh(path), ("its code, its outputs or a module it imports have changed: "
+                                 f"run python tests/keep.py {path.stem}")
 
 
 @every_notebook
@@ -35,7 +37,8 @@ def test_outputs_are_presentable(path):
     assert not [kind for kind in kinds if "widget" in kind]
     assert not [output for output in found if output.get("name") == "stderr"], "a warning or a progress bar"
     text = json.dumps(found) + "".join(cell.source for cell in read_nb(path).cells)
-    assert not re.findall(r"(?<![\w./:])/(?:home|root|work|Users|tmp|usr|var|opt|mnt)/[\w./-]*|[A-Z]:\\\\\w+", text), "paths of one machine"
+    ours = r"(?<![\w./:])/(?:home|root|work|Users|tmp|usr|var|opt|mnt)/[\w./-]*|[A-Z]:\\\\\w+"
+    assert not re.findall(ours, text), "paths of one machine"
 
 
 @every_notebook

@@ -34,9 +34,10 @@ def site(project, tmp_path_factory):
     "A folder into which the package, built as a wheel without a network, is installed."
     folder = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", folder / "wheel", project], check=True)
+    alone = ["--no-deps", "--no-index"]
+    subprocess.run([*pip, "wheel", *alone, "--no-build-isolation", "-w", folder / "wheel", project], check=True)
     wheel, = (folder / "wheel").glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", folder / "site", wheel], check=True)
+    subprocess.run([*pip, "install", *alone, "--target", folder / "site", wheel], check=True)
     return folder / "site"
 
 
@@ -53,7 +54,8 @@ def test_every_module_imports(site, tmp_path):
 
 
 def test_plots_import_without_torch(site, tmp_path):
-    run(sys.executable, "-I", "-c", IMPORT, site, ",".join((*TOOLS, "torch")), f"{keep.PACKAGE}.experiments.plots", cwd=tmp_path)
+    plots = f"{keep.PACKAGE}.experiments.plots"
+    run(sys.executable, "-I", "-c", IMPORT, site, ",".join((*TOOLS, "torch")), plots, cwd=tmp_path)
 
 
 FACE = """

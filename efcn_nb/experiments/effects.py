@@ -96,7 +96,7 @@ def judged(
 # %% ../../nbs/experiments/53_effects.ipynb #c4def69d
 def above(
     claim:str,
-    cases,           # paired effects that should be positive: a row for each seed, a column for each case; None for none
+    cases,           # paired effects that should be positive: a row for each seed, a column for each case; or None
     every:bool=True, # whether the claim is about every case, or about some
     margin:float=0., # how far below zero still counts as above
     say=None,        # a function of the `Judgement`: how to say the effect; None for its mean in points, and its case
