@@ -1,6 +1,5 @@
-"Pruning, against scipy's correlations, nulls enumerated to the last mask, rounds written out, and made-up tables."
+"Pruning, against rounds written out and made-up tables."
 import copy
-import itertools
 import math
 from dataclasses import replace
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.signal import correlate2d
 from torch import nn
 
 import efcn_nb.studies.pruning as study
@@ -20,17 +18,15 @@ from efcn_nb.materials.data import Data
 from efcn_nb.ladder.embedding import embed
 from efcn_nb.ladder.layers import FullyConnected
 from efcn_nb.materials.models import make_model
-from efcn_nb.ladder.masks import prune_mask, shuffle_mask
+from efcn_nb.ladder.masks import prune_mask
+from efcn_nb.instruments.locality import busiest_units, near_profile, near_ratio
 from efcn_nb.studies.pruning import (
-    CASES, DEFAULTS, METHODS, NETWORKS, busiest_units, displacement_histogram, expected_histogram, first_weights,
-    interaction_profile, interaction_strength, interaction_table, locality_table, make_dense, mask_from_text,
-    mask_to_text, near_profile, near_ratio, null_ratios, pair_strengths, profile_table, prunable, prune_rounds,
-    pruning_claims, pruning_study, round_masks, step_batches, survivors)
+    CASES, DEFAULTS, METHODS, NETWORKS, interaction_table, locality_table, make_dense, mask_from_text, mask_to_text,
+    profile_table, prunable, prune_rounds, pruning_claims, pruning_study, round_masks, step_batches, survivors)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAST = dict(seeds=[0], rounds=3, steps=12, rewind=3, batch_size=30, widths=[14, 12], channels=1, relax=4)
-SHAPES = [(1, 4, 5), (3, 4, 4), (2, 1, 6), (1, 6, 1)]
 
 
 def seeded(seed): return torch.Generator().manual_seed(seed)
@@ -47,123 +43,9 @@ def data(): return Data(images(), images(60, seed=1))
 def table(data): return prune_rounds(data, ["fcn", "one-shot", "permuted", "efcn"], **FAST)
 
 
-# Pairs of pixels
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_histogram_is_scipys(shape):
-    mask = random(5, shape)
-    same = sum(correlate2d(image, image) for unit in mask.view(-1, *shape).int().numpy() for image in unit)
-    every = sum(correlate2d(a, b) for unit in mask.view(-1, *shape).int().numpy() for a, b in itertools.product(unit, repeat=2))
-    different = every - same
-    same[shape[1]-1, shape[2]-1] -= mask.sum().item()
-    found = displacement_histogram(mask, shape)
-    assert found.dtype == torch.int64 and found[0].equal(torch.from_numpy(same)) and found[1].equal(torch.from_numpy(different))
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.sampled_from(SHAPES), st.integers(0, 99), st.floats(0, 1))
-def test_histogram_counts_every_pair_both_ways(shape, seed, density):
-    mask = random(6, shape, density, seed)
-    found, k = displacement_histogram(mask, shape), mask.sum(1)
-    assert found.equal(found.flip(1, 2)) and (found >= 0).all()
-    assert found.sum() == (k*(k-1)).sum()
-    assert found.equal(displacement_histogram(mask[torch.randperm(6, generator=seeded(seed))], shape))
-
-
-def test_direction_of_displacements():
-    mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
-    mask[0, 0, 0, 0] = mask[0, 0, 1, 3] = True
-    assert displacement_histogram(mask.flatten(1), (1, 4, 4)).nonzero().tolist() == [[0, 2, 0], [0, 4, 6]]
-
-
-def columns_permuted(mask):
-    for orders in itertools.product(itertools.permutations(range(len(mask))), repeat=mask.shape[1]):
-        yield torch.stack([mask[list(o), a] for a, o in enumerate(orders)], 1)
-
-
-def rows_permuted(mask): return (m.T for m in columns_permuted(mask.T))
-
-
-def anywhere(mask):
-    for places in itertools.combinations(range(mask.numel()), int(mask.sum())):
-        m = torch.zeros(mask.numel(), dtype=torch.bool)
-        m[list(places)] = True
-        yield m.view(mask.shape)
-
-
-@pytest.mark.parametrize("keep,all_of", [("inputs", columns_permuted), ("units", rows_permuted), ("density", anywhere)])
-@pytest.mark.parametrize("shape", [(2, 1, 2), (1, 2, 2)])
-def test_expectation_over_every_mask_of_the_null(keep, all_of, shape):
-    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 0], [1, 0, 1, 0]]).bool()[:3 if keep == "inputs" else 2]
-    every = torch.stack([displacement_histogram(m, shape) for m in all_of(mask)]).double()
-    torch.testing.assert_close(expected_histogram(mask, shape, keep), every.mean(0), atol=1e-9, rtol=0)
-
-
-@pytest.mark.parametrize("keep", ["inputs", "units", "density"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_full_mask_is_its_own_null(keep, shape):
-    mask = torch.ones(4, math.prod(shape), dtype=torch.bool)
-    torch.testing.assert_close(expected_histogram(mask, shape, keep), displacement_histogram(mask, shape).double(), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("shape", [(1, 5, 6), (3, 4, 6)])
-def test_profile_by_hand(shape):
-    mask, place = random(7, shape), torch.cartesian_prod(*map(torch.arange, shape))
-    p = near_profile(mask, shape).set_index(["colours", "distance"])
-    pairs = {key: [0, 0.] for key in p.index}
-    for a, b in itertools.permutations(range(mask.shape[1]), 2):
-        key = ("same" if place[a,0] == place[b,0] else "different", (place[a,1:] - place[b,1:]).abs().max().item())
-        pairs[key][0] += (mask[:,a] & mask[:,b]).sum().item()
-        pairs[key][1] += (mask[:,a].sum() * mask[:,b].sum()).item()/7
-    for key, (found, expected) in pairs.items():
-        total = [sum(v[i] for k, v in pairs.items() if k[0] == key[0]) for i in (0, 1)]
-        assert p.pairs[key] == found and p.expected[key] == pytest.approx(expected) and p.ratio[key] == pytest.approx(found/total[0]/(expected/total[1]))
-    for colours in p.index.unique(0):
-        near = [sum(v[i] for k, v in pairs.items() if k[0] == colours and k[1] <= 2)/sum(v[i] for k, v in pairs.items() if k[0] == colours) for i in (0, 1)]
-        assert near_ratio(mask, shape, colours=colours) == pytest.approx(near[0]/near[1])
-
-
-def test_popular_pixels_are_not_local():
-    "Units that prefer the same corner: much above uniform chance, not above the null that keeps degrees, drawn or in closed form."
-    weight = torch.outer(torch.linspace(.9, .02, 8), torch.linspace(.9, .02, 8)).flatten()
-    mask = torch.rand(400, 64, generator=seeded(0)) < weight
-    assert near_ratio(mask, (1, 8, 8), keep="density") > 1.3 and near_ratio(mask, (1, 8, 8)) == pytest.approx(1, abs=.03)
-    for keep in ("inputs", "both"): assert null_ratios(mask[:60], (1, 8, 8), 6, seeded(1), keep).mean() == pytest.approx(1, abs=.06)
-
-
-def test_blocks_are_local_in_their_frame_alone():
-    "Units that see a block of 2 x 2 each; with pixels permuted there is nothing left, and all of it when that is undone."
-    mask = torch.zeros(16, 4, 2, 4, 2, dtype=torch.bool)
-    for i, (y, x) in enumerate(itertools.product(range(4), repeat=2)): mask[i, y, :, x, :] = True
-    mask, order = mask.view(16, 64), pixel_order((1, 8, 8), 3)
-    local = near_ratio(mask, (1, 8, 8), 1)
-    assert local == pytest.approx(64*63/(2*8*7*2 + 2*7*7*2)) # all pairs are near; of the null, as many as near pairs among all places
-    moved = permute_pixels(mask, (1, 8, 8), order)
-    assert near_ratio(moved, (1, 8, 8), 1) < local/3 and near_ratio(permute_pixels(moved, (1, 8, 8), order.argsort()), (1, 8, 8), 1) == local
-
-
-def test_no_pairs_no_ratio():
-    corners = torch.zeros(3, 49, dtype=torch.bool)
-    corners[0, [0, 48]] = corners[1:, [6, 42]] = True # pairs, none of them near, and none expected
-    assert math.isnan(near_ratio(corners, (1, 7, 7))) and near_profile(corners, (1, 7, 7)).expected[0] == 0
-    assert math.isnan(near_ratio(torch.eye(16).bool(), (1, 4, 4))) and near_profile(torch.zeros(2, 16).bool(), (1, 4, 4)).ratio.isna().all()
-
+# Rounds
 
 @pytest.mark.parametrize("call,said", [
-    (lambda: displacement_histogram(torch.ones(2, 16), (1, 4, 4)), "must be a bool tensor"),
-    (lambda: displacement_histogram(np.ones((2, 16), bool), (1, 4, 4)), "must be a bool tensor"),
-    (lambda: displacement_histogram(torch.ones(16).bool(), (1, 4, 4)), "must be a bool tensor"),
-    (lambda: near_profile(torch.ones(2, 16).bool(), (1, 4, 5)), "the mask has 16 columns, but images of shape (1, 4, 5) have 20"),
-    (lambda: near_ratio(torch.ones(2, 16).bool(), (4, 4)), "not of inputs of shape (4, 4)"),
-    (lambda: near_ratio(torch.ones(2, 16).bool(), (1, 4, 4), 0), "from 1 to 2, within the image, not 0"),
-    (lambda: near_ratio(torch.ones(2, 16).bool(), (1, 4, 4), 1.5), "within the image, not 1.5"),
-    (lambda: near_ratio(torch.ones(2, 16).bool(), (1, 4, 4), 3), "within the image, not 3"),
-    (lambda: near_ratio(torch.ones(2, 16).bool(), (1, 4, 4), colours="different"), "'different' for images of several"),
-    (lambda: near_ratio(torch.ones(2, 16).bool(), (1, 4, 4), keep="degree"), "not 'degree'"),
-    (lambda: expected_histogram(torch.ones(2, 16).bool(), (1, 4, 4), "both"), "for 'both' draw shuffle_mask"),
-    (lambda: null_ratios(torch.ones(2, 16).bool(), (1, 4, 4), 0, seeded(0)), "draws must be a whole number from 1 on"),
-    (lambda: null_ratios(torch.ones(2, 16).bool(), (1, 4, 4), 2, seeded(0), "rows"), "keep must be one of"),
-    (lambda: busiest_units(torch.ones(2, 16).bool(), (1, 4, 4), 3), "a number of units from 1 to 2, not 3"),
     (lambda: make_dense((1, 4, 4), 3, []), "widths must be a list of numbers of hidden units"),
     (lambda: make_dense((1, 4, 4), 3, [4, 0]), "each 1 or more"),
     (lambda: make_dense((1, 4, 4), 3, init="he"), "unknown init 'he'; known are default, glorot"),
@@ -173,13 +55,6 @@ def test_bad_input(call, said):
     with pytest.raises(ValueError) as e: call()
     assert said in str(e.value) and "\n" not in str(e.value)
 
-
-def test_busiest_units_come_in_order():
-    mask = torch.arange(6)[:,None] % 4 >= torch.arange(4)
-    assert busiest_units(mask, (1, 2, 2), 3).flatten(1).equal(mask[[3, 2, 1]]) and busiest_units(mask, (1, 2, 2), 4)[3].flatten().equal(mask[5])
-
-
-# Rounds
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 400), st.floats(0, .999), st.integers(0, 12))
@@ -371,91 +246,7 @@ def test_locality_of_rounds(table):
     assert own.undone.tolist() == found.undone["permuted"].tolist()
 
 
-# Interactions
-
-def test_strengths_by_every_path():
-    "Influence is the sum over all paths to an output of the products of absolute weights."
-    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Dropout(.5), nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
-    w1, w2, w3 = (net[i].weight.detach().abs().numpy() for i in (1, 4, 6))
-    want = np.zeros((4, 4))
-    for a, b, i, j, k in itertools.product(range(4), range(4), range(3), range(5), range(2)): want[a, b] += min(w1[i, a], w1[i, b])*w2[j, i]*w3[k, j]
-    np.testing.assert_allclose(interaction_strength(net, (1, 2, 2)), want, rtol=1e-4)
-
-
-@pytest.mark.parametrize("pool", [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(3, 1), nn.MaxPool2d((1, 3), (2, 1))])
-def test_influence_through_pooling_by_hand(pool):
-    "The windows that PyTorch's own pooling reads, one pixel alight at a time."
-    norm = nn.BatchNorm2d(2)
-    with torch.no_grad(): norm.weight.copy_(torch.tensor([-2., .5])), norm.running_var.copy_(torch.tensor([4., 9.]))
-    cnn = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), norm, nn.ReLU(), pool, nn.Flatten())
-    cnn.append(nn.Linear(cnn(torch.zeros(2, 1, 5, 5)).shape[1], 3)).eval()
-    out = cnn[5].weight.detach().abs().sum(0)
-    alight = torch.eye(50).view(50, 2, 5, 5)
-    reads = (pool(alight) > 0).flatten(1).float() # max of one bright pixel: 1 where the window holds it
-    scale = (norm.weight.abs()/(norm.running_var + norm.eps).sqrt()).detach().repeat_interleave(25)
-    torch.testing.assert_close(first_weights(cnn, (1, 5, 5))[1], reads @ out * scale, atol=1e-5, rtol=1e-5)
-
-
-def test_scale_of_inputs_counts():
-    net = make_dense((1, 3, 3), 4, [6])
-    net(torch.randn(50, 1, 3, 3, generator=seeded(0))*torch.linspace(.1, 5, 9).view(1, 1, 3, 3))
-    scale = 1/(net[1].running_var + net[1].eps).sqrt()
-    torch.testing.assert_close(first_weights(net, (1, 3, 3))[0], net[2].weight.detach().abs()*scale)
-
-
-def test_chance_is_the_mean_over_all_pairs_of_units():
-    w, z = torch.rand(9, 7, generator=seeded(0))**3, torch.rand(9, generator=seeded(1))
-    want = z.sum()*torch.minimum(w[:,None,:,None], w[None,:,None,:]).mean((0, 1))
-    torch.testing.assert_close(study._chance_strengths(w, z), want, atol=2e-3, rtol=1e-3)
-
-
-def test_memory_does_not_change_strengths():
-    w, z = torch.rand(20, 11, generator=seeded(0)), torch.rand(20, generator=seeded(1))
-    torch.testing.assert_close(pair_strengths(w, z, most=1), pair_strengths(w, z))
-
-
-def test_cnn_and_its_efcn_interact_alike_and_within_windows():
-    cnn = make_model("small", (2, 12, 12), 3, width=3)
-    a, b = interaction_profile(cnn, (2, 12, 12)), interaction_profile(embed(cnn, (2, 12, 12)), (2, 12, 12))
-    pd.testing.assert_frame_equal(a, b)
-    a = a.set_index("distance")
-    assert a.strength[1] > a.strength[4] > 0 == a.strength[5] == a.ratio[11]
-
-
-def test_interactions_of_permuted_pixels_are_put_back():
-    net, order = make_dense((2, 5, 5), 3, [8]), pixel_order((2, 5, 5), 1)
-    moved = copy.deepcopy(net)
-    with torch.no_grad(): moved[2].weight.copy_(permute_pixels(net[2].weight, (2, 5, 5), order))
-    a, b = interaction_profile(net, (2, 5, 5)), interaction_profile(moved, (2, 5, 5), order)
-    pd.testing.assert_frame_equal(a, b, rtol=1e-4)
-    assert not np.allclose(a.strength, interaction_profile(moved, (2, 5, 5)).strength, rtol=1e-3)
-
-
-def test_profile_is_the_mean_over_pairs_of_one_colour():
-    shape, net = (2, 3, 4), make_dense((2, 3, 4), 3, [5])
-    S, place = interaction_strength(net, shape), torch.cartesian_prod(*map(torch.arange, shape))
-    by = {}
-    for a, b in itertools.permutations(range(24), 2):
-        if place[a,0] == place[b,0]: by.setdefault((place[a,1:] - place[b,1:]).abs().max().item(), []).append(S[a, b].item())
-    mean = np.mean(sum(by.values(), []))
-    np.testing.assert_allclose(interaction_profile(net, shape).strength, [np.mean(by[d])/mean for d in (1, 2, 3)], rtol=1e-4)
-
-
-@pytest.mark.parametrize("net,said", [
-    (nn.Linear(4, 2), "an nn.Sequential, not from a Linear"),
-    (nn.Sequential(nn.Flatten()), "no layer with weights"),
-    (nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Softmax(1), nn.Linear(3, 2)), "through Softmax is not known"),
-    (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2)), "without running statistics"),
-    (nn.Sequential(nn.Conv2d(1, 1, 1), nn.MaxPool2d(2, 1, dilation=1), nn.MaxPool2d(1, dilation=2), nn.Flatten(), nn.Linear(1, 1)), "through MaxPool2d is not known"),
-])
-def test_networks_that_cannot_be_read(net, said):
-    with pytest.raises(ValueError) as e: interaction_profile(net, (1, 2, 2))
-    assert said in str(e.value)
-
-
-def test_interactions_of_no_image():
-    with pytest.raises(ValueError, match="not in inputs of shape"): interaction_profile(nn.Sequential(nn.Linear(4, 2)), (4,))
-
+# Networks
 
 def test_interaction_table(data, tmp_path):
     how = dict(folder=tmp_path, **FAST)
@@ -518,13 +309,6 @@ def test_study_writes_what_it_returns(data, tmp_path):
 def test_a_study_that_is_impossible(data, tmp_path, how, said):
     with pytest.raises(ValueError) as e: pruning_study(data, tmp_path/"new", **(FAST | dict(units=3) | how))
     assert said in str(e.value) and not (tmp_path/"new").exists()
-
-
-def test_a_null_keeps_what_it_says():
-    "What the study's null rests on: columns keep their sums, and nothing else."
-    mask = random(20, (1, 5, 5), .3)
-    shuffled = shuffle_mask(mask, "inputs", seeded(0))
-    assert shuffled.sum(0).equal(mask.sum(0)) and not shuffled.sum(1).equal(mask.sum(1))
 
 
 @pytest.mark.parametrize("size,networks,said", [(4, ["efcn"], "do not fit this network"), (3, None, "four pixels wide or high")])
