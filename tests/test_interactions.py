@@ -23,18 +23,24 @@ def seeded(seed): return torch.Generator().manual_seed(seed)
 
 def test_strengths_by_every_path():
     "Influence is the sum over all paths to an output of the products of absolute weights."
-    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Dropout(.5), nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    hidden = [nn.ReLU(), nn.Dropout(.5), nn.Linear(3, 5), nn.ReLU()]
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), *hidden, nn.Linear(5, 2))
     w1, w2, w3 = (net[i].weight.detach().abs().numpy() for i in (1, 4, 6))
     want = np.zeros((4, 4))
-    for a, b, i, j, k in itertools.product(range(4), range(4), range(3), range(5), range(2)): want[a, b] += min(w1[i, a], w1[i, b])*w2[j, i]*w3[k, j]
+    for a, b, i, j, k in itertools.product(range(4), range(4), range(3), range(5), range(2)):
+        want[a, b] += min(w1[i, a], w1[i, b])*w2[j, i]*w3[k, j]
     np.testing.assert_allclose(interaction_strength(net, (1, 2, 2)), want, rtol=1e-4)
 
 
-@pytest.mark.parametrize("pool", [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(3, 1), nn.MaxPool2d((1, 3), (2, 1))])
+@pytest.mark.parametrize("pool", [
+    nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(3, 1),
+    nn.MaxPool2d((1, 3), (2, 1))])
 def test_influence_through_pooling_by_hand(pool):
     "The windows that PyTorch's own pooling reads, one pixel alight at a time."
     norm = nn.BatchNorm2d(2)
-    with torch.no_grad(): norm.weight.copy_(torch.tensor([-2., .5])), norm.running_var.copy_(torch.tensor([4., 9.]))
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([-2., .5]))
+        norm.running_var.copy_(torch.tensor([4., 9.]))
     cnn = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), norm, nn.ReLU(), pool, nn.Flatten())
     cnn.append(nn.Linear(cnn(torch.zeros(2, 1, 5, 5)).shape[1], 3)).eval()
     out = cnn[5].weight.detach().abs().sum(0)
@@ -84,17 +90,21 @@ def test_profile_is_the_mean_over_pairs_of_one_colour():
     S, place = interaction_strength(net, shape), torch.cartesian_prod(*map(torch.arange, shape))
     by = {}
     for a, b in itertools.permutations(range(24), 2):
-        if place[a,0] == place[b,0]: by.setdefault((place[a,1:] - place[b,1:]).abs().max().item(), []).append(S[a, b].item())
+        distance = (place[a,1:] - place[b,1:]).abs().max().item()
+        if place[a,0] == place[b,0]: by.setdefault(distance, []).append(S[a, b].item())
     mean = np.mean(sum(by.values(), []))
-    np.testing.assert_allclose(interaction_profile(net, shape).strength, [np.mean(by[d])/mean for d in (1, 2, 3)], rtol=1e-4)
+    want = [np.mean(by[d])/mean for d in (1, 2, 3)]
+    np.testing.assert_allclose(interaction_profile(net, shape).strength, want, rtol=1e-4)
 
 
 @pytest.mark.parametrize("net,said", [
     (nn.Linear(4, 2), "an nn.Sequential, not from a Linear"),
     (nn.Sequential(nn.Flatten()), "no layer with weights"),
     (nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Softmax(1), nn.Linear(3, 2)), "through Softmax is not known"),
-    (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2)), "without running statistics"),
-    (nn.Sequential(nn.Conv2d(1, 1, 1), nn.MaxPool2d(2, 1, dilation=1), nn.MaxPool2d(1, dilation=2), nn.Flatten(), nn.Linear(1, 1)), "through MaxPool2d is not known"),
+    (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2)),
+     "without running statistics"),
+    (nn.Sequential(nn.Conv2d(1, 1, 1), nn.MaxPool2d(2, 1), nn.MaxPool2d(1, dilation=2), nn.Flatten(), nn.Linear(1, 1)),
+     "through MaxPool2d is not known"),
 ])
 def test_networks_that_cannot_be_read(net, said):
     with pytest.raises(ValueError) as e: interaction_profile(net, (1, 2, 2))
@@ -102,4 +112,5 @@ def test_networks_that_cannot_be_read(net, said):
 
 
 def test_interactions_of_no_image():
-    with pytest.raises(ValueError, match="not in inputs of shape"): interaction_profile(nn.Sequential(nn.Linear(4, 2)), (4,))
+    with pytest.raises(ValueError, match="not in inputs of shape"):
+        interaction_profile(nn.Sequential(nn.Linear(4, 2)), (4,))
