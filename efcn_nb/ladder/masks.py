@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['NULLS', 'check_density', 'check_mask', 'random_mask', 'erdos_renyi_density', 'magnitude_mask', 'prune_mask',
-           'shuffle_mask', 'Masked', 'masks_of', 'hold_to_masks', 'release_masks']
+           'shuffle_mask', 'Masked', 'masks_of', 'hold_to_masks', 'release_masks', 'mask_bytes', 'mask_to_text',
+           'mask_from_text', 'masks_to_rows', 'masks_from_rows']
 
 # %% ../../nbs/ladder/03_masks.ipynb #3aa0a762
-import math
+import base64, math, zlib
 from numbers import Integral, Real
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -235,3 +238,49 @@ def release_masks(
     places = {m: _place(_own(m)) for m in model.modules() if not isinstance(m, parametrize.ParametrizationList) and _held(m)}
     for layer in places: _make_plain(layer)
     _reunite(places)
+
+# %% ../../nbs/ladder/03_masks.ipynb #0041c3e4
+def mask_bytes(mask): return np.packbits(mask.numpy()).tobytes()
+
+def mask_to_text(
+    mask:torch.Tensor, # bool (units, inputs)
+    most:int=2**15     # characters of each part
+)->list:               # strings
+    "A mask as text: parts, each an 'x' and up to `most` hexadecimal digits, four entries a digit, row by row."
+    bits = nn.functional.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8).int() @ (2**torch.arange(7, -1, -1, dtype=torch.int32))
+    text = bytes(bits.tolist()).hex()
+    return ['x' + text[i:i+most] for i in range(0, len(text), most)]
+
+def mask_from_text(
+    parts,          # as `mask_to_text`
+    shape:tuple     # (units, inputs)
+)->torch.Tensor:    # bool, of `shape`
+    "The mask that was stored. Raises `ValueError` for text of another length."
+    text, size = ''.join(part[1:] for part in parts), math.prod(shape)
+    if len(text) != 2*math.ceil(size/8): raise ValueError(f'a mask of shape {tuple(shape)} is stored as {2*math.ceil(size/8)} digits, not {len(text)}')
+    bits = torch.tensor(list(bytes.fromhex(text)))
+    return ((bits[:,None] >> torch.arange(7, -1, -1)) % 2).flatten()[:size].bool().view(shape)
+
+# %% ../../nbs/ladder/03_masks.ipynb #68242ff7
+def masks_to_rows(
+    masks:dict # name of a layer: bool matrix
+)->list:       # of dicts: mask (layer and size), part, bits
+    "Masks as rows of a table. Raises `ValueError` for one that is no bool matrix."
+    rows = []
+    for name, mask in masks.items():
+        if not torch.is_tensor(mask) or mask.dtype != torch.bool or mask.dim() != 2: raise ValueError(f'the mask of layer {name!r} must be a bool matrix')
+        text = base64.b64encode(zlib.compress(mask_bytes(mask.cpu()))).decode()
+        rows += [dict(mask=f'{name} {mask.shape[0]}x{mask.shape[1]}', part=i, bits=text[first:first+100_000]) for i, first in enumerate(range(0, len(text), 100_000))]
+    return rows
+
+def masks_from_rows(
+    table:pd.DataFrame # of rows as `masks_to_rows` makes them
+)->dict:               # name of a layer: bool matrix
+    "The masks in a table, in the order of their first rows."
+    masks = {}
+    for text, rows in table.groupby('mask', sort=False):
+        name, _, size = text.rpartition(' ')
+        units, inputs = map(int, size.split('x'))
+        bits = np.frombuffer(zlib.decompress(base64.b64decode(''.join(rows.sort_values('part').bits))), np.uint8)
+        masks[name] = torch.from_numpy(np.unpackbits(bits, count=units*inputs).reshape(units, inputs).astype(bool))
+    return masks

@@ -11,7 +11,8 @@ from efcn_nb.service.timing import peak_memory, timed
 from efcn_nb.materials.data import Data, load_data
 from efcn_nb.ladder.masks import random_mask
 from efcn_nb.experiments.runs import environment
-from efcn_nb.studies.topology import bench_topology, topology_distance, topology_study
+from efcn_nb.instruments.topologies import bench_topology, topology_distance
+from efcn_nb.studies.topology import topology_study
 
 torch.set_num_threads(1)
 here = Path(__file__).parent

@@ -1,9 +1,10 @@
-"Masks, their nulls and held layers; tensor formats, orders and kernels of low rank: against loops, counts, dense algebra and PyTorch's own pruning."
+"Masks, their nulls and held layers: against loops, counts and PyTorch's own pruning; masks as text."
 import copy
 import itertools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -15,11 +16,9 @@ from torch.nn.utils.prune import L1Unstructured
 from efcn_nb.ladder.embedding import embed
 from efcn_nb.training.fused import FusedSGD
 from efcn_nb.ladder.masks import (
-    NULLS, check_density, check_mask, erdos_renyi_density, hold_to_masks, magnitude_mask, masks_of, prune_mask,
-    random_mask, release_masks, shuffle_mask)
-from efcn_nb.ladder.tensor_formats import (
-    FORMATS, SHUFFLES, compose, core_shapes, count_cores, decompose, entry_order, fit_rank, hold_to_rank,
-    largest_rank, release_rank)
+    NULLS, check_density, check_mask, erdos_renyi_density, hold_to_masks, magnitude_mask, mask_from_text, mask_to_text,
+    masks_from_rows, masks_of, masks_to_rows, prune_mask, random_mask, release_masks, shuffle_mask)
+from efcn_nb.ladder.tensor_formats import hold_to_rank
 from efcn_nb.training.loop import train_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -291,226 +290,6 @@ def test_masks_of_other_parametrizations_is_none():
     assert parametrize.is_parametrized(net[0])
 
 
-# Tensor formats
-
-SHAPES = [(4, 3), (5, 4, 3), (2, 7, 2), (3, 1, 4), (2, 3, 4, 2)]
-
-
-def looped(format, cores, shape):
-    "Every entry from the definition."
-    T = torch.zeros(shape, dtype=torch.float64)
-    for at in itertools.product(*map(range, shape)):
-        if format == "cp": T[at] = torch.stack([c[i] for c, i in zip(cores, at)]).prod(0).sum()
-        elif format == "tucker":
-            core = cores[0]
-            for c, i in zip(cores[1:], at): core = torch.tensordot(c[i], core, 1)
-            T[at] = core
-        else: T[at] = torch.linalg.multi_dot([torch.eye(cores[0].shape[0], dtype=torch.float64), *(c[:, i] for c, i in zip(cores, at))]).trace()
-    return T
-
-
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_composed_as_defined(format, shape):
-    for rank in {1, 2, largest_rank(format, shape)}:
-        if rank > largest_rank(format, shape): continue
-        cores = [torch.randn(s, generator=draw(rank), dtype=torch.float64) for s in core_shapes(format, shape, rank)]
-        T = compose(format, cores)
-        assert T.shape == shape and torch.allclose(T, looped(format, cores, shape), atol=1e-10)
-        assert count_cores(format, shape, rank) == sum(c.numel() for c in cores)
-
-
-@pytest.mark.parametrize("format", ("tucker", "tt"))
-@pytest.mark.parametrize("shape", SHAPES)
-def test_at_the_largest_rank_every_tensor_is_found(format, shape):
-    T = torch.randn(shape, generator=draw(), dtype=torch.float64)
-    most = largest_rank(format, shape)
-    assert torch.allclose(compose(format, decompose(format, T, most)), T, atol=1e-8)
-    if most > 1: assert not torch.allclose(compose(format, decompose(format, T, most - 1)), T, atol=1e-3)
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_decompositions_have_the_shapes_that_are_said(format):
-    T = torch.randn(5, 4, 3, generator=draw())
-    for rank in (1, 2, 3, 4):
-        cores = decompose(format, T, rank)
-        assert [tuple(c.shape) for c in cores] == core_shapes(format, T.shape, rank) and all(c.dtype == torch.float32 for c in cores)
-        assert (compose(format, cores) - T).norm() < T.norm()
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_rank_one_is_the_same_in_all_formats(format):
-    "At rank 1 every format is an outer product; least squares comes near the best."
-    T = torch.einsum("i,j,k->ijk", *(torch.randn(n, generator=draw(n), dtype=torch.float64) for n in (5, 4, 3)))
-    assert torch.allclose(compose(format, decompose(format, T, 1)), T, atol=1e-8)
-
-
-@pytest.mark.parametrize("format", FORMATS)
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
-@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20), st.floats(1, 600))
-def test_fitted_ranks_are_the_largest(format, a, b, c, ratio):
-    shape, size = (a, b, c), a*b*c
-    counts = [count_cores(format, shape, rank) for rank in range(1, largest_rank(format, shape) + 1)]
-    fitting = [rank for rank, count in enumerate(counts, 1) if count*ratio <= size]
-    if fitting: assert fit_rank(format, shape, ratio) == max(fitting)
-    else:
-        with pytest.raises(ValueError, match="numbers at rank 1, which compresses"): fit_rank(format, shape, ratio)
-
-
-@pytest.mark.parametrize("ratio", [.99, 0, -2, math.inf, math.nan, "twice", True])
-def test_ratios_outside_are_refused(ratio):
-    with pytest.raises(ValueError, match="a compression ratio must be a number from 1 on, not"): fit_rank("tt", (8, 9, 8), ratio)
-
-
-@pytest.mark.parametrize("format, most", [("cp", 12), ("tucker", 5), ("tt", 5), ("tr", 5)])
-def test_ranks_that_the_tensor_does_not_allow(format, most):
-    for rank in (0, most + 1, 1.5, None, True):
-        with pytest.raises(ValueError, match=rf"the rank of a {format} of shape \(5, 4, 3\) must be a whole number from 1 to {most}, not"): core_shapes(format, (5, 4, 3), rank)
-
-
-def test_unknown_format_and_shapes():
-    with pytest.raises(ValueError, match="unknown tensor format 'svd'; known are cp, tucker, tt, tr"): largest_rank("svd", (3, 3))
-    for shape in [(3,), (3, 0, 2)]:
-        with pytest.raises(ValueError, match="a tensor to compose has two axes or more, none of them empty"): core_shapes("tt", shape, 1)
-
-
-def test_tensorly_is_left_as_it_was():
-    import tensorly
-    before = tensorly.get_backend()
-    decompose("cp", torch.randn(3, 3, 3), 2)
-    assert tensorly.get_backend() == before
-
-
-def test_decompositions_leave_random_numbers_alone():
-    torch.manual_seed(0), np.random.seed(0)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    for format in FORMATS: decompose(format, torch.ones(5, 4, 3) + torch.eye(5)[:, :4, None], 4)
-    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
-
-
-# Orders
-
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
-@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.sampled_from(SHUFFLES), st.integers(0, 99))
-def test_orders_move_what_they_say(co, ci, side, shuffle, seed):
-    order = entry_order((co, ci, side, side), shuffle, draw(seed))
-    pair, tap = order.view(co*ci, side**2)//side**2, order.view(co*ci, side**2) % side**2
-    assert order.sort().values.equal(torch.arange(co*ci*side**2))
-    if shuffle in ("none", "window"): assert (pair == torch.arange(co*ci)[:, None]).all()
-    if shuffle in ("none", "channels"): assert (tap == torch.arange(side**2)).all() and (pair == pair[:, :1]).all()
-
-
-def test_windows_are_shuffled_each_in_its_own_way():
-    order = entry_order((8, 8, 3, 3), "window", draw()).view(64, 9) % 9
-    assert len({str(row.tolist()) for row in order}) > 60
-
-
-# Kernels of low rank
-
-@pytest.mark.parametrize("conv", [nn.Conv1d(3, 5, 4), nn.Conv2d(3, 5, 3), nn.Conv3d(2, 3, 2), nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(3, 5, 3), nn.Conv2d(3, 4, 1)], ids=str)
-@pytest.mark.parametrize("format", FORMATS)
-def test_kernels_are_composed_in_their_order(conv, format):
-    conv = copy.deepcopy(conv).double()
-    conv.reset_parameters()                                                       # it was drawn when this file was read
-    shape, norm = conv.weight.shape, conv.weight.norm()
-    three = (shape[0], math.prod(shape[2:]), shape[1])
-    hold_to_rank(conv, format, 2, "everything", seed=3)
-    held = conv.parametrizations.weight[0]
-    tensor = compose(format, [*conv.parametrizations.weight.parameters()])
-    flat = tensor.transpose(1, 2).reshape(-1)
-    expected = torch.stack([flat[int(i)] for i in entry_order(shape, "everything", draw(3))]).view(shape)
-    assert tensor.shape == three and conv.weight.shape == shape and torch.equal(conv.weight, expected)
-    assert torch.isclose(conv.weight.norm(), norm) and held.shuffled
-    assert sum(p.numel() for p in conv.parametrizations.weight.parameters()) == count_cores(format, three, 2)
-
-
-def test_gradients_through_the_order():
-    conv = nn.Conv2d(3, 4, 2).double()
-    hold_to_rank(conv, "tr", 2, "everything")
-    held, cores = conv.parametrizations.weight[0], [p.detach().clone().requires_grad_() for p in conv.parametrizations.weight.parameters()]
-    assert torch.autograd.gradcheck(held, cores) and torch.autograd.gradgradcheck(held, cores)
-    target = torch.randn(conv.weight.shape, generator=draw(), dtype=torch.float64)
-    ours = torch.autograd.grad((held(*cores)*target).sum(), cores)
-    plain = torch.autograd.grad((compose("tr", cores).transpose(1, 2).reshape(-1)[held.order].view(target.shape)*target).sum(), cores)
-    assert all(torch.allclose(a, b) for a, b in zip(ours, plain))
-
-
-@pytest.mark.parametrize("shuffle", SHUFFLES)
-def test_what_is_assigned_is_decomposed_in_its_order(shuffle):
-    conv = nn.Conv2d(4, 5, 2).double()
-    hold_to_rank(conv, "tt", 2, shuffle)
-    within = conv.weight.detach().clone()
-    conv.weight = within*2
-    assert torch.allclose(conv.weight, within*2, atol=1e-10)
-    anything = torch.randn(conv.weight.shape, generator=draw(), dtype=torch.float64)
-    conv.weight = anything
-    error = (conv.weight - anything).norm()
-    assert 0 < error < anything.norm()
-
-
-def test_decomposed_at_full_rank_nothing_changes():
-    conv, x = nn.Conv2d(4, 5, 2).double(), torch.randn(2, 4, 6, 6).double()
-    before = conv(x)
-    hold_to_rank(conv, "tt", largest_rank("tt", (5, 4, 4)), "everything", start="decompose")
-    assert torch.allclose(conv(x), before, atol=1e-10)
-    release_rank(conv)
-    assert type(conv) is nn.Conv2d and torch.allclose(conv(x), before, atol=1e-10)
-
-
-def test_the_seed_decides_and_nothing_else():
-    def held(seed):
-        torch.manual_seed(0)
-        conv = nn.Conv2d(4, 5, 2)
-        state = torch.get_rng_state()
-        hold_to_rank(conv, "cp", 2, "everything", seed)
-        assert torch.equal(torch.get_rng_state(), state)
-        return conv.weight.detach()
-    assert torch.equal(held(1), held(1)) and not torch.equal(held(1), held(2))
-
-
-def test_shuffled_kernels_have_full_rank_as_convolutions():
-    for rank in (1, 2, 3):
-        plain, shuffled = nn.Conv2d(10, 8, 3).double(), nn.Conv2d(10, 8, 3).double()
-        hold_to_rank(plain, "tt", rank)
-        hold_to_rank(shuffled, "tt", rank, "everything")
-        assert [int(torch.linalg.matrix_rank(c.weight.flatten(1))) for c in (plain, shuffled)] == [rank, 8]
-
-
-def test_held_kernels_train_and_travel():
-    net = nn.Sequential(nn.Unflatten(1, (1, 4, 3)), nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3))
-    hold_to_rank(net[1], "tucker", 2, "window")
-    clone = copy.deepcopy(net)
-    first = train_steps(net, torch.optim.Adam(net.parameters(), .01), batches(12)*20)
-    assert first[-3:].mean() < first[:3].mean()
-    assert not torch.equal(clone[1].weight, net[1].weight)
-    clone.load_state_dict(net.state_dict())
-    assert torch.equal(clone[1].weight, net[1].weight)
-    with pytest.raises(ValueError, match="remove_parametrizations"): embed(net, (12,))
-    release_rank(net[1])
-    x = torch.randn(3, 12)
-    assert torch.allclose(embed(net, (12,))(x), clone(x), atol=1e-6)
-
-
-@pytest.mark.parametrize("make, said", [
-    (lambda: hold_to_rank(nn.Conv2d(6, 8, 3), "cp", 49), r"the rank of a cp of shape \(8, 9, 6\) must be a whole number from 1 to 48, not 49"),
-    (lambda: hold_to_rank(nn.Conv2d(6, 8, 3), "svd", 2), "unknown tensor format 'svd'"),
-    (lambda: hold_to_rank(nn.Conv2d(6, 8, 3), "cp", 2, "all"), "unknown shuffle 'all'"),
-    (lambda: hold_to_rank(nn.Conv2d(6, 8, 3), "cp", 2, start="zeros"), "start must be 'random' or 'decompose', not 'zeros'"),
-    (lambda: hold_to_rank(nn.Linear(6, 8), "cp", 2), "Linear has no kernel"),
-    (lambda: release_rank(nn.Conv2d(6, 8, 3)), "Conv2d has no kernel that is held to a rank"),
-    (lambda: hold_to_rank(nn.ReLU(), "cp", 2), "ReLU has no kernel"),
-    (lambda: hold_to_rank(nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 8, 3)), "cp", 2), "the kernel is parametrized already")])
-def test_what_cannot_be_held(make, said):
-    with pytest.raises(ValueError, match=said): make()
-
-
-def test_refused_kernels_are_as_before():
-    conv = nn.Conv2d(6, 8, 3)
-    before = conv.weight
-    with pytest.raises(ValueError): hold_to_rank(conv, "cp", 49)
-    assert conv.weight is before and not parametrize.is_parametrized(conv)
-
-
 @pytest.mark.parametrize("keep", NULLS[:3])
 def test_a_generator_that_drew_a_mask_does_not_undo_it(keep):
     mask = random_mask((40, 60), .1, draw())
@@ -526,19 +305,9 @@ def test_kernels_held_to_a_rank_take_no_mask():
     assert net[0].weight.equal(before) and len(net[0].parametrizations.weight) == 1
 
 
-@pytest.mark.parametrize("call, said", [
-    (lambda: shuffle_mask(torch.ones(4, 4).bool(), "both", draw(), rounds=0), "the number of rounds of trades must be 1 or more, not 0"),
-    (lambda: shuffle_mask(torch.ones(4, 4).bool(), "both", draw(), rounds=-1), "must be 1 or more, not -1"),
-    (lambda: entry_order((4, 3), "window", draw()), r"a kernel has the shape \(out channels, in channels, \*taps\), not \(4, 3\)"),
-    (lambda: decompose("cp", torch.tensor([[[1., math.nan]]]), 1), "a tensor to decompose must hold finite numbers"),
-    (lambda: hold_to_rank(zeroed(nn.Conv2d(2, 3, 2)), "cp", 1), "the kernel must have a finite norm above 0")])
-def test_what_would_be_silently_wrong(call, said):
-    with pytest.raises(ValueError, match=said): call()
-
-
-def zeroed(conv):
-    nn.init.zeros_(conv.weight)
-    return conv
+@pytest.mark.parametrize("rounds", [0, -1])
+def test_trades_need_a_round(rounds):
+    with pytest.raises(ValueError, match=f"the number of rounds of trades must be 1 or more, not {rounds}"): shuffle_mask(torch.ones(4, 4).bool(), "both", draw(), rounds=rounds)
 
 
 # Weights that are shared
@@ -623,12 +392,6 @@ def test_shallow_copies_are_no_layers_of_their_own():
     net[1] = copy.copy(net[0])
     with pytest.raises(ValueError, match="the layers '0' and '1' share their weight, .* take copy.deepcopy"): hold_to_masks(net, {"0": HALF, "1": HALF})
     with pytest.raises(ValueError, match="the layers '0' and '1' share their weight"): hold_to_masks(net, {"0": HALF})
-    conv = nn.Conv2d(4, 4, 3)
-    other, x = copy.copy(conv), torch.randn(1, 4, 5, 5)
-    with pytest.raises(ValueError, match="the kernel of this Conv2d is shared with another module, .* take copy.deepcopy"): hold_to_rank(conv, "cp", 1)
-    assert torch.equal(other(x), conv(x))
-    del other
-    hold_to_rank(conv, "cp", 1)
 
 
 def test_masks_of_a_tied_network_can_be_put_back():
@@ -641,55 +404,46 @@ def test_masks_of_a_tied_network_can_be_put_back():
     assert all(torch.equal(masks_of(fresh)[name], HALF) for name in "02")
 
 
-def convs(kind):
-    "A convolution whose kernel another module keeps, and that module."
-    conv, other = nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3) if kind == "transposed" else nn.Conv2d(4, 4, 3)
-    if kind == "other name": other.register_parameter("kernel", conv.weight)
-    elif kind == "container": other = nn.ParameterList([conv.weight])
-    elif kind == "dictionary": other = nn.ParameterDict(dict(a=conv.weight))
-    elif kind == "memory": other.weight = nn.Parameter(conv.weight.data)
-    elif kind == "data": other.weight.data = conv.weight.data
-    elif kind == "part": other = nn.Linear(3, 3, bias=False); other.weight = nn.Parameter(conv.weight.data[1, 1])
-    elif kind == "buffer": other.register_buffer("kernel", conv.weight.detach())
-    else: other.weight = conv.weight
-    if kind == "nested": other = nn.Sequential(nn.Sequential(other))
-    return conv, other
-
-
-def shares(net, p): return any(q.untyped_storage().data_ptr() == p.untyped_storage().data_ptr() for q in [*net.parameters(), *net.buffers()])
-
-
-@pytest.mark.parametrize("kind, start", [("weight", "random"), ("weight", "decompose"), *[(kind, "random") for kind in ("transposed", "other name", "container", "dictionary", "nested", "memory", "data", "part", "buffer")]])
-def test_a_shared_kernel_is_not_held_to_a_rank(kind, start):
-    conv, other = convs(kind)
-    before = conv.weight
-    with pytest.raises(ValueError, match=r"the kernel of this Conv2d is shared with another module.*give it a kernel of its own first"): hold_to_rank(conv, "cp", 2, start=start)
-    assert conv.weight is before and type(conv) is nn.Conv2d and shares(other, before)
-    conv.weight = nn.Parameter(conv.weight.detach().clone())                   # the way out
-    hold_to_rank(conv, "cp", 2, start=start)
-    assert shares(other, before) and conv(torch.randn(1, 4, 5, 5)).isfinite().all()
-
-
-def test_who_else_refers_to_a_kernel_does_not_matter():
-    "Optimizers, lists, dictionaries, gradients, a module in two places, and modules that nobody refers to any more."
-    conv = nn.Conv2d(4, 4, 3)
-    net, optimizer, named, listed = nn.Sequential(conv, conv), torch.optim.SGD(conv.parameters(), .1, momentum=.9), dict(conv.named_parameters()), [*conv.parameters()]
-    net(torch.randn(1, 4, 9, 9)).sum().backward()
-    optimizer.step()
-    gone = nn.Sequential(nn.Conv2d(4, 4, 3))
-    gone[0].weight, gone.itself = conv.weight, [gone]                          # a cycle, which only the collector takes away
-    with pytest.raises(ValueError, match="shared with another module"): hold_to_rank(conv, "cp", 2)
-    del gone
-    hold_to_rank(conv, "cp", 2)
-    assert net[0] is net[1] and torch.equal(net[0].weight, net[1].weight) and named["weight"] is listed[0]
-    copied = copy.deepcopy(nn.Conv2d(4, 4, 3))
-    hold_to_rank(copied, "tt", 2)
-
-
 @pytest.mark.parametrize("hook", [lambda m: nn.utils.weight_norm(m), lambda m: L1Unstructured.apply(m, "weight", .5) and m, lambda m: nn.utils.spectral_norm(m)])
 @pytest.mark.filterwarnings("ignore")
 def test_weights_that_a_hook_computes_are_refused(hook):
     conv = nn.Conv2d(4, 4, 3)
     hook(conv)
-    with pytest.raises(ValueError, match="the kernel is parametrized already"): hold_to_rank(conv, "cp", 2)
     with pytest.raises(ValueError, match="the weight of layer '0' is parametrized in another way: remove that first"): hold_to_masks(nn.Sequential(conv), {"0": torch.ones(4, 4, 3, 3).bool()})
+
+
+# Masks as text
+
+@settings(max_examples=30, deadline=None)
+@given(st.dictionaries(st.sampled_from(["0", "a.b", "2 x", "nan"]), st.builds(lambda n, m, p, s: torch.rand(n, m, generator=draw(s)) < p, st.integers(1, 30), st.integers(1, 30), st.floats(0, 1), st.integers(0, 9)), min_size=1))
+def test_masks_survive_a_table(masks):
+    found = masks_from_rows(pd.DataFrame(masks_to_rows(masks)))
+    assert [*found] == [*masks] and all(found[n].equal(m) and found[n].dtype == torch.bool for n, m in masks.items())
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 3, 5, 5).bool(), torch.ones(2, 3), [[True]]])
+def test_masks_that_no_table_holds(mask):
+    with pytest.raises(ValueError, match="the mask of layer 'conv' must be a bool matrix"): masks_to_rows(dict(conv=mask))
+
+
+def test_large_masks_come_in_pieces():
+    masks = dict(a=random_mask((1000, 2000), .5, draw(0)))
+    rows = masks_to_rows(masks)
+    assert len(rows) > 2 and max(len(r["bits"]) for r in rows) <= 100_000 and masks_from_rows(pd.DataFrame(rows[::-1]))["a"].equal(masks["a"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 99), st.integers(1, 9))
+def test_a_mask_is_hexadecimal_digits(rows, columns, seed, most):
+    mask = torch.rand(rows, columns, generator=draw(seed)) < .5
+    bits = "".join("1" if entry else "0" for entry in mask.flatten().tolist())
+    bits += "0"*(-len(bits) % 8)
+    digits = "".join(f"{int(bits[i:i+4], 2):x}" for i in range(0, len(bits), 4))
+    parts = mask_to_text(mask, most)
+    assert all(part[0] == "x" and len(part) <= most + 1 for part in parts) and "".join(part[1:] for part in parts) == digits
+    found = mask_from_text(parts, (rows, columns))
+    assert found.equal(mask) and found.dtype == torch.bool
+
+
+def test_digits_of_another_mask_are_refused():
+    with pytest.raises(ValueError, match=r"a mask of shape \(2, 5\) is stored as 4 digits, not 2"): mask_from_text(["x81"], (2, 5))
