@@ -26,12 +26,16 @@ def test_local_masks_are_where_the_matrices_can_be(shape):
     cnn = local_cnn(shape, 4, 3, seed=1)
     efcn = embed(cnn, shape)
     masks = local_masks(efcn)
-    assert [*masks] == ["0", "2"] and check_topology(masks) and cnn[-1].in_features == len(masks["2"]) == 6*-(-shape[1]//4)*-(-shape[2]//4)
+    assert [*masks] == ["0", "2"] and check_topology(masks)
+    assert cnn[-1].in_features == len(masks["2"]) == 6*-(-shape[1]//4)*-(-shape[2]//4)
     for name, m in masks.items(): assert efcn.get_submodule(name).weight.ne(0).equal(m)
-    assert local_cnn(shape, 4, 3, seed=1)[0].weight.equal(cnn[0].weight) and not local_cnn(shape, 4, 3, seed=2)[0].weight.equal(cnn[0].weight)
+    assert local_cnn(shape, 4, 3, seed=1)[0].weight.equal(cnn[0].weight)
+    assert not local_cnn(shape, 4, 3, seed=2)[0].weight.equal(cnn[0].weight)
 
 
-@pytest.mark.parametrize("build, words", [(lambda: local_cnn((1, 8, 8), 3, 0), "1 or more, not 0"), (lambda: local_cnn((1, 8, 8), 3, 1.5), "not 1.5"), (lambda: local_cnn((64,), 3), r"not of shape \(64,\)"),
+@pytest.mark.parametrize("build, words",
+    [(lambda: local_cnn((1, 8, 8), 3, 0), "1 or more, not 0"), (lambda: local_cnn((1, 8, 8), 3, 1.5), "not 1.5"),
+    (lambda: local_cnn((64,), 3), r"not of shape \(64,\)"),
                                           (lambda: local_masks(local_cnn((1, 8, 8), 3)), "embed a CNN first")])
 def test_networks_that_cannot_be(build, words):
     with pytest.raises(ValueError, match=words): build()
@@ -40,7 +44,8 @@ def test_networks_that_cannot_be(build, words):
 # Evolution
 
 @settings(max_examples=80, deadline=None)
-@given(st.integers(1, 8), st.integers(2, 8), st.floats(.1, .9), st.sampled_from([0., .1, .3, .5, .99]), st.integers(0, 999))
+@given(st.integers(1, 8), st.integers(2, 8), st.floats(.1, .9), st.sampled_from([0., .1, .3, .5, .99]),
+    st.integers(0, 999))
 def test_evolution_is_the_loop(rows, columns, density, zeta, seed):
     g = draw(seed)
     mask = torch.rand(rows, columns, generator=g) < density
@@ -52,7 +57,8 @@ def test_evolution_is_the_loop(rows, columns, density, zeta, seed):
     for side in ([p for p in alive if alive[p] >= 0], [p for p in alive if alive[p] < 0]):
         dead |= {*sorted(side, key=lambda p: abs(alive[p]))[:int(zeta*len(side) + 1e-9)]}
     kept = {*map(tuple, (new & ~grown).nonzero().tolist())}
-    assert kept == alive.keys() - dead and grown.sum() == len(dead) and new.sum() == mask.sum() and new.dtype == torch.bool
+    assert kept == alive.keys() - dead and grown.sum() == len(dead) and new.sum() == mask.sum()
+    assert new.dtype == torch.bool
 
 
 def test_growth_is_uniform_over_empty_places():
@@ -69,12 +75,13 @@ def test_growth_is_uniform_over_empty_places():
 @pytest.mark.parametrize("zeta", [1, 1., 1.5, -.1, math.nan, math.inf, "half", None, True])
 def test_impossible_zeta(zeta):
     weight, mask = torch.randn(3, 4), torch.eye(3, 4).bool()
-    with pytest.raises(ValueError, match="zeta, the share of connections to replace, must be a number from 0 to below 1"): evolve_mask(weight, mask, zeta, draw(0))
-    if zeta in (1, 1.5) and zeta is not True:
-        with pytest.raises(ValueError, match="nothing would be left of a layer"): evolve_mask(weight, mask, zeta, draw(0))
+    with pytest.raises(ValueError, match="zeta, the share of connections to replace, must be a number from 0 to"):
+        evolve_mask(weight, mask, zeta, draw(0))
 
 
-@pytest.mark.parametrize("mask, words", [(torch.ones(3, 4).bool(), "every place of the layer is taken"), (torch.zeros(3, 4).bool(), "leaves no weight"), (torch.ones(4, 3).bool(), r"shape of its weight, \(3, 4\)")])
+@pytest.mark.parametrize("mask, words",
+    [(torch.ones(3, 4).bool(), "every place of the layer is taken"), (torch.zeros(3, 4).bool(), "leaves no weight"),
+    (torch.ones(4, 3).bool(), r"shape of its weight, \(3, 4\)")])
 def test_masks_that_cannot_evolve(mask, words):
     with pytest.raises(ValueError, match=words): evolve_mask(torch.randn(3, 4), mask, .3, draw(0))
 
@@ -102,7 +109,8 @@ def test_drawn_weights_have_pytorchs_bound_for_so_many_inputs():
     for name, mask in masks_of(net).items():
         bound = (mask.sum()/len(mask))**-.5
         w = net.get_submodule(name).weight.detach()[mask]
-        assert w.abs().max() <= bound < 1.1*w.abs().max() and w.std() == pytest.approx(float(bound)/3**.5, rel=.15) and not net.get_submodule(name).weight[~mask].any()
+        assert w.abs().max() <= bound < 1.1*w.abs().max() and w.std() == pytest.approx(float(bound)/3**.5, rel=.15)
+        assert not net.get_submodule(name).weight[~mask].any()
 
 
 @pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, .1, momentum=.9), lambda p: torch.optim.Adam(p, .01)])
@@ -113,20 +121,24 @@ def test_evolve_changes_what_it_should(make):
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(x), torch.arange(30) % 3).backward()
         optimizer.step()
-    masks, weights = {n: m.clone() for n, m in masks_of(net).items()}, {n: net.get_submodule(n).weight.detach().clone() for n in masks_of(net)}
+    masks = {n: m.clone() for n, m in masks_of(net).items()}
+    weights = {n: net.get_submodule(n).weight.detach().clone() for n in masks}
     output, state = net[4].weight.clone(), torch.random.get_rng_state()
     grown = evolve(net, .3, draw(5), optimizer)
     assert torch.random.get_rng_state().equal(state) and net[4].weight.equal(output)
     for name, mask in masks_of(net).items():
         layer, kept = net.get_submodule(name), mask & masks[name]
-        assert mask.sum() == masks[name].sum() and not layer.weight[~mask].any() and grown[name] >= (mask & ~masks[name]).sum() > 0
+        assert mask.sum() == masks[name].sum() and not layer.weight[~mask].any()
+        assert grown[name] >= (mask & ~masks[name]).sum() > 0
         same = layer.weight.eq(weights[name]) & kept
         assert same.sum() == mask.sum() - grown[name] # all others are freshly drawn
         fresh = mask & ~same
         for memory in optimizer.state[layer.parametrizations.weight.original].values():
-            if torch.is_tensor(memory) and memory.shape == mask.shape: assert not memory[fresh].any() and memory[same].any()
+            if torch.is_tensor(memory) and memory.shape == mask.shape:
+                assert not memory[fresh].any() and memory[same].any()
         assert layer.weight[fresh].abs().max() <= (mask.sum()/len(mask))**-.5
-        assert len(layer.weight[fresh].unique()) == fresh.sum() > 8 and (layer.weight[fresh] > 0).float().mean().sub(.5).abs() < .4
+        assert len(layer.weight[fresh].unique()) == fresh.sum() > 8
+        assert (layer.weight[fresh] > 0).float().mean().sub(.5).abs() < .4
 
 
 def test_evolve_leaves_everything_if_one_layer_cannot():
@@ -135,7 +147,8 @@ def test_evolve_leaves_everything_if_one_layer_cannot():
     before = [p.clone() for p in net.parameters()] + [m.clone() for m in masks_of(net).values()]
     with pytest.raises(ValueError, match="every place of the layer is taken"): evolve(net, .3, draw(0))
     assert all(a.equal(b) for a, b in zip(before, [*net.parameters(), *masks_of(net).values()]))
-    with pytest.raises(ValueError, match="no layer of the network is held to a mask"): evolve(nn.Linear(3, 3), .3, draw(0))
+    with pytest.raises(ValueError, match="no layer of the network is held to a mask"):
+        evolve(nn.Linear(3, 3), .3, draw(0))
 
 
 def test_blind_share_is_the_mean_of_blind_evolution():
@@ -158,7 +171,9 @@ def test_pruning_steps_are_geometric():
 
 def test_starting_masks():
     local = dict(x=random_mask((9, 12), .2, draw(0)))
-    assert starting_masks(local, "local", 3)["x"].equal(local["x"]) and starting_masks(local, "local")["x"] is not local["x"]
+    assert starting_masks(local, "local", 3)["x"].equal(local["x"])
+    assert starting_masks(local, "local")["x"] is not local["x"]
     a, b, other = (starting_masks(local, "random", s)["x"] for s in (1, 1, 2))
     assert a.equal(b) and not a.equal(other) and a.sum() == local["x"].sum()
-    with pytest.raises(ValueError, match="'random' or 'local', not 'dense'"): starting_masks(local, "dense")
+    with pytest.raises(ValueError, match="unknown start 'dense'; known are random, local"):
+        starting_masks(local, "dense")

@@ -162,7 +162,7 @@ def test_no_pairs_no_ratio():
     (lambda: near_ratio(torch.ones(2, 16).bool(), (1, 4, 4), keep="degree"), "not 'degree'"),
     (lambda: expected_histogram(torch.ones(2, 16).bool(), (1, 4, 4), "both"), "for 'both' draw shuffle_mask"),
     (lambda: null_ratios(torch.ones(2, 16).bool(), (1, 4, 4), 0, seeded(0)), "draws must be a whole number from 1 on"),
-    (lambda: null_ratios(torch.ones(2, 16).bool(), (1, 4, 4), 2, seeded(0), "rows"), "keep must be one of"),
+    (lambda: null_ratios(torch.ones(2, 16).bool(), (1, 4, 4), 2, seeded(0), "rows"), "unknown keep 'rows'; known are"),
     (lambda: busiest_units(torch.ones(2, 16).bool(), (1, 4, 4), 3), "a number of units from 1 to 2, not 3"),
     (lambda: make_dense((1, 4, 4), 3, []), "widths must be a list of numbers of hidden units"),
     (lambda: make_dense((1, 4, 4), 3, [4, 0]), "each 1 or more"),

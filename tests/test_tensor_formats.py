@@ -40,7 +40,9 @@ def looped(format, cores, shape):
             core = cores[0]
             for c, i in zip(cores[1:], at): core = torch.tensordot(c[i], core, 1)
             T[at] = core
-        else: T[at] = torch.linalg.multi_dot([torch.eye(cores[0].shape[0], dtype=torch.float64), *(c[:, i] for c, i in zip(cores, at))]).trace()
+        else:
+            chain = [torch.eye(cores[0].shape[0], dtype=torch.float64), *(c[:, i] for c, i in zip(cores, at))]
+            T[at] = torch.linalg.multi_dot(chain).trace()
     return T
 
 
@@ -69,7 +71,8 @@ def test_decompositions_have_the_shapes_that_are_said(format):
     T = torch.randn(5, 4, 3, generator=draw())
     for rank in (1, 2, 3, 4):
         cores = decompose(format, T, rank)
-        assert [tuple(c.shape) for c in cores] == core_shapes(format, T.shape, rank) and all(c.dtype == torch.float32 for c in cores)
+        assert [tuple(c.shape) for c in cores] == core_shapes(format, T.shape, rank)
+        assert all(c.dtype == torch.float32 for c in cores)
         assert (compose(format, cores) - T).norm() < T.norm()
 
 
@@ -94,19 +97,24 @@ def test_fitted_ranks_are_the_largest(format, a, b, c, ratio):
 
 @pytest.mark.parametrize("ratio", [.99, 0, -2, math.inf, math.nan, "twice", True])
 def test_ratios_outside_are_refused(ratio):
-    with pytest.raises(ValueError, match="a compression ratio must be a number from 1 on, not"): fit_rank("tt", (8, 9, 8), ratio)
+    with pytest.raises(ValueError, match="a compression ratio must be a number from 1 on, not"):
+        fit_rank("tt", (8, 9, 8), ratio)
 
 
 @pytest.mark.parametrize("format, most", [("cp", 12), ("tucker", 5), ("tt", 5), ("tr", 5)])
 def test_ranks_that_the_tensor_does_not_allow(format, most):
     for rank in (0, most + 1, 1.5, None, True):
-        with pytest.raises(ValueError, match=rf"the rank of a {format} of shape \(5, 4, 3\) must be a whole number from 1 to {most}, not"): core_shapes(format, (5, 4, 3), rank)
+        said = rf"the rank of a {format} of shape \(5, 4, 3\) must be a whole number from 1 to {most}, not"
+        with pytest.raises(ValueError, match=said):
+            core_shapes(format, (5, 4, 3), rank)
 
 
 def test_unknown_format_and_shapes():
-    with pytest.raises(ValueError, match="unknown tensor format 'svd'; known are cp, tucker, tt, tr"): largest_rank("svd", (3, 3))
+    with pytest.raises(ValueError, match="unknown tensor format 'svd'; known are cp, tucker, tt, tr"):
+        largest_rank("svd", (3, 3))
     for shape in [(3,), (3, 0, 2)]:
-        with pytest.raises(ValueError, match="a tensor to compose has two axes or more, none of them empty"): core_shapes("tt", shape, 1)
+        with pytest.raises(ValueError, match="a tensor to compose has two axes or more, none of them empty"):
+            core_shapes("tt", shape, 1)
 
 
 def test_tensorly_is_left_as_it_was():
@@ -142,7 +150,9 @@ def test_windows_are_shuffled_each_in_its_own_way():
 
 # Kernels of low rank
 
-@pytest.mark.parametrize("conv", [nn.Conv1d(3, 5, 4), nn.Conv2d(3, 5, 3), nn.Conv3d(2, 3, 2), nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(3, 5, 3), nn.Conv2d(3, 4, 1)], ids=str)
+@pytest.mark.parametrize("conv",
+    [nn.Conv1d(3, 5, 4), nn.Conv2d(3, 5, 3), nn.Conv3d(2, 3, 2), nn.Conv2d(4, 6, 3, groups=2),
+    nn.ConvTranspose2d(3, 5, 3), nn.Conv2d(3, 4, 1)], ids=str)
 @pytest.mark.parametrize("format", FORMATS)
 def test_kernels_are_composed_in_their_order(conv, format):
     conv = copy.deepcopy(conv).double()
@@ -162,11 +172,13 @@ def test_kernels_are_composed_in_their_order(conv, format):
 def test_gradients_through_the_order():
     conv = nn.Conv2d(3, 4, 2).double()
     hold_to_rank(conv, "tr", 2, "everything")
-    held, cores = conv.parametrizations.weight[0], [p.detach().clone().requires_grad_() for p in conv.parametrizations.weight.parameters()]
+    held = conv.parametrizations.weight[0]
+    cores = [p.detach().clone().requires_grad_() for p in conv.parametrizations.weight.parameters()]
     assert torch.autograd.gradcheck(held, cores) and torch.autograd.gradgradcheck(held, cores)
     target = torch.randn(conv.weight.shape, generator=draw(), dtype=torch.float64)
     ours = torch.autograd.grad((held(*cores)*target).sum(), cores)
-    plain = torch.autograd.grad((compose("tr", cores).transpose(1, 2).reshape(-1)[held.order].view(target.shape)*target).sum(), cores)
+    kernel = compose("tr", cores).transpose(1, 2).reshape(-1)[held.order].view(target.shape)
+    plain = torch.autograd.grad((kernel*target).sum(), cores)
     assert all(torch.allclose(a, b) for a, b in zip(ours, plain))
 
 
@@ -212,7 +224,8 @@ def test_shuffled_kernels_have_full_rank_as_convolutions():
 
 
 def test_held_kernels_train_and_travel():
-    net = nn.Sequential(nn.Unflatten(1, (1, 4, 3)), nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3))
+    net = nn.Sequential(nn.Unflatten(1, (1, 4, 3)), nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(48, 3))
     hold_to_rank(net[1], "tucker", 2, "window")
     clone = copy.deepcopy(net)
     first = train_steps(net, torch.optim.Adam(net.parameters(), .01), batches(12)*20)
@@ -227,14 +240,17 @@ def test_held_kernels_train_and_travel():
 
 
 @pytest.mark.parametrize("make, said", [
-    (lambda: hold_to_rank(nn.Conv2d(6, 8, 3), "cp", 49), r"the rank of a cp of shape \(8, 9, 6\) must be a whole number from 1 to 48, not 49"),
+    (lambda: hold_to_rank(nn.Conv2d(6, 8, 3), "cp", 49),
+    r"the rank of a cp of shape \(8, 9, 6\) must be a whole number from 1 to 48, not 49"),
     (lambda: hold_to_rank(nn.Conv2d(6, 8, 3), "svd", 2), "unknown tensor format 'svd'"),
     (lambda: hold_to_rank(nn.Conv2d(6, 8, 3), "cp", 2, "all"), "unknown shuffle 'all'"),
-    (lambda: hold_to_rank(nn.Conv2d(6, 8, 3), "cp", 2, start="zeros"), "start must be 'random' or 'decompose', not 'zeros'"),
+    (lambda: hold_to_rank(nn.Conv2d(6, 8, 3), "cp", 2, start="zeros"),
+    "start must be 'random' or 'decompose', not 'zeros'"),
     (lambda: hold_to_rank(nn.Linear(6, 8), "cp", 2), "Linear has no kernel"),
     (lambda: release_rank(nn.Conv2d(6, 8, 3)), "Conv2d has no kernel that is held to a rank"),
     (lambda: hold_to_rank(nn.ReLU(), "cp", 2), "ReLU has no kernel"),
-    (lambda: hold_to_rank(nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 8, 3)), "cp", 2), "the kernel is parametrized already")])
+    (lambda: hold_to_rank(nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 8, 3)), "cp", 2),
+    "the kernel is parametrized already")])
 def test_what_cannot_be_held(make, said):
     with pytest.raises(ValueError, match=said): make()
 
@@ -247,7 +263,8 @@ def test_refused_kernels_are_as_before():
 
 
 @pytest.mark.parametrize("call, said", [
-    (lambda: entry_order((4, 3), "window", draw()), r"a kernel has the shape \(out channels, in channels, \*taps\), not \(4, 3\)"),
+    (lambda: entry_order((4, 3), "window", draw()),
+    r"a kernel has the shape \(out channels, in channels, \*taps\), not \(4, 3\)"),
     (lambda: decompose("cp", torch.tensor([[[1., math.nan]]]), 1), "a tensor to decompose must hold finite numbers"),
     (lambda: hold_to_rank(zeroed(nn.Conv2d(2, 3, 2)), "cp", 1), "the kernel must have a finite norm above 0")])
 def test_what_would_be_silently_wrong(call, said):
@@ -262,7 +279,8 @@ def zeroed(conv):
 def test_a_shallow_copy_shares_its_kernel():
     conv = nn.Conv2d(4, 4, 3)
     other, x = copy.copy(conv), torch.randn(1, 4, 5, 5)
-    with pytest.raises(ValueError, match="the kernel of this Conv2d is shared with another module, .* take copy.deepcopy"): hold_to_rank(conv, "cp", 1)
+    with pytest.raises(ValueError, match="this Conv2d is shared with another module, .* take copy.deepcopy"):
+        hold_to_rank(conv, "cp", 1)
     assert torch.equal(other(x), conv(x))
     del other
     hold_to_rank(conv, "cp", 1)
@@ -283,14 +301,22 @@ def convs(kind):
     return conv, other
 
 
-def shares(net, p): return any(q.untyped_storage().data_ptr() == p.untyped_storage().data_ptr() for q in [*net.parameters(), *net.buffers()])
+OTHERS = "transposed", "other name", "container", "dictionary", "nested", "memory", "data", "part", "buffer"
 
 
-@pytest.mark.parametrize("kind, start", [("weight", "random"), ("weight", "decompose"), *[(kind, "random") for kind in ("transposed", "other name", "container", "dictionary", "nested", "memory", "data", "part", "buffer")]])
+def shares(net, p):
+    return any(q.untyped_storage().data_ptr() == p.untyped_storage().data_ptr()
+        for q in [*net.parameters(), *net.buffers()])
+
+
+@pytest.mark.parametrize("kind, start",
+    [("weight", "random"), ("weight", "decompose"), *itertools.product(OTHERS, ["random"])])
 def test_a_shared_kernel_is_not_held_to_a_rank(kind, start):
     conv, other = convs(kind)
     before = conv.weight
-    with pytest.raises(ValueError, match=r"the kernel of this Conv2d is shared with another module.*give it a kernel of its own first"): hold_to_rank(conv, "cp", 2, start=start)
+    said = "the kernel of this Conv2d is shared with another module.*give it a kernel of its own first"
+    with pytest.raises(ValueError, match=said):
+        hold_to_rank(conv, "cp", 2, start=start)
     assert conv.weight is before and type(conv) is nn.Conv2d and shares(other, before)
     conv.weight = nn.Parameter(conv.weight.detach().clone())                   # the way out
     hold_to_rank(conv, "cp", 2, start=start)
@@ -300,11 +326,12 @@ def test_a_shared_kernel_is_not_held_to_a_rank(kind, start):
 def test_who_else_refers_to_a_kernel_does_not_matter():
     "Optimizers, lists, dictionaries, gradients, a module in two places, and modules that nobody refers to any more."
     conv = nn.Conv2d(4, 4, 3)
-    net, optimizer, named, listed = nn.Sequential(conv, conv), torch.optim.SGD(conv.parameters(), .1, momentum=.9), dict(conv.named_parameters()), [*conv.parameters()]
+    net, optimizer = nn.Sequential(conv, conv), torch.optim.SGD(conv.parameters(), .1, momentum=.9)
+    named, listed = dict(conv.named_parameters()), [*conv.parameters()]
     net(torch.randn(1, 4, 9, 9)).sum().backward()
     optimizer.step()
     gone = nn.Sequential(nn.Conv2d(4, 4, 3))
-    gone[0].weight, gone.itself = conv.weight, [gone]                          # a cycle, which only the collector takes away
+    gone[0].weight, gone.itself = conv.weight, [gone]        # a cycle, which only the collector takes away
     with pytest.raises(ValueError, match="shared with another module"): hold_to_rank(conv, "cp", 2)
     del gone
     hold_to_rank(conv, "cp", 2)
@@ -313,7 +340,9 @@ def test_who_else_refers_to_a_kernel_does_not_matter():
     hold_to_rank(copied, "tt", 2)
 
 
-@pytest.mark.parametrize("hook", [lambda m: nn.utils.weight_norm(m), lambda m: L1Unstructured.apply(m, "weight", .5) and m, lambda m: nn.utils.spectral_norm(m)])
+@pytest.mark.parametrize("hook",
+    [lambda m: nn.utils.weight_norm(m), lambda m: L1Unstructured.apply(m, "weight", .5) and m,
+    lambda m: nn.utils.spectral_norm(m)])
 @pytest.mark.filterwarnings("ignore")
 def test_kernels_that_a_hook_computes_are_refused(hook):
     conv = nn.Conv2d(4, 4, 3)

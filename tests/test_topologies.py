@@ -44,7 +44,8 @@ NETS = st.builds(random_topology, SIZES, st.sampled_from([0., .02, .1, .3, .7, 1
 # Sets of neighbours
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 20), st.sampled_from([0., .1, .5, 1.]), st.integers(0, 999), st.integers(1, 40))
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 20), st.sampled_from([0., .1, .5, 1.]), st.integers(0, 999),
+    st.integers(1, 40))
 def test_neighbour_distances_are_scipys(n, m, inputs, density, seed, most):
     g = draw(seed)
     a, b = (torch.rand(k, inputs, generator=g) < density for k in (n, m))
@@ -59,16 +60,20 @@ def test_neighbour_distances_are_exact_for_many_inputs():
 
 @pytest.mark.parametrize("masks, words", [
     (torch.ones(2, 2).bool(), r"not a tensor: write \[mask\]"), ([], "at least one layer"), ({}, "at least one layer"),
-    ([torch.ones(2, 2)], r"bool matrix \(output units, input units\), not float32 of \(2, 2\)"), ([torch.ones(4).bool()], r"not bool of \(4,\)"), ([np.ones((2, 2), bool)], "not ndarray"),
+    ([torch.ones(2, 2)], r"bool matrix \(output units, input units\), not float32 of \(2, 2\)"),
+    ([torch.ones(4).bool()], r"not bool of \(4,\)"), ([np.ones((2, 2), bool)], "not ndarray"),
     ([torch.ones(0, 2).bool()], r"not bool of \(0, 2\)"),
-    ({"a": torch.ones(3, 2).bool(), "b": torch.ones(2, 2).bool()}, "layer 'b' of masks reads 2 units, but layer 'a' before it has 3: take layers that follow each other")])
+    ({"a": torch.ones(3, 2).bool(), "b": torch.ones(2, 2).bool()},
+    "layer 'b' of masks reads 2 units, but layer 'a' before it has 3: take layers that follow each other")])
 def test_what_is_no_topology(masks, words):
     with pytest.raises(ValueError, match=words): check_topology(masks)
 
 
 @pytest.mark.parametrize("a, b, words", [
-    ([torch.ones(2, 2).bool()], [torch.ones(2, 3).bool()], "only networks of the same layers can be compared"), ([torch.ones(2, 2).bool()], [torch.ones(2, 2).bool()]*2, "same layers"),
-    ({"x": torch.ones(2, 2).bool()}, {"y": torch.ones(2, 2).bool()}, r"have layers \['x'\] and \['y'\]"), ([torch.ones(2, 2).bool()], [torch.ones(2, 2)], "layer 0 of the second topology")])
+    ([torch.ones(2, 2).bool()], [torch.ones(2, 3).bool()], "only networks of the same layers can be compared"),
+    ([torch.ones(2, 2).bool()], [torch.ones(2, 2).bool()]*2, "same layers"),
+    ({"x": torch.ones(2, 2).bool()}, {"y": torch.ones(2, 2).bool()}, r"have layers \['x'\] and \['y'\]"),
+    ([torch.ones(2, 2).bool()], [torch.ones(2, 2)], "layer 0 of the second topology")])
 def test_what_cannot_be_compared(a, b, words):
     for f in (match_units, layer_distances, topology_distance, null_distances, compare_topologies):
         with pytest.raises(ValueError, match=words): f(a, b)
@@ -79,13 +84,15 @@ def test_what_cannot_be_compared(a, b, words):
 def plain_colours(masks, labelled):
     "Partitions of all units after each round of colour refinement, with colours that are nested tuples made numbers."
     sizes = [masks[0].shape[1], *map(len, masks)]
-    colours = {(l, i): (i,) if l == 0 or labelled and l == len(masks) else () for l, n in enumerate(sizes) for i in range(n)}
+    units = [(l, i) for l, n in enumerate(sizes) for i in range(n)]
+    colours = {(l, i): (i,) if l == 0 or labelled and l == len(masks) else () for l, i in units}
     below = {(l, i): [(l - 1, j) for j in range(sizes[l-1]) if l and masks[l-1][i, j]] for l, i in colours}
     above = {u: [v for v in colours if u in below[v]] for u in colours}
     rounds = []
     while not rounds or len({*colours.values()}) > rounds[-1]:
         rounds.append(len({(u[0], c) for u, c in colours.items()}))
-        signs = {u: (u[0], colours[u], tuple(sorted(Counter(colours[v] for v in below[u]).items())), tuple(sorted(Counter(colours[v] for v in above[u]).items()))) for u in colours}
+        seen = lambda units: tuple(sorted(Counter(colours[v] for v in units).items()))
+        signs = {u: (u[0], colours[u], seen(below[u]), seen(above[u])) for u in colours}
         number = {s: (k,) for k, s in enumerate(sorted({*signs.values()}, key=repr))}
         colours = {u: number[s] for u, s in signs.items()}
     return rounds
@@ -96,7 +103,8 @@ def plain_colours(masks, labelled):
 def test_colours_tell_as_many_apart_as_plain_ones(masks, labelled):
     found = unit_colours(masks, labelled)
     plain = plain_colours(masks, labelled)
-    assert [sum(len(np.unique(layer[r])) for layer in found) for r in range(len(found[0]) - 1)] == plain[:len(found[0]) - 1]
+    rounds = len(found[0]) - 1
+    assert [sum(len(np.unique(layer[r])) for layer in found) for r in range(rounds)] == plain[:rounds]
     assert len(plain) == len(found[0]) - 1 or plain[-1] == plain[-2]
     assert all(len(np.unique(layer[-1])) == layer.shape[1] for layer in found)
 
@@ -142,11 +150,19 @@ def regular(n, k, layers, seed):
     return [torch.ones(n, 4).bool(), *swapped, torch.ones(3, n).bool()]
 
 
-TIED = {"all full": [torch.ones(7, 5).bool(), torch.ones(6, 7).bool()], "all empty": [torch.zeros(7, 5).bool(), torch.zeros(6, 7).bool(), torch.ones(4, 6).bool()],
-        "a ring": rings([8]), "two equal rings": rings([5, 5]), "rings of other sizes": rings([3, 4, 5, 4]), "regular": regular(14, 3, 1, 0), "twice regular": regular(12, 3, 2, 1),
+def thrice(masks):
+    "Each unit three times, the inputs once."
+    return [m.repeat_interleave(3, 0).repeat_interleave(3 if l else 1, 1) for l, m in enumerate(masks)]
+
+
+TIED = {"all full": [torch.ones(7, 5).bool(), torch.ones(6, 7).bool()],
+        "all empty": [torch.zeros(7, 5).bool(), torch.zeros(6, 7).bool(), torch.ones(4, 6).bool()],
+        "a ring": rings([8]), "two equal rings": rings([5, 5]), "rings of other sizes": rings([3, 4, 5, 4]),
+        "regular": regular(14, 3, 1, 0), "twice regular": regular(12, 3, 2, 1),
         "chains": [torch.zeros(9, 4).bool(), torch.eye(9).bool(), torch.eye(9).bool(), torch.ones(3, 9).bool()],
-        "copies of units": [m.repeat_interleave(3, 0).repeat_interleave(3, 1) if l else m.repeat_interleave(3, 0) for l, m in enumerate(random_topology([10, 8, 8, 5], .2, 0))],
-        "very sparse": random_topology([20, 90, 90, 90, 10], .012, 1), "a convolution": [*local_masks(embed(local_cnn((1, 12, 12), 3, 3), (1, 12, 12))).values()]}
+        "copies of units": thrice(random_topology([10, 8, 8, 5], .2, 0)),
+        "very sparse": random_topology([20, 90, 90, 90, 10], .012, 1),
+        "a convolution": [*local_masks(embed(local_cnn((1, 12, 12), 3, 3), (1, 12, 12))).values()]}
 
 
 @pytest.mark.parametrize("name", TIED)
@@ -157,13 +173,14 @@ def test_heavy_ties(name):
         assert layer_distances(masks, copy, labelled) == [0.]*len(masks)
     other = [m ^ (torch.rand(m.shape, generator=draw(9)) < .05) for m in masks]
     other[0][0, 0] = ~masks[0][0, 0]
-    ways = [layer_distances(relabelled(a, 1)[0], relabelled(b, 2)[0]) for a, b in ((masks, other), (other, masks), (relabelled(masks, 5)[0], other))]
+    ways = [layer_distances(relabelled(a, 1)[0], relabelled(b, 2)[0])
+        for a, b in ((masks, other), (other, masks), (relabelled(masks, 5)[0], other))]
     assert ways[0] == ways[1] == ways[2] and 0 < sum(ways[0])
 
 
 @pytest.mark.parametrize("name, most", [("very sparse", .02), ("copies of units", .01), ("a convolution", .002)])
 def test_one_connection_more_or_less_is_a_small_distance(name, most):
-    "Among units with equal input sets, those are matched that are connected alike on the other side. Left to chance, the first of these networks is at .3."
+    "Units with equal input sets are matched by what they are connected to. By chance, the first network is at .3."
     masks, found = TIED[name], []
     for seed in range(6):
         other = [m.clone() for m in masks]
@@ -178,7 +195,8 @@ def test_one_connection_more_or_less_is_a_small_distance(name, most):
 def test_symmetric_bounded_and_blind_to_names(sizes, p, q, seed, labelled):
     a, b = random_topology(sizes, p, seed), random_topology(sizes, q, seed + 1)
     D = layer_distances(a, b, labelled)
-    assert D == layer_distances(b, a, labelled) == layer_distances(relabelled(a, 1, labelled)[0], relabelled(b, 2, labelled)[0], labelled)
+    copies = relabelled(a, 1, labelled)[0], relabelled(b, 2, labelled)[0]
+    assert D == layer_distances(b, a, labelled) == layer_distances(*copies, labelled)
     assert all(0 <= d <= 1 for d in D) and topology_distance(a, b, labelled) == np.mean(D)
     assert topology_distance(dict(enumerate(a)), b, labelled) == np.mean(D)
 
@@ -193,7 +211,8 @@ def test_no_permutation_is_better(sizes, seed):
         cost = cdist(x.numpy(), y[:, order].numpy(), "jaccard")
         assert sorted(p.tolist()) == [*range(len(y))]
         np.testing.assert_allclose(d, cost[range(len(y)), p].mean(), atol=1e-15)
-        np.testing.assert_allclose(d, min(np.mean([cost[j, k] for j, k in enumerate(s)]) for s in itertools.permutations(range(len(y)))), atol=1e-8)
+        best = min(cost[range(len(y)), s].mean() for s in itertools.permutations(range(len(y))))
+        np.testing.assert_allclose(d, best, atol=1e-8)
         order = p
 
 
@@ -222,7 +241,8 @@ def test_labelled_outputs_stay():
     a = [random_topology([6, 9], .4, 0)[0], torch.eye(9).bool()[:4]]
     b = [a[0], a[1].roll(1, 0)]
     assert topology_distance(a, b) <= layer_distances(a, b, labelled_outputs=True)[1]/2
-    assert layer_distances(a, b, labelled_outputs=True) == [0, 1] and match_units(a, b, True).partners[1].tolist() == [0, 1, 2, 3]
+    assert layer_distances(a, b, labelled_outputs=True) == [0, 1]
+    assert match_units(a, b, True).partners[1].tolist() == [0, 1, 2, 3]
 
 
 def test_bench_counts_both():
@@ -236,7 +256,8 @@ def test_null_of_independent_masks_is_their_distance():
     a, b = ([random_mask((80, 60), .06, draw(s)), random_mask((50, 80), .06, draw(s + 50))] for s in (0, 1))
     for keep in ("density", "units", "inputs", "both"):
         null = null_distances(a, b, keep, draws=4)
-        assert null.shape == (4, 2) and (null.mean() - layer_distances(a, b)).abs().max() < .04 and (null.std() < .04).all() # seeds 0 and 1 drew the masks, too
+        assert null.shape == (4, 2) and (null.std() < .04).all()             # seeds 0 and 1 drew the masks, too
+        assert (null.mean() - layer_distances(a, b)).abs().max() < .04
 
 
 @pytest.mark.parametrize("keep", ["density", "both"])
@@ -261,13 +282,17 @@ def test_compare_is_distance_over_null():
     t = compare_topologies(a, b, ["units"], draws=3, seed=2).set_index("layer")
     null = null_distances(a, b, "units", draws=3, seed=2)
     assert [*t.index] == ["u", "v", "all"] and t.distance.tolist()[:2] == layer_distances(a, b)
-    assert t.distance["all"] == pytest.approx(t.distance[["u", "v"]].mean()) and t.units["all"] == pytest.approx(null.mean().mean())
-    assert t.units_spread["all"] == pytest.approx(null.mean(axis=1).std()) and t.units_relative["v"] == pytest.approx(t.distance["v"]/null.v.mean())
+    assert t.distance["all"] == pytest.approx(t.distance[["u", "v"]].mean())
+    assert t.units["all"] == pytest.approx(null.mean().mean())
+    assert t.units_spread["all"] == pytest.approx(null.mean(axis=1).std())
+    assert t.units_relative["v"] == pytest.approx(t.distance["v"]/null.v.mean())
     full = [torch.ones(3, 3).bool()]
     assert compare_topologies(full, full, draws=1)[["density_relative", "both_relative"]].isna().all().all()
 
 
-@pytest.mark.parametrize("wrong, words", [(dict(draws=0), "draws must be 1 or more, not 0"), (dict(draws=2.5), "not 2.5"), (dict(draws=True), "not True"), (dict(keep="degree"), "keep must be one of")])
+@pytest.mark.parametrize("wrong, words",
+    [(dict(draws=0), "draws must be a whole number, 1 or more, not 0"), (dict(draws=2.5), "not 2.5"),
+    (dict(draws=True), "not True"), (dict(keep="degree"), "unknown keep 'degree'; known are density")])
 def test_impossible_nulls(wrong, words):
     a = random_topology([4, 4], .5, 0)
     with pytest.raises(ValueError, match=words): null_distances(a, a, **wrong)
@@ -277,5 +302,6 @@ def test_a_random_network_is_farther_from_a_convolution_than_shuffles_are_from_e
     "Rows of a convolution repeat. The null that leaves it as it is knows."
     local = TIED["a convolution"]
     chance = [random_mask(m.shape, m.float().mean().item(), draw(5)) for m in local]
-    free, fixed = (compare_topologies(chance, local, ["density"], draws=3, second=second).density_relative.iloc[-1] for second in (True, False))
+    found = [compare_topologies(chance, local, ["density"], draws=3, second=second) for second in (True, False)]
+    free, fixed = (table.density_relative.iloc[-1] for table in found)
     assert free > 1.01 and fixed == pytest.approx(1, abs=.02)
