@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'STARTS', 'INITS', 'CASES', 'NETWORKS', 'CLAIMS', 'VANISHED', 'MARGIN', 'PruningSettings', 'make_dense',
-           'mask_to_text', 'mask_from_text', 'prune_rounds', 'round_masks', 'locality_table', 'profile_table',
-           'interaction_table', 'pruning_claims', 'pruning_study']
+           'prune_rounds', 'round_masks', 'locality_table', 'profile_table', 'interaction_table', 'pruning_claims',
+           'pruning_study']
 
 # %% ../../nbs/studies/63_pruning.ipynb #8ee61085
 import math
@@ -14,10 +14,10 @@ from functools import cached_property
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
+from ..ladder.masks import mask_from_text, mask_to_text
 from ..ladder.embedding import embed
 from ..materials.controls import make_variant, permute_pixels, pixel_order, VARIANTS
 from ..materials.models import make_model
@@ -176,26 +176,6 @@ def _check_fits(data, by_case, units=1):
         weights = [model.get_submodule(name).weight for name in prunable(model, settings.last)]
         whole('units', units, 1, len(weights[0]))
         for weight in weights: survivors(weight.numel(), settings.fraction, settings.rounds)
-
-# %% ../../nbs/studies/63_pruning.ipynb #00292ec2
-def mask_to_text(
-    mask:torch.Tensor, # bool (units, inputs)
-    most:int=2**15     # characters of each part
-)->list:               # strings
-    "A mask as text: parts, each an 'x' and up to `most` hexadecimal digits, four entries a digit, row by row."
-    bits = F.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8).int() @ (2**torch.arange(7, -1, -1, dtype=torch.int32))
-    text = bytes(bits.tolist()).hex()
-    return ['x' + text[i:i+most] for i in range(0, len(text), most)]
-
-def mask_from_text(
-    parts,          # as `mask_to_text`
-    shape:tuple     # (units, inputs)
-)->torch.Tensor:    # bool, of `shape`
-    "The mask that was stored. Raises `ValueError` for text of another length."
-    text, size = ''.join(part[1:] for part in parts), math.prod(shape)
-    if len(text) != 2*math.ceil(size/8): raise ValueError(f'a mask of shape {tuple(shape)} is stored as {2*math.ceil(size/8)} digits, not {len(text)}')
-    bits = torch.tensor(list(bytes.fromhex(text)))
-    return ((bits[:,None] >> torch.arange(7, -1, -1)) % 2).flatten()[:size].bool().view(shape)
 
 # %% ../../nbs/studies/63_pruning.ipynb #5decb07e
 def _rows(masks, left, **measured):

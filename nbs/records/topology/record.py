@@ -1,4 +1,7 @@
-"Makes the tables beside this file: python nbs/records/topology/record.py DATA, where DATA holds train/CLASS/* and test/CLASS/* of CIFAR-10 as images."
+"""Makes the tables beside this file: python nbs/records/topology/record.py DATA
+
+DATA holds train/CLASS/* and test/CLASS/* of CIFAR-10 as images.
+"""
 import sys
 from pathlib import Path
 
@@ -11,13 +14,15 @@ from efcn_nb.service.timing import peak_memory, timed
 from efcn_nb.materials.data import Data, load_data
 from efcn_nb.ladder.masks import random_mask
 from efcn_nb.experiments.runs import environment
-from efcn_nb.studies.topology import bench_topology, topology_distance, topology_study
+from efcn_nb.instruments.topologies import bench_topology, topology_distance
+from efcn_nb.studies.topology import TopologySettings, topology_study
 
 torch.set_num_threads(1)
 here = Path(__file__).parent
 
 
-def mask(units, inputs, density, seed): return random_mask((units, inputs), density, torch.Generator().manual_seed(seed))
+def mask(units, inputs, density, seed):
+    return random_mask((units, inputs), density, torch.Generator().manual_seed(seed))
 
 
 def authors_loop(a, b):
@@ -33,19 +38,26 @@ def authors_loop(a, b):
 
 data = load_data(sys.argv[1], size=16, name='CIFAR-10 (JPEG), 6,000 images, 16x16')
 data = Data(data.train.thinned(6_000), data.test.thinned(2_000))
-tables = topology_study(data, here/'efcn_runs', channels=8, epochs=20, search_epochs=10, lrs=(.001, .003), batch_size=100, keep=(0, 1, 2, 5, 10, 20), draws=1)
+settings = TopologySettings(
+    lrs=(.001, .003), epochs=20, search_epochs=10, batch_size=100, channels=8, keep=(0, 1, 2, 5, 10, 20), draws=1)
+tables = topology_study(data, here/'efcn_runs', settings)
 for name, table in tables.items(): table.round(5).to_csv(here/f'{name}.csv', index=False)
 
 speed = bench_topology(784, [.007, .05, .1], repeat=3)
-speed["authors' loop (s)"] = [timed(lambda: authors_loop(mask(784, 784, .007, 0), mask(784, 784, .007, 1))), None, None]
+seconds = timed(lambda: authors_loop(mask(784, 784, .007, 0), mask(784, 784, .007, 1)))
+speed["authors' loop (s)"] = [seconds, None, None]
 speed["authors' loop / this"] = speed["authors' loop (s)"]/speed['this (s)']
 speed.round(3).to_csv(here/'speed.csv', index=False)
 
 sizes, densities = [3072, 4000, 1000, 4000], [.0115, .025, .025] # SET's network for CIFAR-10
 a, b = ([mask(n, m, d, 10*seed + i) for i, (m, n, d) in enumerate(zip(sizes, sizes[1:], densities))] for seed in (0, 1))
-wide = dict(layers='-'.join(map(str, sizes)), seconds=timed(lambda: topology_distance(a, b)), memory_GB=peak_memory(lambda: topology_distance(a, b))/1e9, distance=topology_distance(a, b))
+seconds = timed(lambda: topology_distance(a, b))
+memory = peak_memory(lambda: topology_distance(a, b))
+wide = dict(layers='-'.join(map(str, sizes)), seconds=seconds, memory_GB=memory/1e9, distance=topology_distance(a, b))
 pd.DataFrame([wide]).round(3).to_csv(here/'wide.csv', index=False)
 
-(here/'command.txt').write_text('python nbs/records/topology/record.py DATA\n'
-    '(DATA is a folder of images, train/CLASS/*.jpg and test/CLASS/*.jpg, of which 6,000 and 2,000, evenly spread, are used: 4,800 train, 1,200 choose learning rates)\n'
-    + ', '.join(f'{k} {v}' for k, v in environment().items() if k != 'platform') + ', fp32, shared with other work\n')
+made_by = ', '.join(f'{k} {v}' for k, v in environment().items() if k != 'platform')
+(here/'command.txt').write_text(
+    'python nbs/records/topology/record.py DATA\n'
+    '(DATA is a folder of images, train/CLASS/*.jpg and test/CLASS/*.jpg, of which 6,000 and 2,000, evenly spread, are '
+    'used: 4,800 train, 1,200 choose learning rates)\n' + made_by + ', fp32, shared with other work\n')
