@@ -15,8 +15,8 @@ from efcn_nb.materials.data import Data
 from efcn_nb.instruments.locality import busiest_units, near_profile, near_ratio
 from efcn_nb.experiments.runs import run_id
 from efcn_nb.studies.pruning import (
-    CASES, METHODS, NETWORKS, PruningSettings, interaction_table, locality_table, make_dense, mask_from_text,
-    mask_to_text, profile_table, prune_rounds, pruning_claims, pruning_study, round_masks)
+    CASES, METHODS, NETWORKS, PruningSettings, interaction_table, locality_table, make_dense,
+    profile_table, prune_rounds, pruning_claims, pruning_study, round_masks)
 from efcn_nb.training import rewinding
 from efcn_nb.training.loop import train_steps
 from efcn_nb.training.rewinding import step_batches, survivors
@@ -55,13 +55,6 @@ def table(data): return prune_rounds(data, ["fcn", "one-shot", "permuted", "efcn
 def test_bad_input(call, said):
     with pytest.raises(ValueError) as e: call()
     assert said in str(e.value) and "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (5, 13), (40, 70)])
-def test_text_is_numpys_packbits(shape):
-    mask = random(shape[0], (1, 1, shape[1]))
-    assert "".join(part[1:] for part in mask_to_text(mask, most=10)) == np.packbits(mask.numpy()).tobytes().hex()
-    for most in (10, 2**15): assert mask_from_text(mask_to_text(mask, most=most), shape).equal(mask)
 
 
 @pytest.mark.parametrize("case", ["fcn", "one-shot", "permuted", "efcn"])
