@@ -35,9 +35,11 @@ def naive_matrix(kernel, g):
     "`matrix_from_kernel` for two axes, zero padding and one group, as a loop over output units."
     W, (kh, kw), (dy, dx) = torch.zeros(g.matrix_shape, dtype=kernel.dtype), g.kernel_size, g.dilation
     (top, _), (left, _), (h, w) = *g.padding, g.input_size
-    units = ((co, y, x) for co in range(g.out_channels) for y in range(g.output_size[0]) for x in range(g.output_size[1]))
+    units = ((co, y, x) for co in range(g.out_channels) for y in range(g.output_size[0])
+             for x in range(g.output_size[1]))
     for row, (co, y, x) in zip(W, units):
-        image = torch.zeros(g.in_channels, *(size + sum(pad) for size, pad in zip(g.input_size, g.padding)), dtype=kernel.dtype)
+        image = torch.zeros(g.in_channels, *(size + sum(pad) for size, pad in zip(g.input_size, g.padding)),
+                            dtype=kernel.dtype)
         y, x = y*g.stride[0], x*g.stride[1]
         image[:, y:y+dy*(kh-1)+1:dy, x:x+dx*(kw-1)+1:dx] = kernel[co]
         row.copy_(image[:, top:top+h, left:left+w].flatten())
@@ -48,7 +50,8 @@ def machine(
     device=None # None for the CPU alone
 )->str:
     "Processor, cores, threads and versions, in one line; a GPU first, if that is the device."
-    model = next((line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')), '') if os.path.exists('/proc/cpuinfo') else ''
+    model = next((line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines()
+                  if line.startswith('model name')), '') if os.path.exists('/proc/cpuinfo') else ''
     gpu = torch.cuda.get_device_name(device) + ', ' if device and torch.device(device).type == 'cuda' else ''
     pages = 'on' if os.environ.get('THP_MEM_ALLOC_ENABLE') == '1' else 'off'
     return f'{gpu}{model or platform.processor()} ({platform.machine()}), {os.cpu_count()} cores, {torch.get_num_threads()} threads, huge pages for PyTorch {pages}, torch {torch.__version__}'
@@ -58,29 +61,38 @@ def bench_embed(
     width:int=None,              # of the models; None for the papers'
     repeat:int=5
 )->pd.DataFrame:                 # a row for each model
-    "Time to embed the models of the papers (32 x 32 pixels, three colours) against the naive loop and against filling as many bytes, and peak memory over the size of the result."
+    """Time to embed the models of the papers (32 x 32 pixels, three colours) against the naive loop and against
+    filling as many bytes, and peak memory over the size of the result.
+    """
     rows = {}
     for name in names:
         cnn = make_model(name, (3,32,32), 10, width=width)
         geometries = conv_geometries(cnn, (3,32,32))
-        kernels, weights = [(cnn.get_submodule(n).weight, g) for n, g in geometries.items()], released_weights(geometries)
-        times = take_turns({'embed': lambda: embed(cnn, (3,32,32)), 'naive': lambda: [naive_matrix(k, g) for k, g in kernels],
+        kernels = [(cnn.get_submodule(n).weight, g) for n, g in geometries.items()]
+        weights = released_weights(geometries)
+        times = take_turns({'embed': lambda: embed(cnn, (3,32,32)),
+                            'naive': lambda: [naive_matrix(k, g) for k, g in kernels],
                             'fill': lambda: [torch.full(g.matrix_shape, 1.) for g in geometries.values()]}, repeat)
         size = sum(p.numel()*p.element_size() for p in embed(cnn, (3,32,32)).parameters())
-        rows[name] = {'weights (M)': weights/1e6, 'embed (s)': times['embed'], 'naive (s)': times['naive'], 'fill (s)': times['fill'],
+        rows[name] = {'weights (M)': weights/1e6, 'embed (s)': times['embed'], 'naive (s)': times['naive'],
+                      'fill (s)': times['fill'],
                       'naive / embed': times['naive']/times['embed'], 'embed / fill': times['embed']/times['fill'],
                       'peak / result': peak_memory(lambda: embed(cnn, (3,32,32)))/size}
     return pd.DataFrame.from_dict(rows, orient='index')
 
 # %% ../../nbs/experiments/59_bench.ipynb #697a80ab
 def naive_local(x, weight, bias, g):
-    "A locally-connected layer of two axes with zero padding, dilation 1 and one group; `weight` is (out channels, in channels, taps, positions)."
+    """A locally-connected layer of two axes with zero padding, dilation 1 and one group; `weight` is (out channels,
+    in channels, taps, positions).
+    """
     patches = F.unfold(x, g.kernel_size, padding=[before for before, _ in g.padding], stride=g.stride)
-    return ((patches.view(len(x), 1, *weight.shape[1:])*weight).sum((2, 3)) + bias.view(weight.shape[0], -1)).view(len(x), *g.out_shape)
+    return ((patches.view(len(x), 1, *weight.shape[1:])*weight).sum((2, 3)) + bias.view(weight.shape[0],
+                                                                                        -1)).view(len(x), *g.out_shape)
 
 def _by_tap(local, g):
     "The weights of a `LocallyConnected` layer in the form of `naive_local`."
-    slots = torch.where(g.source[:,:,None] == g.reads[:,None], 1, 0).argmax(2).masked_fill(g.source < 0, -1) # of each tap
+    # of each tap
+    slots = torch.where(g.source[:,:,None] == g.reads[:,None], 1, 0).argmax(2).masked_fill(g.source < 0, -1)
     taps = local.gather(2, slots.clamp(min=0)[:,None,:,None].expand(-1, *local.shape[1:2], -1, local.shape[3]))
     return taps.masked_fill((slots < 0)[:,None,:,None], 0).permute(1, 3, 2, 0).contiguous()
 
@@ -95,7 +107,8 @@ def _local_jobs(g, batch, dtype):
     x = torch.randn(batch, *g.in_shape).to(dtype).requires_grad_()
     local, dense = LocallyConnected(g, dtype=dtype), FullyConnected(g, dtype=dtype)
     weight = _by_tap(local.weight.detach(), g).requires_grad_()
-    return {'local': _step(local, g, x, list(local.parameters())), 'dense': _step(dense, g, x, list(dense.parameters())),
+    return {'local': _step(local, g, x, list(local.parameters())),
+            'dense': _step(dense, g, x, list(dense.parameters())),
             'naive': _step(lambda x: naive_local(x, weight, local.bias, g), g, x, [weight, local.bias])}
 
 def bench_local(
@@ -105,7 +118,9 @@ def bench_local(
     repeat:int=5,
     naive_limit:int=4*2**30                                                      # bytes of the largest intermediate result up to which the naive form is run
 )->pd.DataFrame:                                                                 # a row for each case
-    "Forward and backward of locally-connected layers, summed over the model's layers, against the naive form (time and peak memory of the hungriest layer) and against the dense layers."
+    """Forward and backward of locally-connected layers, summed over the model's layers, against the naive form (time
+    and peak memory of the hungriest layer) and against the dense layers.
+    """
     geometries = conv_geometries(make_model(name, (3,32,32), 10, width=width), (3,32,32)).values()
     rows = {}
     for batch, kind in cases:
@@ -118,7 +133,8 @@ def bench_local(
             for job in jobs.keys() & peaks: peaks[job] = max(peaks[job], peak_memory(jobs[job]))
         naive = total.get('naive', math.nan)
         rows[f'batch {batch}, {kind}'] = {
-            'local (s)': total['local'], 'naive (s)': naive, 'dense (s)': total['dense'], 'naive / local': naive/total['local'], 'dense / local': total['dense']/total['local'],
+            'local (s)': total['local'], 'naive (s)': naive, 'dense (s)': total['dense'],
+            'naive / local': naive/total['local'], 'dense / local': total['dense']/total['local'],
             'local peak (MB)': peaks['local']/2**20, 'naive intermediate (MB)': wants/2**20,
             'local peak / naive peak': peaks['local']/peaks['naive'] if peaks['naive'] > 0 else math.nan}
     return pd.DataFrame.from_dict(rows, orient='index')
@@ -132,13 +148,15 @@ class _Padded(nn.Module):
         padded = replace(g, input_size=size, padding=((0,0),)*len(size))
         self.pad, self.out_shape = [n for pair in reversed(g.padding) for n in pair], g.out_shape
         self.linear = nn.Linear(*reversed(padded.matrix_shape))
-        self.linear.weight, self.linear.bias = nn.Parameter(matrix_from_kernel(conv.weight.detach(), padded)), nn.Parameter(conv.bias.detach().repeat_interleave(math.prod(g.output_size)))
+        self.linear.weight = nn.Parameter(matrix_from_kernel(conv.weight.detach(), padded))
+        self.linear.bias = nn.Parameter(conv.bias.detach().repeat_interleave(math.prod(g.output_size)))
 
     def forward(self, x): return self.linear(F.pad(x, self.pad).flatten(1)).unflatten(1, self.out_shape)
 
 def naive_efcn(cnn, input_shape):
     "The eFCN of a CNN with all its padding, and PyTorch's own max-pooling."
-    convs = {id(cnn.get_submodule(name)): _Padded(cnn.get_submodule(name), g) for name, g in conv_geometries(cnn, input_shape).items()}
+    convs = {id(cnn.get_submodule(name)): _Padded(cnn.get_submodule(name), g) for name,
+             g in conv_geometries(cnn, input_shape).items()}
     pools = {id(m): nn.MaxPool2d(m.kernel_size, m.stride) for m in cnn.modules() if isinstance(m, nn.MaxPool2d)}
     return copy.deepcopy(cnn, convs | pools)
 
@@ -147,7 +165,8 @@ class _Images(torch.utils.data.Dataset):
     "Pictures in memory, each converted and normalised when it is asked for, as torchvision's data sets do."
     def __init__(self, data):
         self.x, self.y = data.x.permute(0, 2, 3, 1).contiguous().numpy(), data.y.tolist()
-        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(data.mean.tolist(), data.std.tolist())])
+        self.transform = transforms.Compose([transforms.ToTensor(),
+                                             transforms.Normalize(data.mean.tolist(), data.std.tolist())])
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return self.transform(Image.fromarray(self.x[i])), self.y[i]
 
@@ -166,7 +185,9 @@ def naive_epoch(model, optimizer, train, test, batch_size, device):
         optimizer.step()
         gc.collect()
     model.eval()
-    with torch.no_grad(): return sum((model(x.to(device)).argmax(1) == y.to(device)).sum().item() for x, y in naive_loader(test, batch_size, False))/len(test)
+    with torch.no_grad():
+        return sum((model(x.to(device)).argmax(1) == y.to(device)).sum().item() for x,
+                   y in naive_loader(test, batch_size, False))/len(test)
 
 # %% ../../nbs/experiments/59_bench.ipynb #c9df13c4
 def noise(
@@ -175,19 +196,27 @@ def noise(
 )->Data:   # uint8 (n, 3, 32, 32), ten classes
     "Images of noise of CIFAR-10's size."
     g = torch.Generator().manual_seed(0)
-    part = lambda n: Dataset(torch.randint(256, (n, 3, 32, 32), generator=g, dtype=torch.uint8), torch.randint(10, (n,), generator=g), list('0123456789'), torch.full((3,), .5), torch.full((3,), .25), 'noise')
+    part = lambda n: Dataset(torch.randint(256, (n, 3, 32, 32), generator=g, dtype=torch.uint8),
+                             torch.randint(10, (n,), generator=g), list('0123456789'), torch.full((3,), .5),
+                             torch.full((3,), .25), 'noise')
     return Data(part(n), part(max(1, n//5))).to(device)
 
 # %% ../../nbs/experiments/59_bench.ipynb #1530600f
 def useful_flop(matrices, batch):
-    "Operations of the products of one step through layers with `matrices` (output units, input units), the first of which needs no gradient of its input."
+    """Operations of the products of one step through layers with `matrices` (output units, input units), the first of
+    which needs no gradient of its input.
+    """
     return sum(2*batch*rows*columns*(3 if i else 2) for i, (rows, columns) in enumerate(matrices))
 
 def _layouts(rows, columns, batch, dtype, device, first):
     "The products of one layer in a step, each in several layouts: lists of functions."
-    x, w, g = (torch.randn(*shape, device=device).to(dtype) for shape in ((batch, columns), (rows, columns), (batch, rows)))
-    turned_x, turned_g, out = x.t().contiguous(), g.t().contiguous(), torch.empty(rows, columns, device=device, dtype=dtype)
-    jobs = [[lambda: x @ w.t(), lambda: w @ turned_x], [lambda: torch.mm(g.t(), x, out=out), lambda: torch.mm(turned_g, x, out=out)]]
+    x, w, g = (torch.randn(*shape, device=device).to(dtype) for shape in ((batch, columns), (rows, columns),
+                                                                          (batch, rows)))
+    turned_x = x.t().contiguous()
+    turned_g = g.t().contiguous()
+    out = torch.empty(rows, columns, device=device, dtype=dtype)
+    jobs = [[lambda: x @ w.t(), lambda: w @ turned_x], [lambda: torch.mm(g.t(), x, out=out),
+                                                        lambda: torch.mm(turned_g, x, out=out)]]
     return jobs if first else [*jobs, [lambda: g @ w, lambda: w.t() @ turned_g]]
 
 def products_alone(
@@ -197,14 +226,17 @@ def products_alone(
     device='cpu',
     tries:int=3      # of each layout, to find the fastest
 ):
-    "A function that computes the products of one step and nothing else, each in the layout of its operands that is fastest here."
+    """A function that computes the products of one step and nothing else, each in the layout of its operands that is
+    fastest here.
+    """
     dtype, chosen = torch.bfloat16 if precision == 'bf16' else torch.float32, []
     def run(jobs):
         with products(precision, device):
             for job in jobs: job()
     for i, (rows, columns) in enumerate(matrices):
         for layouts in _layouts(rows, columns, batch, dtype, device, i == 0):
-            chosen.append(min(layouts, key=lambda job: min(timed(lambda: run([job]), device) for _ in range(tries + 1))))
+            chosen.append(min(layouts, key=lambda job: min(timed(lambda: run([job]), device)
+                                                           for _ in range(tries + 1))))
     return lambda: run(chosen)
 
 # %% ../../nbs/experiments/59_bench.ipynb #e99d00db
@@ -236,7 +268,8 @@ def _run(case, made, data, batch):
 def cases(device='cpu')->list: # dicts with form, precision, fused
     "What is compared; the naive form comes first."
     precisions = [p for p in PRECISIONS if p != 'tf32' or torch.device(device).type == 'cuda']
-    ours = [dict(form=form, precision=p, fused=fused) for p in precisions for form in ('folded', 'trimmed') for fused in (False, True)]
+    ours = [dict(form=form, precision=p, fused=fused) for p in precisions for form in ('folded', 'trimmed')
+            for fused in (False, True)]
     return [dict(form='naive', precision='fp32', fused=False), *ours]
 
 # %% ../../nbs/experiments/59_bench.ipynb #72b15933
@@ -248,14 +281,19 @@ def bench_train(
     repeat:int=5,
     steps:int=2         # in a turn
 )->pd.DataFrame:        # a row for each of `cases`
-    "Time and memory of a training step of the eFCN of a CNN, against the naive form and against the products alone; raises `MemoryError` if not all forms fit into memory side by side."
-    cnn, data, todo = make_model(name, (3,32,32), 10, width=width), noise(steps*batch, device).train, cases(device)
+    """Time and memory of a training step of the eFCN of a CNN, against the naive form and against the products alone;
+    raises `MemoryError` if not all forms fit into memory side by side.
+    """
+    cnn = make_model(name, (3,32,32), 10, width=width)
+    data = noise(steps*batch, device).train
+    todo = cases(device)
     require_memory(8*len(todo)*released_weights(conv_geometries(cnn, (3,32,32))), device)
     use_little_memory()                                               # as a study does
     made = [_make(cnn, case['form'], case['fused'], device) for case in todo]
     shapes = [matrices(model) for model, _ in made]
     alone = {p: products_alone(shapes[-1], batch, p, device) for p in {case['precision'] for case in todo}}
-    times = take_turns({i: _run(case, m, data, batch) for i, (case, m) in enumerate(zip(todo, made))} | alone, repeat, device)
+    times = take_turns({i: _run(case, m, data, batch) for i, (case, m) in enumerate(zip(todo, made))} | alone, repeat,
+                       device)
     ceiling = {p: useful_flop(shapes[-1], batch)/times[p] for p in alone}
     made.clear(), alone.clear()
     rows = []
@@ -265,8 +303,13 @@ def bench_train(
             pair = _make(cnn, case['form'], case['fused'], device)
             _run(case, pair, data, batch)()
             return pair
-        rows.append(dict(model=name, width=width or '', **case) | {'weights (M)': n/1e6, 'GFLOP': flop/1e9, 'step (s)': seconds, 'naive / step': times[0]/times[i], 'GFLOP/s': flop/seconds/1e9,
-                    'ceiling (GFLOP/s)': ceiling[case['precision']]/1e9, 'of ceiling': flop/seconds/ceiling[case['precision']], 'peak / weights': peak_memory(run, device)/(4*n)})
+        rows.append(dict(model=name, width=width or '', **case) | {'weights (M)': n/1e6, 'GFLOP': flop/1e9,
+                                                                   'step (s)': seconds,
+                                                                   'naive / step': times[0]/times[i],
+                                                                   'GFLOP/s': flop/seconds/1e9,
+                    'ceiling (GFLOP/s)': ceiling[case['precision']]/1e9,
+                    'of ceiling': flop/seconds/ceiling[case['precision']],
+                    'peak / weights': peak_memory(run, device)/(4*n)})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/59_bench.ipynb #16bcf59f
@@ -281,8 +324,12 @@ def bench_epoch(
     naive, ours = _make(cnn, 'naive', False, device), _make(cnn, 'trimmed', True, device)
     times = take_turns({
         'naive': lambda: naive_epoch(*naive, host.train, host.test, batch, device),
-        'ours': lambda: [train_epoch(*ours, data.train, batch, 0, True, precision), evaluate(ours[0], data.test, batch, precision)],
+        'ours': lambda: [train_epoch(*ours, data.train, batch, 0, True, precision),
+                         evaluate(ours[0], data.test, batch, precision)],
         'naive data': lambda: [None for _ in naive_loader(host.train, batch)],
         'our data': lambda: [None for _ in data.train.batches(batch, torch.Generator())]}, repeat, device)
-    return pd.DataFrame([{'model': name, 'width': width or '', 'precision': precision, 'images': images, 'naive epoch (s per 50,000)': times['naive']*50_000/images, 'epoch (s per 50,000)': times['ours']*50_000/images,
-        'naive / epoch': times['naive']/times['ours'], 'naive images/s': images/times['naive data'], 'images/s': images/times['our data'], 'data share': times['our data']/times['ours']}])
+    return pd.DataFrame([{'model': name, 'width': width or '', 'precision': precision, 'images': images, 'naive epoch '
+                          '(s per 50,000)': times['naive']*50_000/images,
+                          'epoch (s per 50,000)': times['ours']*50_000/images,
+        'naive / epoch': times['naive']/times['ours'], 'naive images/s': images/times['naive data'],
+        'images/s': images/times['our data'], 'data share': times['our data']/times['ours']}])

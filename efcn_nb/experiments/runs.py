@@ -33,7 +33,8 @@ def run_id(
 def _processor():
     "Name of the processor."
     info = Path('/proc/cpuinfo')
-    names = [line.split(':', 1)[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')] if info.exists() else []
+    names = [line.split(':', 1)[1].strip() for line in info.read_text().splitlines()
+             if line.startswith('model name')] if info.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
 
 def environment(
@@ -43,7 +44,8 @@ def environment(
     device = torch.device(device)
     threads = torch.get_num_threads()
     hardware = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{_processor()}, {threads} of {os.cpu_count()} cores'
-    return dict(date=datetime.date.today().isoformat(), hardware=hardware, efcn_nb=__version__, python=platform.python_version(), torch=torch.__version__,
+    return dict(date=datetime.date.today().isoformat(), hardware=hardware, efcn_nb=__version__,
+                python=platform.python_version(), torch=torch.__version__,
                 torchvision=torchvision.__version__, platform=platform.system())
 
 # %% ../../nbs/experiments/50_runs.ipynb #00f2d6a1
@@ -75,7 +77,10 @@ def hold(self:Run, wait:bool=False):
 # %% ../../nbs/experiments/50_runs.ipynb #602ff49d
 @patch
 def begin(self:Run):
-    "Make the directory, and note versions, hardware and date; raises `OSError` if nothing can be written there. For the process that holds the run."
+    """Make the directory, and note versions, hardware and date; raises `OSError` if nothing can be written there.
+
+    For the process that holds the run.
+    """
     self.path.mkdir(parents=True, exist_ok=True)
     clear_away(self.path)
     write_atomic(self.path/'config.json', self._config_text)
@@ -92,7 +97,9 @@ def environments(self:Run)->list: # dicts
 
 # %% ../../nbs/experiments/50_runs.ipynb #940175d6
 def _tensors(model, optimizer):
-    "All tensors that training goes on from, by name, each with memory of its own; and what else the optimiser remembers."
+    """All tensors that training goes on from, by name, each with memory of its own; and what else the optimiser
+    remembers.
+    """
     named, rest, seen = {f'weights/{name}': t for name, t in model.state_dict().items()}, {}, set()
     for i, memory in (optimizer.state_dict()['state'] if optimizer else {}).items():
         for key, value in memory.items():
@@ -116,7 +123,8 @@ def save(self:Run,
     if not (self.path/'config.json').exists(): self.begin()
     named, rest = _tensors(model, optimizer)
     text = table_text(table)
-    about = dict(run=json.dumps(dict(run=run_id(self.config), epoch=epoch, table=text, optimizer=rest))) # one entry, because the order of several is left to chance
+    # one entry, because the order of several is left to chance
+    about = dict(run=json.dumps(dict(run=run_id(self.config), epoch=epoch, table=text, optimizer=rest)))
     publish(self.path/f'epoch-{epoch:04d}', lambda beside: save_file(named, beside, metadata=about),
             lambda beside: self.path/f'epoch-{epoch:04d}-{_file_digest(beside)}.safetensors')
     if self._end() is None: write_atomic(self.path/'metrics.csv', text)

@@ -17,8 +17,11 @@ from ..service.tables import read_table, table_text
 
 # %% ../../nbs/experiments/51_sweeps.ipynb #15ed9c9b
 def _defaults(compute):
-    "The arguments of `compute` that are numbers, strings, lists, dicts or None unless given; with those that a `partial` gives."
-    bound = inspect.signature(compute.func).bind_partial(*compute.args).arguments if isinstance(compute, functools.partial) else {}
+    """The arguments of `compute` that are numbers, strings, lists, dicts or None unless given; with those that a
+    `partial` gives.
+    """
+    bound = inspect.signature(compute.func).bind_partial(*compute.args).arguments if isinstance(compute,
+                                                                                                functools.partial) else {}
     given = bound | {p.name: p.default for p in inspect.signature(compute).parameters.values()}
     return {k: v for k, v in given.items() if isinstance(v, (int, float, str, tuple, list, dict, type(None)))}
 
@@ -29,13 +32,15 @@ def _check_configs(compute, configs, stored):
         except TypeError as e: raise ValueError(f'{config} does not fit the function: {e}') from None
         for key, value in config.items() if stored else ():
             try: json.dumps(value)
-            except (TypeError, ValueError): raise ValueError(f"{key} = {value!r} cannot be stored: take Python's own numbers, strings, lists or None") from None
+            except (TypeError, ValueError):
+                raise ValueError(f"{key} = {value!r} cannot be stored: take Python's own numbers, strings, lists or None") from None
 
 # %% ../../nbs/experiments/51_sweeps.ipynb #b7d3f56c
 def _made(compute, config):
     "The table that `compute` makes of `config`. Raises `ValueError` if it makes none."
     found = compute(**config)
-    if not isinstance(found, (pd.DataFrame, list)): raise ValueError(f'the function must return a DataFrame or a list of dicts, not {type(found).__name__}')
+    if not isinstance(found, (pd.DataFrame, list)):
+        raise ValueError(f'the function must return a DataFrame or a list of dicts, not {type(found).__name__}')
     return pd.DataFrame(found)
 
 def _cell(compute, config, folder, label):
@@ -57,9 +62,11 @@ def sweep(
     label:str='run',    # readable start of their directories' names; one for each kind of `compute`
     progress:bool=None  # show a bar; None where somebody watches
 )->pd.DataFrame:        # the tables below each other, with arguments that are no list as columns; attrs['environments'] says where they were computed, a text for each place
-    "All tables of a study. Those in `folder` are read: a table is known by its arguments, defaults included; "\
-    "delete it if `compute` has changed otherwise. Raises `ValueError`, before anything is computed, for arguments "\
-    "that do not fit."
+    """All tables of a study.
+
+    Those in `folder` are read: a table is known by its arguments, defaults included; delete it if `compute` has
+    changed otherwise. Raises `ValueError`, before anything is computed, for arguments that do not fit.
+    """
     rows, places, configs, live = [], {}, list(configs), is_watched() if progress is None else progress
     _check_configs(compute, configs, folder is not None)
     for config in tqdm(configs, desc=label, disable=not live, leave=False):

@@ -28,52 +28,72 @@ from .subspaces import dimensions, keep_parts, PARTS, project, released_layers, 
 
 # %% ../../nbs/instruments/32_curvature.ipynb #49f7ae6b
 def _leaves(model):
-    "The parameters as leaves of their own to differentiate by; they share the memory. Raises `ValueError` unless all are float32 or all float64."
+    """The parameters as leaves of their own to differentiate by; they share the memory.
+
+    Raises `ValueError` unless all are float32 or all float64.
+    """
     leaves = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
     kinds = {p.dtype for p in leaves.values()}
-    if len(kinds) != 1 or not kinds <= {torch.float32, torch.float64}: raise ValueError(f'the parameters are {" and ".join(sorted(map(str, kinds))) or "none"}; curvature needs a network all in float32 or all in float64')
+    if len(kinds) != 1 or not kinds <= {torch.float32, torch.float64}:
+        raise ValueError(f'the parameters are {" and ".join(sorted(map(str, kinds))) or "none"}; curvature needs a network all in float32 or all in float64')
     return leaves
 
 # %% ../../nbs/instruments/32_curvature.ipynb #48e75cae
 _PLAIN = 'measure the network as it was before torch.compile, such as model._orig_mod'
-_WAYS_OUT = {'torch.compile': _PLAIN, 'donated': _PLAIN, 'attention': 'compute attention by SDPBackend.MATH (torch.nn.attention.sdpa_kernel)',
-             'cudnn': 'measure inside `with torch.backends.cudnn.flags(enabled=False)`', 'mkldnn': 'measure inside `with torch.backends.mkldnn.flags(enabled=False)`'}
+_WAYS_OUT = {'torch.compile': _PLAIN, 'donated': _PLAIN, 'attention': 'compute attention by SDPBackend.MATH '
+             '(torch.nn.attention.sdpa_kernel)',
+             'cudnn': 'measure inside `with torch.backends.cudnn.flags(enabled=False)`', 'mkldnn': 'measure inside '
+             '`with torch.backends.mkldnn.flags(enabled=False)`'}
 
 @contextmanager
 def _telling(twice=False):
-    "Context in which errors of operations that cannot be differentiated, or `twice` cannot, become a `ValueError` with a way out."
+    """Context in which errors of operations that cannot be differentiated, or `twice` cannot, become a `ValueError`
+    with a way out.
+    """
     try: yield
     except RuntimeError as e:
         words = (str(e) or type(e).__name__).splitlines()[0]
         if 'RNN backward can only be called in training mode' in words:
             raise ValueError(f'cuDNN differentiates recurrent layers in training mode alone, and curvature belongs to evaluation mode; {_WAYS_OUT["cudnn"]}') from e
-        if not twice or not any(sign in words for sign in ('derivative for', 'once_differentiable', 'ouble backward', 'differentiate twice', 'donated buffers')): raise
-        way = next((way for key, way in _WAYS_OUT.items() if key in words.lower()), 'compute the same from operations that have them')
+        if not twice or not any(sign in words for sign in ('derivative for', 'once_differentiable', 'ouble backward',
+                                                           'differentiate twice', 'donated buffers')):
+            raise
+        way = next((way for key, way in _WAYS_OUT.items() if key in words.lower()), 'compute the same from operations '
+                   'that have them')
         raise ValueError(f'the Hessian needs second derivatives, and an operation of this network has none in PyTorch ({words}); {way}') from e
 
 # %% ../../nbs/instruments/32_curvature.ipynb #7944bb83
 def _samples(batches):
     "Number of samples in `batches`; raises `ValueError` unless it is a list that has some."
     count = sum(len(y) for _, y in batches) if isinstance(batches, (list, tuple)) else 0
-    if not count: raise ValueError(f'batches must be a list of (images, labels) with at least one sample, such as list(data.batches(250)), not {"one without any" if isinstance(batches, (list, tuple)) else type(batches).__name__}')
+    if not count:
+        raise ValueError(f'batches must be a list of (images, labels) with at least one sample, such as list(data.batches(250)), not {"one without any" if isinstance(batches, (list, tuple)) else type(batches).__name__}')
     return count
 
 def _everywhere(model, weights):
-    "`weights` under every name by which a module holds them, each module once: `functional_call` by itself leaves a module that occurs twice changed."
+    """`weights` under every name by which a module holds them, each module once: `functional_call` by itself leaves a
+    module that occurs twice changed.
+    """
     own = {id(x): name for name, x in [*model.named_parameters(), *model.named_buffers()]}
-    held = [(f'{name}.{k}' if name else k, x) for name, m in model.named_modules() for k, x in [*m._parameters.items(), *m._buffers.items()] if x is not None]
+    held = [(f'{name}.{k}' if name else k, x) for name, m in model.named_modules() for k,
+            x in [*m._parameters.items(), *m._buffers.items()] if x is not None]
     return {name: weights[own[id(x)]] for name, x in held if own[id(x)] in weights}
 
 def _losses(model, weights, batches):
-    "Cross-entropies (samples,) of one batch after the other, for the weights given; images are brought to their type and device."
+    """Cross-entropies (samples,) of one batch after the other, for the weights given; images are brought to their
+    type and device.
+    """
     like, weights = next(iter(weights.values())), _everywhere(model, weights)
-    for x, y in batches: yield F.cross_entropy(functional_call(model, weights, (x.to(like),), tie_weights=False), y.to(like.device), reduction='none')
+    for x, y in batches:
+        yield F.cross_entropy(functional_call(model, weights, (x.to(like),), tie_weights=False), y.to(like.device),
+                              reduction='none')
 
 @torch.no_grad()
 def _loss(model, batches, weights):
     "Mean cross-entropy in nats, summed in double precision."
     count = _samples(batches)
-    with evaluated(model): return sum(losses.cpu().double().sum().item() for losses in _losses(model, weights, batches)) / count
+    with evaluated(model):
+        return sum(losses.cpu().double().sum().item() for losses in _losses(model, weights, batches)) / count
 
 # %% ../../nbs/instruments/32_curvature.ipynb #924ac15e
 def _loss_and_gradient(model, batches):
@@ -97,31 +117,42 @@ def gradient(
 # %% ../../nbs/instruments/32_curvature.ipynb #d5003195
 def _square(vector):
     "Squared norm of a vector, or of some of its tensors, in double precision."
-    return sum(torch.linalg.vector_norm(torch.view_as_real(v.resolve_conj()) if v.is_complex() else v, dtype=torch.float64).item()**2 for v in vector.values())
+    return sum(torch.linalg.vector_norm(torch.view_as_real(v.resolve_conj()) if v.is_complex() else v,
+                                        dtype=torch.float64).item()**2 for v in vector.values())
 
 def gradient_shares(
     model:nn.Module, # an embedded network
     batches:list     # (images, labels) pairs
 )->pd.DataFrame:     # index: layer names, 'others', 'all'; columns: `PARTS` (they add up to 1, or are missing where the gradient is zero), norm
-    "Shares of the squared norm of the gradient in each part of the parameter space. Raises `ValueError` without a released layer or samples."
+    """Shares of the squared norm of the gradient in each part of the parameter space.
+
+    Raises `ValueError` without a released layer or samples.
+    """
     layers, full = released_layers(model), gradient(model, batches)
     table = pd.DataFrame(0., index=[*layers, 'others', 'all'], columns=PARTS)
     for name, g in full.items():
         owner = name.rpartition('.')[0]
-        for part in PARTS: table.loc[owner if owner in layers else 'others', part] += _square(project(model, {name: g}, part))
+        for part in PARTS:
+            table.loc[owner if owner in layers else 'others', part] += _square(project(model, {name: g}, part))
     table.loc['all'] = table.sum()
     total = table.sum(axis=1)
     return table.div(total.where(total > 0), axis=0).assign(norm=total**.5)
 
 # %% ../../nbs/instruments/32_curvature.ipynb #659fa95e
 def _hessian_at(model, leaves, batches, vector, fixed=()):
-    "H v at the weights `leaves`, for a vector with their names in their order; `fixed` has buffers by name in place of the network's own."
+    """H v at the weights `leaves`, for a vector with their names in their order; `fixed` has buffers by name in place
+    of the network's own.
+    """
     count, total = _samples(batches), None
-    with evaluated(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _telling(twice=True): # the other kernels of attention cannot be differentiated twice
+    # the other kernels of attention cannot be differentiated twice
+    with evaluated(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _telling(twice=True):
         for losses in _losses(model, leaves | dict(fixed), batches):
-            grads = torch.autograd.grad(losses.sum() / count, leaves.values(), create_graph=True, materialize_grads=True)
+            grads = torch.autograd.grad(losses.sum() / count, leaves.values(), create_graph=True,
+                                        materialize_grads=True)
             used = [(g, vector[name]) for name, g in zip(leaves, grads) if g.requires_grad]
-            own = torch.autograd.grad([g for g, _ in used], leaves.values(), [v for _, v in used], materialize_grads=True) if used else [torch.zeros_like(p) for p in leaves.values()]
+            own = torch.autograd.grad([g for g, _ in used], leaves.values(), [v for _, v in used],
+                                      materialize_grads=True) if used else [torch.zeros_like(p)
+                                                                            for p in leaves.values()]
             del grads, used
             if total is None: total = own
             else: torch._foreach_add_(total, own)
@@ -133,7 +164,9 @@ def _hessian_vector(model, batches, vector):
 
 # %% ../../nbs/instruments/32_curvature.ipynb #2dd6ff0b
 def _sketch(vector, groups=256, most=2**20):
-    "The tensors of a vector in double precision; large ones as sums over groups, with the same random signs in each call."
+    """The tensors of a vector in double precision; large ones as sums over groups, with the same random signs in each
+    call.
+    """
     found, draw = {}, torch.Generator().manual_seed(0)
     for name, v in vector.items():
         if v.numel() > most:
@@ -148,9 +181,12 @@ def _sketch(vector, groups=256, most=2**20):
     return found
 
 def _furthest(u, v, tolerance, floor):
-    "Name of the tensor in which `u` is furthest from `v`, relative to that of `v`, and how far; None and 0 if they agree."
+    """Name of the tensor in which `u` is furthest from `v`, relative to that of `v`, and how far; None and 0 if they
+    agree.
+    """
     whole = sum(x.norm()**2 for x in v.values())**.5
-    off = {name: (((u[name] - x).norm() - floor*whole).clamp(min=0)/x.norm()).nan_to_num(0., math.inf).item() if u[name].isfinite().all() else math.inf for name, x in v.items()}
+    off = {name: (((u[name] - x).norm() - floor*whole).clamp(min=0)/x.norm()).nan_to_num(0., math.inf).item()
+           if u[name].isfinite().all() else math.inf for name, x in v.items()}
     name = max(off, key=off.get)
     return (name, off[name]) if off[name] > tolerance else (None, 0.)
 
@@ -158,22 +194,26 @@ def _furthest(u, v, tolerance, floor):
 def _probe(leaves, seed=0):
     "A random direction, in every tensor as long as the weights are, or a hundredth for each."
     draw = torch.Generator().manual_seed(seed)
-    def drawn(p): return torch.randn(p.shape, generator=draw, dtype=p.dtype).to(p.device)*max((_square({0: p})/max(p.numel(), 1))**.5, 1e-2)
+    def drawn(p): return torch.randn(p.shape, generator=draw,
+                                     dtype=p.dtype).to(p.device)*max((_square({0: p})/max(p.numel(), 1))**.5, 1e-2)
     return {name: drawn(p) for name, p in leaves.items()}
 
 def _moved(leaves, d, at):
     "The weights moved by `at` along `d`, in double precision."
-    return {name: p.detach().to(torch.float64, copy=True).add_(d[name], alpha=at).requires_grad_() for name, p in leaves.items()}
+    return {name: p.detach().to(torch.float64, copy=True).add_(d[name], alpha=at).requires_grad_() for name,
+            p in leaves.items()}
 
 def _mean_loss(model, weights, few, buffers):
     "Mean cross-entropy on `few` in double precision; buffers are left alone."
-    fixed = {name: x.to(torch.float64, copy=True) if x.is_floating_point() else x.clone() for name, x in buffers.items()}
+    fixed = {name: x.to(torch.float64, copy=True) if x.is_floating_point() else x.clone() for name,
+             x in buffers.items()}
     with evaluated(model): return next(_losses(model, weights | fixed, few)).mean()
 
 @torch.enable_grad()
 def _side(model, weights, few, buffers):
     "Sketch of the gradient at `weights`."
-    return _sketch(dict(zip(weights, torch.autograd.grad(_mean_loss(model, weights, few, buffers), weights.values(), materialize_grads=True))))
+    return _sketch(dict(zip(weights, torch.autograd.grad(_mean_loss(model, weights, few, buffers), weights.values(),
+                                                         materialize_grads=True))))
 
 def _difference(model, leaves, d, few, buffers, step, shift):
     "Sketch of the difference of gradients `step` to both sides of the weights moved by `shift`, along `d`."
@@ -182,11 +222,15 @@ def _difference(model, leaves, d, few, buffers, step, shift):
 
 @torch.enable_grad()
 def _is_derivative(model, leaves, d, few, buffers, shift, step=1e-6):
-    "Whether the loss changes along each tensor of `d` as its gradient says; where numbers are rounded on purpose it does not."
+    """Whether the loss changes along each tensor of `d` as its gradient says; where numbers are rounded on purpose it
+    does not.
+    """
     at = _moved(leaves, d, shift)
-    for (name, p), g in zip(at.items(), torch.autograd.grad(_mean_loss(model, at, few, buffers), at.values(), materialize_grads=True)):
+    for (name, p), g in zip(at.items(), torch.autograd.grad(_mean_loss(model, at, few, buffers), at.values(),
+                                                            materialize_grads=True)):
         with torch.no_grad():
-            sides = [_mean_loss(model, at | {name: p.detach().add(d[name], alpha=sign*step)}, few, buffers).item() for sign in (1, -1)]
+            sides = [_mean_loss(model, at | {name: p.detach().add(d[name], alpha=sign*step)}, few, buffers).item()
+                     for sign in (1, -1)]
             slope, told = (sides[0] - sides[1])/(2*step), (g*d[name]).sum().item()
         if not abs(slope - told) <= .02*abs(told) + 1e-7*(1 + abs(sides[0])): return False
     return True
@@ -198,11 +242,11 @@ def _way_out(model, name):
         return 'the fused kernel of weight_norm is known for it: measure the network with plain weights, after torch.nn.utils.parametrize.remove_parametrizations (or remove_weight_norm)'
     return 'some operation hides a part of them, such as an autograd.Function whose backward pass is cut off from the graph (detach, once_differentiable): measure the same function without it'
 
-
 # %% ../../nbs/instruments/32_curvature.ipynb #9b64d0f3
 def _check_finite(product, difference):
     "Raise `ValueError` if a product with the Hessian is not finite where the gradients are."
-    if not all(x.isfinite().all() for x in difference.values()): return                       # nor is the gradient, or the loss
+    # nor is the gradient, or the loss
+    if not all(x.isfinite().all() for x in difference.values()): return
     for name, x in product.items():
         if not x.isfinite().all():
             raise ValueError(f"PyTorch's second derivatives of this network are not finite in {name}: a root or a power at zero has none, for example (LPPool2d after ReLU); "
@@ -212,27 +256,33 @@ def _by(off):
     "How far a product is from differences of gradients, in words."
     return f'by {off:.0%} of what differences of its gradients converge to' if off < math.inf else 'where differences of its gradients converge to zero'
 
-
 # %% ../../nbs/instruments/32_curvature.ipynb #70c5e2ab
 _CHECKED = WeakKeyDictionary() # networks whose second derivatives are right, and what they consisted of
 
 @torch.no_grad()
 def _check_second(model, batches, tolerance=.02, shift=1e-3):
-    "Raise `ValueError` if products with the Hessian, on four samples, are not what differences of gradients converge to; once for each network, as long as it consists of the same modules."
+    """Raise `ValueError` if products with the Hessian, on four samples, are not what differences of gradients
+    converge to; once for each network, as long as it consists of the same modules.
+    """
     _samples(batches)
     made = str(model), *((name, p.shape, p.dtype, p.device) for name, p in _leaves(model).items())
     if _CHECKED.get(model) == made: return
-    leaves, few, buffers = _leaves(model), [(x[:4], y[:4]) for x, y in batches if len(y)][:1], dict(model.named_buffers())
+    leaves = _leaves(model)
+    few = [(x[:4], y[:4]) for x, y in batches if len(y)][:1]
+    buffers = dict(model.named_buffers())
     like, d = next(iter(leaves.values())), _probe(leaves)
-    devices, floor = [like.device] if like.device.type == 'cuda' else [], 1e-3 if like.dtype == torch.float32 else 1e-5
+    devices = [like.device] if like.device.type == 'cuda' else []
+    floor = 1e-3 if like.dtype == torch.float32 else 1e-5
     with torch.random.fork_rng(devices=devices), products('fp32', like.device):
         moved = {name: p.detach().add(d[name], alpha=shift).requires_grad_() for name, p in leaves.items()}
         try: product, found = _sketch(_hessian_at(model, moved, few, d, {k: x.clone() for k, x in buffers.items()})), []
-        except Exception: return                                                              # the measurement will say why, or it takes no four samples
+        # the measurement will say why, or it takes no four samples
+        except Exception: return
         del moved
         for step in (1e-4, 1e-5, 1e-6, 1e-7, 1e-8):
             try: found.append(_difference(model, leaves, d, few, buffers, step, shift))
-            except Exception: return                                                          # it cannot compute in double precision
+            # it cannot compute in double precision
+            except Exception: return
             _check_finite(product, found[-1])
             name, off = _furthest(product, found[-1], tolerance, floor)
             if name is None:
@@ -243,7 +293,6 @@ def _check_second(model, batches, tolerance=.02, shift=1e-3):
                 if not _is_derivative(model, leaves, d, few, buffers, shift): return
                 raise ValueError(f"PyTorch's second derivatives of this network are wrong in {name}, {_by(off)}; {_way_out(model, name)}")
 
-
 # %% ../../nbs/instruments/32_curvature.ipynb #081018b7
 def _projected(model, vector, parts):
     "`project`, and the vector itself for the whole space."
@@ -252,18 +301,23 @@ def _projected(model, vector, parts):
 @torch.no_grad()
 def _restrict(model, vector, parts, most=2**20):
     "`project` in place, to save memory; returns the vector."
-    layers, names = released_layers(model) if parts is not None else {}, (parts,) if isinstance(parts, str) else parts
+    layers = released_layers(model) if parts is not None else {}
+    names = (parts,) if isinstance(parts, str) else parts
     for name, v in vector.items() if parts is not None else ():
-        g = layers[name[:-7]].geometry if name.endswith('.weight') and isinstance(layers.get(name[:-7]), FullyConnected) else None
+        g = layers[name[:-7]].geometry if name.endswith('.weight') and isinstance(layers.get(name[:-7]),
+                                                                                  FullyConnected) else None
         if g is None or g.groups > 1: v.copy_(project(model, {name: v}, parts)[name])
         else: keep_parts(v, g, names, most)
     return vector
 
 def _checked(model, vector):
-    "`vector` in the order of the parameters, on their device and of their type; raises `ValueError` unless it has all of them and nothing else."
+    """`vector` in the order of the parameters, on their device and of their type; raises `ValueError` unless it has
+    all of them and nothing else.
+    """
     own = dict(model.named_parameters())
     wrong = sorted(own.keys() ^ vector.keys()) or [name for name, p in own.items() if vector[name].shape != p.shape]
-    if wrong: raise ValueError(f'a vector holds a tensor of the right shape for each parameter of the network; see {wrong[0]!r}')
+    if wrong:
+        raise ValueError(f'a vector holds a tensor of the right shape for each parameter of the network; see {wrong[0]!r}')
     return {name: vector[name].detach().to(p) for name, p in own.items()}
 
 def hessian_product(
@@ -272,7 +326,11 @@ def hessian_product(
     vector:dict,     # name of a parameter: tensor of its shape
     parts=None       # one, or several, of `PARTS`; None for the whole space, and for networks that were not embedded
 )->dict:             # the same names
-    "P H P v: the Hessian of the mean cross-entropy times a vector, both sides projected on `parts`. Raises `ValueError` for no samples, unknown parts, another network's vector, or second derivatives that PyTorch has not or has wrong."
+    """P H P v: the Hessian of the mean cross-entropy times a vector, both sides projected on `parts`.
+
+    Raises `ValueError` for no samples, unknown parts, another network's vector, or second derivatives that PyTorch
+    has not or has wrong.
+    """
     start = _projected(model, _checked(model, vector), parts)
     _check_second(model, batches)
     return _restrict(model, _hessian_vector(model, batches, start), parts)
@@ -302,9 +360,13 @@ def minimise(
     tolerance:float=1e-8, # norm of the gradient over all parameters
     steps:int=500         # at most so many steps of Newton's method
 )->float:                 # the norm reached
-    "Bring `model` to a stationary point by Newton's method in a trust region. Raises `ValueError` for float32, `RuntimeError` if the tolerance is not reached."
+    """Bring `model` to a stationary point by Newton's method in a trust region.
+
+    Raises `ValueError` for float32, `RuntimeError` if the tolerance is not reached.
+    """
     like = _leaves(model)
-    if next(iter(like.values())).dtype != torch.float64: raise ValueError('a stationary point to this precision needs float64: call .double() on the network first')
+    if next(iter(like.values())).dtype != torch.float64:
+        raise ValueError('a stationary point to this precision needs float64: call .double() on the network first')
     def at(theta):
         _move(model, _unflat(theta.copy(), like))
         loss, g = _loss_and_gradient(model, batches)
@@ -312,9 +374,11 @@ def minimise(
     def product(theta, v):
         _move(model, _unflat(theta.copy(), like))
         return _flat(_hessian_vector(model, batches, _unflat(np.array(v), like)))
-    found = minimize(at, _flat(like), jac=True, hessp=product, method='trust-ncg', options=dict(gtol=tolerance, maxiter=steps))
+    found = minimize(at, _flat(like), jac=True, hessp=product, method='trust-ncg',
+                     options=dict(gtol=tolerance, maxiter=steps))
     norm = float(np.linalg.norm(at(found.x)[1]))
-    if not norm <= tolerance: raise RuntimeError(f'after {found.nit} steps the norm of the gradient is {norm:.1e}, not {tolerance:.1e}; take more steps, or data whose labels are less certain')
+    if not norm <= tolerance:
+        raise RuntimeError(f'after {found.nit} steps the norm of the gradient is {norm:.1e}, not {tolerance:.1e}; take more steps, or data whose labels are less certain')
     return norm
 
 # %% ../../nbs/instruments/32_curvature.ipynb #0193294a
@@ -324,11 +388,16 @@ def split_unit(
     unit:int,         # of the hidden layer, to be duplicated
     share:float=.5    # of the outgoing weights that the unit keeps; its copy, a new last unit, gets the rest
 )->tuple:             # two new linear layers
-    "The same function with a hidden unit more (Fukumizu and Amari 2000). Raises `ValueError` unless the layers fit and have such a unit."
+    """The same function with a hidden unit more (Fukumizu and Amari 2000).
+
+    Raises `ValueError` unless the layers fit and have such a unit.
+    """
     n, dtype = first.out_features, first.weight.dtype
-    if second.in_features != n: raise ValueError(f'the first layer has {n} units, the second takes {second.in_features}; give two that follow each other')
+    if second.in_features != n:
+        raise ValueError(f'the first layer has {n} units, the second takes {second.in_features}; give two that follow each other')
     if not 0 <= unit < n: raise ValueError(f'there is no unit {unit}; the hidden layer has units 0 to {n-1}')
-    wide, after = (nn.Linear(m.in_features + i, m.out_features + 1 - i, m.bias is not None, m.weight.device, dtype) for i, m in enumerate((first, second)))
+    wide, after = (nn.Linear(m.in_features + i, m.out_features + 1 - i, m.bias is not None, m.weight.device, dtype)
+                   for i, m in enumerate((first, second)))
     with torch.no_grad():
         for name, p in first.named_parameters(): wide.get_parameter(name).copy_(torch.cat([p, p[unit:unit+1]]))
         column = second.weight[:,[unit]]
@@ -343,7 +412,11 @@ def _dot(u, v): return sum(torch.dot(a.reshape(-1), b.reshape(-1)).item() for a,
 def _scale(vector, factor): torch._foreach_mul_(list(vector.values()), factor)
 
 def _lanczos(product, current, steps):
-    "Diagonal and side diagonal of the tridiagonal matrix that `steps` of Lanczos make, from the unit vector `current`; stops early where nothing is left. Overwrites `current`."
+    """Diagonal and side diagonal of the tridiagonal matrix that `steps` of Lanczos make, from the unit vector
+    `current`; stops early where nothing is left.
+
+    Overwrites `current`.
+    """
     alphas, betas, last = [], [], None
     for step in range(steps):
         following = product(current)
@@ -380,10 +453,14 @@ def random_direction(
     parts=None,      # one, or several, of `PARTS`; None for the whole space
     seed:int=0
 )->dict:             # name of a parameter: tensor of its shape
-    "A direction of norm 1, uniform on the unit sphere of some parts. Raises `ValueError` for parts that are unknown, or empty in this network."
+    """A direction of norm 1, uniform on the unit sphere of some parts.
+
+    Raises `ValueError` for parts that are unknown, or empty in this network.
+    """
     _dimension(model, parts)
     generator = torch.Generator().manual_seed(seed)
-    vector = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for name, p in model.named_parameters()}
+    vector = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for name,
+              p in model.named_parameters()}
     return _normalised(_restrict(model, vector, parts))
 
 # %% ../../nbs/instruments/32_curvature.ipynb #c011dd22
@@ -392,7 +469,9 @@ def _restricted(model, batches, parts):
     return lambda vector: _restrict(model, _hessian_vector(model, batches, vector), parts)
 
 def _shifted(model, batches, parts, k, sign, seed):
-    "Product of flat arrays with P (H + c) P, and c, of which `sign` is the sign: so large that the outermost `k` eigenvalues within the parts are beyond the zeros of all others."
+    """Product of flat arrays with P (H + c) P, and c, of which `sign` is the sign: so large that the outermost `k`
+    eigenvalues within the parts are beyond the zeros of all others.
+    """
     like, restricted = _leaves(model), _restricted(model, batches, parts)
     ritz = eigh_tridiagonal(*_lanczos(restricted, random_direction(model, parts, seed), k + 2), eigvals_only=True)
     c = sign*(2*np.abs(ritz).max() or 1.)
@@ -408,14 +487,19 @@ def _outermost(model, batches, k, parts, which, vectors, tol, seed, restarts, ba
     "`top_eigenvalues`, without a check of the second derivatives."
     size, like = _dimension(model, parts), _leaves(model)
     if which not in ('largest', 'smallest'): raise ValueError(f"which must be 'largest' or 'smallest', not {which!r}")
-    if not 1 <= k < size: raise ValueError(f'k must lie between 1 and {size-1}, below the number of directions, not {k}')
-    if basis is not None and not k < basis <= size: raise ValueError(f'the basis must have more than {k} and at most {size} vectors, not {basis}')
+    if not 1 <= k < size:
+        raise ValueError(f'k must lie between 1 and {size-1}, below the number of directions, not {k}')
+    if basis is not None and not k < basis <= size:
+        raise ValueError(f'the basis must have more than {k} and at most {size} vectors, not {basis}')
     sign, start = 1 if which == 'largest' else -1, _flat(random_direction(model, parts, seed))
     n, (product, c) = len(start), _shifted(model, batches, parts, k, sign, seed + 1)
     ncv = min(n, max(2*k + 2, 20 if n < 10**6 else 6)) if basis is None else basis
     operator = LinearOperator((n, n), matvec=product, dtype=start.dtype)
-    try: found = eigsh(operator, k, which='LA' if sign > 0 else 'SA', v0=start, ncv=ncv, maxiter=restarts, tol=tol, return_eigenvectors=vectors)
-    except (ArpackNoConvergence, ArpackError) as e: raise RuntimeError(f'ARPACK did not find {k} {which} eigenvalues to a relative tolerance of {tol} in {restarts} restarts; allow more, or a larger tol') from e
+    try:
+        found = eigsh(operator, k, which='LA' if sign > 0 else 'SA', v0=start, ncv=ncv, maxiter=restarts, tol=tol,
+                      return_eigenvectors=vectors)
+    except (ArpackNoConvergence, ArpackError) as e:
+        raise RuntimeError(f'ARPACK did not find {k} {which} eigenvalues to a relative tolerance of {tol} in {restarts} restarts; allow more, or a larger tol') from e
     values = (found[0] if vectors else found) - c
     order = np.argsort(values)[::-sign]
     return values[order], [_unflat(np.ascontiguousarray(found[1][:,i]), like) for i in order] if vectors else None
@@ -433,7 +517,11 @@ def top_eigenvalues(
     restarts:int=300,     # at most
     basis:int=None        # vectors that ARPACK keeps, more than k: many converge in fewer products; None for 20, or 6 from a million parameters on, and at least 2k + 2
 )->tuple:                 # NumPy (k,) from the outermost inwards; list of k vectors of norm 1, or None
-    "Eigenvalues of the Hessian restricted to `parts`, by ARPACK. Raises `ValueError` for impossible `k`, `parts` or `which`, or as `hessian_product` does, `RuntimeError` if ARPACK does not converge."
+    """Eigenvalues of the Hessian restricted to `parts`, by ARPACK.
+
+    Raises `ValueError` for impossible `k`, `parts` or `which`, or as `hessian_product` does, `RuntimeError` if ARPACK
+    does not converge.
+    """
     _check_second(model, batches)
     return _outermost(model, batches, k, parts, which, vectors, tol, seed, restarts, basis)
 
@@ -445,13 +533,19 @@ def trace(
     probes:int=10,   # random vectors, a Hessian product each
     seed:int=0
 )->tuple:            # mean, and its standard error (nan for a single probe)
-    "Trace of the Hessian restricted to `parts`, estimated with random signs (Hutchinson 1989). Raises `ValueError` for no probes, impossible parts, or as `hessian_product` does."
+    """Trace of the Hessian restricted to `parts`, estimated with random signs (Hutchinson 1989).
+
+    Raises `ValueError` for no probes, impossible parts, or as `hessian_product` does.
+    """
     if probes < 1: raise ValueError(f'the number of probes must be 1 or more, not {probes}')
     _dimension(model, parts)
     _check_second(model, batches)
-    generator, product, found = torch.Generator().manual_seed(seed), _restricted(model, batches, parts), []
+    generator = torch.Generator().manual_seed(seed)
+    product = _restricted(model, batches, parts)
+    found = []
     for _ in range(probes):
-        signs = {name: (2*torch.randint(2, p.shape, generator=generator, dtype=p.dtype) - 1).to(p.device) for name, p in model.named_parameters()}
+        signs = {name: (2*torch.randint(2, p.shape, generator=generator, dtype=p.dtype) - 1).to(p.device) for name,
+                 p in model.named_parameters()}
         z = _restrict(model, signs, parts)
         found.append(_dot(z, product(z)))
     return float(np.mean(found)), float(np.std(found, ddof=1)/probes**.5) if probes > 1 else math.nan
@@ -465,10 +559,15 @@ def spectral_density(
     probes:int=3,    # random start vectors
     seed:int=0
 )->pd.DataFrame:     # columns: probe, node (an eigenvalue's place), weight (share of the directions; adds up to 1 for each probe)
-    "Density of eigenvalues of the Hessian restricted to `parts`, by stochastic Lanczos quadrature. Raises `ValueError` for no steps or probes, impossible parts, or as `hessian_product` does."
+    """Density of eigenvalues of the Hessian restricted to `parts`, by stochastic Lanczos quadrature.
+
+    Raises `ValueError` for no steps or probes, impossible parts, or as `hessian_product` does.
+    """
     if min(steps, probes) < 1: raise ValueError(f'steps and probes must be 1 or more, not {steps} and {probes}')
     _check_second(model, batches)
-    steps, product, tables = min(steps, _dimension(model, parts)), _restricted(model, batches, parts), []
+    steps = min(steps, _dimension(model, parts))
+    product = _restricted(model, batches, parts)
+    tables = []
     for probe in range(probes):
         nodes, vectors = eigh_tridiagonal(*_lanczos(product, random_direction(model, parts, seed + 1000*probe), steps))
         tables.append(pd.DataFrame(dict(probe=probe, node=nodes, weight=vectors[0]**2)))
@@ -480,7 +579,10 @@ def smooth_density(
     grid,                 # (points,) eigenvalues at which to evaluate
     width:float           # standard deviation of the Gaussians, in units of eigenvalues
 )->np.ndarray:            # (points,), share of directions per unit of eigenvalue
-    "Density on a grid, mean over the probes, each node widened to a Gaussian. Raises `ValueError` unless the width is positive."
+    """Density on a grid, mean over the probes, each node widened to a Gaussian.
+
+    Raises `ValueError` unless the width is positive.
+    """
     if not width > 0: raise ValueError(f'the width must be positive, not {width}')
     z = (np.asarray(grid, dtype=float)[:,None] - density.node.to_numpy()) / width
     return np.exp(-z**2/2) @ density.weight.to_numpy() / (math.sqrt(2*math.pi) * width * density.probe.nunique())
@@ -506,7 +608,10 @@ def along(
     direction:dict,  # name of a parameter: tensor of its shape; of any length, it is normalised
     radii            # distances, with sign, in units of the norm of the released weights
 )->pd.DataFrame:     # columns: radius, loss (nats)
-    "The loss on a line through the network. Raises `ValueError` for another network's direction, or one without length."
+    """The loss on a line through the network.
+
+    Raises `ValueError` for another network's direction, or one without length.
+    """
     unit, d = _unit_of_length(model), _normalised(_copied(_checked(model, direction)))
     return pd.DataFrame(dict(radius=radii, loss=_losses_along(model, batches, [[(r*unit, d)] for r in radii])))
 
@@ -522,7 +627,8 @@ def _directions(model, batches, seed, tol):
         own = _copied(_projected(model, g, parts))
         if _square(own): yield 'gradient', part, _normalised(own)
         yield 'random', part, random_direction(model, parts, seed)
-        if _dimension(model, parts) > 1: yield 'eigenvector', part, _outermost(model, batches, 1, parts, 'largest', True, tol, seed, 300, None)[1][0]
+        if _dimension(model, parts) > 1:
+            yield 'eigenvector', part, _outermost(model, batches, 1, parts, 'largest', True, tol, seed, 300, None)[1][0]
 
 def sharpness(
     model:nn.Module,  # an embedded network
@@ -531,13 +637,21 @@ def sharpness(
     seed:int=0,       # of the random directions and of ARPACK's start
     tol:float=1e-3    # of the eigenvectors, relative
 )->pd.DataFrame:      # columns: direction, part, slope (gradient), curvature (d H d), rise (nats; the larger of the two sides)
-    "Slope, curvature and rise of the loss along the gradient, a random direction and the top eigenvector, in the whole space and in each part. Raises `ValueError` as `gradient`, `hessian_product` and `shares` do."
+    """Slope, curvature and rise of the loss along the gradient, a random direction and the top eigenvector, in the
+    whole space and in each part.
+
+    Raises `ValueError` as `gradient`, `hessian_product` and `shares` do.
+    """
     if not radius > 0: raise ValueError(f'the radius must be positive, not {radius}')
     _check_second(model, batches)
-    unit, g, here, rows = _unit_of_length(model), gradient(model, batches), _loss(model, batches, _leaves(model)), []
+    unit = _unit_of_length(model)
+    g = gradient(model, batches)
+    here = _loss(model, batches, _leaves(model))
+    rows = []
     for direction, part, d in _directions(model, batches, seed, tol):
         rise = max(_losses_along(model, batches, [[(radius*unit, d)], [(-radius*unit, d)]])) - here
-        rows.append(dict(direction=direction, part=part, slope=_dot(g, d), curvature=_dot(d, _hessian_vector(model, batches, d)), rise=rise))
+        rows.append(dict(direction=direction, part=part, slope=_dot(g, d),
+                         curvature=_dot(d, _hessian_vector(model, batches, d)), rise=rise))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/instruments/32_curvature.ipynb #9f7d6125
@@ -548,10 +662,16 @@ def loss_slice(
     radius:float,    # half an edge, in units of the norm of the released weights
     points:int=11    # on an edge
 )->pd.DataFrame:     # columns: x, y (in the same units), loss (nats)
-    "The loss on a square around the network. Raises `ValueError` for parallel directions or those without length, a radius that is not positive, fewer than two points."
-    if not radius > 0 or points < 2: raise ValueError(f'a slice needs a positive radius and 2 points or more on an edge, not {radius} and {points}')
+    """The loss on a square around the network.
+
+    Raises `ValueError` for parallel directions or those without length, a radius that is not positive, fewer than two
+    points.
+    """
+    if not radius > 0 or points < 2:
+        raise ValueError(f'a slice needs a positive radius and 2 points or more on an edge, not {radius} and {points}')
     unit, u, v = _unit_of_length(model), *(_normalised(_copied(_checked(model, d))) for d in (u, v))
-    for _ in range(2):                                                         # twice is enough to be orthogonal to the last bit
+    # twice is enough to be orthogonal to the last bit
+    for _ in range(2):
         torch._foreach_add_(list(v.values()), list(u.values()), alpha=-_dot(u, v))
         if _square(v) < 1e-8: raise ValueError('the two directions are parallel; a plane needs two different ones')
         _normalised(v)

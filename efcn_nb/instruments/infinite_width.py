@@ -28,7 +28,10 @@ KINDS = ('fcn', 'cnn', 'lcn')
 
 @dataclass(frozen=True)
 class Architecture:
-    "A ReLU network with a dense readout and no pooling; fully connected, convolutional or locally connected. Raises `ValueError` for one that cannot be."
+    """A ReLU network with a dense readout and no pooling; fully connected, convolutional or locally connected.
+
+    Raises `ValueError` for one that cannot be.
+    """
     kind:str='cnn'               # one of `KINDS`
     depth:int=2                  # hidden layers
     kernel_size:int|tuple=3      # taps; a number for all axes or a tuple with one for each, as the next two
@@ -39,10 +42,12 @@ class Architecture:
 
     def __post_init__(self):
         if self.kind not in KINDS: raise ValueError(f'unknown architecture {self.kind!r}; known are {", ".join(KINDS)}')
-        if not isinstance(self.depth, Integral) or self.depth < 1: raise ValueError(f'depth is {self.depth}: there must be one hidden layer or more')
+        if not isinstance(self.depth, Integral) or self.depth < 1:
+            raise ValueError(f'depth is {self.depth}: there must be one hidden layer or more')
         for name in ('weight_variance', 'bias_variance'):
             value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 <= value < math.inf: raise ValueError(f'{name} is {value}: a variance is a finite number, zero or more')
+            if not isinstance(value, Real) or not 0 <= value < math.inf:
+                raise ValueError(f'{name} is {value}: a variance is a finite number, zero or more')
 
 # %% ../../nbs/instruments/33_infinite_width.ipynb #7dd9462b
 def _per_axis(value, axes, name, least):
@@ -58,9 +63,12 @@ def geometries(self:Architecture,
 )->list:       # of `ConvGeometry` with one channel
     "The map of each hidden layer of a CNN or LCN. Raises `ValueError` if kernels do not fit the images."
     axes, found, size = len(size), [], tuple(size)
-    if not 1 <= axes <= 3: raise ValueError(f'images of a {self.kind} have 1, 2 or 3 axes beside their channels, not {axes}')
-    kernel, stride = _per_axis(self.kernel_size, axes, 'kernel_size', 1), _per_axis(self.stride, axes, 'stride', 1)
-    if self.padding == 'same' and not all(k % 2 for k in kernel): raise ValueError(f"padding 'same' needs odd kernel sizes, not {kernel}; give the padding as numbers")
+    if not 1 <= axes <= 3:
+        raise ValueError(f'images of a {self.kind} have 1, 2 or 3 axes beside their channels, not {axes}')
+    kernel = _per_axis(self.kernel_size, axes, 'kernel_size', 1)
+    stride = _per_axis(self.stride, axes, 'stride', 1)
+    if self.padding == 'same' and not all(k % 2 for k in kernel):
+        raise ValueError(f"padding 'same' needs odd kernel sizes, not {kernel}; give the padding as numbers")
     padding = tuple(k//2 for k in kernel) if self.padding == 'same' else _per_axis(self.padding, axes, 'padding', 0)
     for _ in range(self.depth):
         found.append(ConvGeometry(1, 1, size, kernel, stride, tuple((p, p) for p in padding), (1,)*axes))
@@ -100,8 +108,13 @@ def _over_patches(k, matrices, arch):
 
 # %% ../../nbs/instruments/33_infinite_width.ipynb #2adcbaf3
 def _as_maps(arch, x):
-    "Images as (positions, N, channels), double precision; of a dense network every number is a channel of the only position. Raises `ValueError` if they are none."
-    if x.dim() < 3 or not x.numel(): raise ValueError(f'images must be a tensor (N, channels, *size) with one image or more, not {tuple(x.shape)}')
+    """Images as (positions, N, channels), double precision; of a dense network every number is a channel of the only
+    position.
+
+    Raises `ValueError` if they are none.
+    """
+    if x.dim() < 3 or not x.numel():
+        raise ValueError(f'images must be a tensor (N, channels, *size) with one image or more, not {tuple(x.shape)}')
     x = x.detach().double()
     if not x.isfinite().all(): raise ValueError('images must be finite numbers')
     return (x.flatten(1)[...,None] if arch.kind == 'fcn' else x.flatten(2)).permute(2, 0, 1).contiguous()
@@ -133,16 +146,20 @@ def _tile(x, z, sx, sz, layers, arch):
     return k.mean(0).mul_(arch.weight_variance).add_(arch.bias_variance)
 
 def _tiles(n, m, batch_size, symmetric):
-    "Ranges (rows, columns) with at most `batch_size` pairs; without those below the diagonal if the kernel is symmetric."
+    """Ranges (rows, columns) with at most `batch_size` pairs; without those below the diagonal if the kernel is
+    symmetric.
+    """
     rows = min(n, math.isqrt(batch_size))
     columns = rows if symmetric else min(m, batch_size//rows)
     if not symmetric: rows = min(n, batch_size//columns)
-    return [(slice(i, min(i+rows, n)), slice(j, min(j+columns, m))) for i in range(0, n, rows) for j in range(i if symmetric else 0, m, columns)]
+    return [(slice(i, min(i+rows, n)), slice(j, min(j+columns, m))) for i in range(0, n, rows)
+            for j in range(i if symmetric else 0, m, columns)]
 
 # %% ../../nbs/instruments/33_infinite_width.ipynb #fab48920
 def _check_pairs(x, z, batch_size):
     "Raise `ValueError` unless there is a kernel between `x` and `z`."
-    if x.shape[1:] != z.shape[1:]: raise ValueError(f'there is no kernel between images of shapes {tuple(x.shape[1:])} and {tuple(z.shape[1:])}; bring them to one shape')
+    if x.shape[1:] != z.shape[1:]:
+        raise ValueError(f'there is no kernel between images of shapes {tuple(x.shape[1:])} and {tuple(z.shape[1:])}; bring them to one shape')
     if batch_size < 1: raise ValueError(f'batch_size is {batch_size}: it must be one pair or more')
 
 @torch.no_grad()
@@ -152,7 +169,10 @@ def nngp_kernel(
     z:Tensor=None,      # images (M, channels, *size); None for `x`
     batch_size:int=512 # pairs at a time
 )->Tensor:              # float64 (N, M), on the device of `x`
-    "The exact kernel of the infinitely wide network (Garriga-Alonso et al. 2018). Peak of memory: see `kernel_bytes`. Raises `ValueError` for images of different shapes, or too small."
+    """The exact kernel of the infinitely wide network (Garriga-Alonso et al. 2018).
+
+    Peak of memory: see `kernel_bytes`. Raises `ValueError` for images of different shapes, or too small.
+    """
     _check_pairs(x, x if z is None else z, batch_size)
     layers, X = _patch_means(arch, x.shape[2:], x.device), _as_maps(arch, x)
     Z = X if z is None else _as_maps(arch, z)
@@ -175,7 +195,8 @@ def kernel_bytes(
 )->int:
     "Bytes that `nngp_kernel` needs beyond its arguments at the peak, at most (a tensor's overhead apart)."
     maps = [] if arch.kind == 'fcn' else arch.geometries(shape[1:])
-    positions = [math.prod(g.input_size) for g in maps] + [math.prod(g.output_size) for g in maps[-1:]] or [1]*(arch.depth + 1)
+    positions = [math.prod(g.input_size) for g in maps] + [math.prod(g.output_size)
+                                                           for g in maps[-1:]] or [1]*(arch.depth + 1)
     pairs = n*(m or n)
     return 8*(pairs + (n + m)*(2*math.prod(shape) + sum(positions)) + 3*max(positions)*min(batch_size, pairs))
 
@@ -187,7 +208,8 @@ def _built(arch, shape, width, outputs, pool):
     else: layers, features = [], channels
     for g in [None]*arch.depth if arch.kind == 'fcn' else arch.geometries(size):
         conv = [nn.Conv1d, nn.Conv2d, nn.Conv3d][len(size) - 1]
-        layers += [nn.Linear(features, width) if g is None else conv(features, width, g.kernel_size, g.stride, tuple(p for p, _ in g.padding)), nn.ReLU()]
+        layers += [nn.Linear(features, width) if g is None else conv(features, width, g.kernel_size, g.stride,
+                                                                     tuple(p for p, _ in g.padding)), nn.ReLU()]
         features = width
     if arch.kind != 'fcn':
         layers += [nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten()] if pool else [nn.Flatten()]
@@ -216,8 +238,12 @@ def finite_network(
     seed:int=0,
     pool:bool=False    # a mean over positions before the readout of a CNN or LCN
 )->nn.Sequential:      # double precision
-    "A network of finite width with Gaussian weights; the global random state is left alone. Raises `ValueError` for a width or number of outputs below one, or images that do not fit."
-    if width < 1 or outputs < 1: raise ValueError(f'width and outputs are {width} and {outputs}: both must be one or more')
+    """A network of finite width with Gaussian weights; the global random state is left alone.
+
+    Raises `ValueError` for a width or number of outputs below one, or images that do not fit.
+    """
+    if width < 1 or outputs < 1:
+        raise ValueError(f'width and outputs are {width} and {outputs}: both must be one or more')
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _draw(_built(arch, input_shape, width, outputs, pool), arch)
@@ -246,7 +272,10 @@ def estimate_kernel(
 
 # %% ../../nbs/instruments/33_infinite_width.ipynb #d666ad63
 def _cholesky(K, jitter):
-    "Lower factor of `K` + jitter * its mean diagonal, and the jitter that it took. Raises `ValueError` if a tenth does not do."
+    """Lower factor of `K` + jitter * its mean diagonal, and the jitter that it took.
+
+    Raises `ValueError` if a tenth does not do.
+    """
     scale, one = K.diagonal().mean(), torch.eye(len(K), dtype=K.dtype, device=K.device)
     while jitter < .2:
         factor, failed = torch.linalg.cholesky_ex(K + jitter*scale*one)
@@ -268,11 +297,15 @@ def gp_posterior(
     variances:Tensor=None,  # (M,), of the new images: `nngp_variances`
     jitter:float=1e-8       # share of the mean variance that is added to the diagonal; also the noise of the targets
 )->Posterior:
-    "Gaussian process regression with mean zero. Raises `ValueError` if shapes do not fit, or if the kernel is not positive definite."
+    """Gaussian process regression with mean zero.
+
+    Raises `ValueError` if shapes do not fit, or if the kernel is not positive definite.
+    """
     n = len(k_train)
     if k_train.shape != (n, n) or k_cross.shape[1:] != (n,) or targets.dim() != 2 or len(targets) != n:
         raise ValueError(f'kernels (N, N), (M, N) and targets (N, targets) do not fit: {tuple(k_train.shape)}, {tuple(k_cross.shape)}, {tuple(targets.shape)}')
-    if variances is not None and variances.shape != k_cross.shape[:1]: raise ValueError(f'there must be {len(k_cross)} variances, one for each new image, not {tuple(variances.shape)}')
+    if variances is not None and variances.shape != k_cross.shape[:1]:
+        raise ValueError(f'there must be {len(k_cross)} variances, one for each new image, not {tuple(variances.shape)}')
     if not 0 <= jitter <= .1: raise ValueError(f'jitter is {jitter}: it must be from zero to a tenth')
     factor, jitter = _cholesky(k_train, jitter)
     mean = k_cross @ torch.cholesky_solve(targets.to(k_train), factor)
@@ -288,16 +321,21 @@ def gp_classify(
     classes:int,
     jitter:float=1e-8
 )->Tensor:          # int64 (M,)
-    "The class with the largest posterior mean. Raises `ValueError` if shapes do not fit or the kernel is not positive definite."
+    """The class with the largest posterior mean.
+
+    Raises `ValueError` if shapes do not fit or the kernel is not positive definite.
+    """
     if y.is_floating_point(): raise ValueError(f'classes must be whole numbers, not {y.dtype}')
-    if len(y) and not 0 <= y.min() <= y.max() < classes: raise ValueError(f'classes run from {y.min()} to {y.max()}: they must lie between 0 and {classes-1}')
+    if len(y) and not 0 <= y.min() <= y.max() < classes:
+        raise ValueError(f'classes run from {y.min()} to {y.max()}: they must lie between 0 and {classes-1}')
     return gp_posterior(k_train, k_cross, F.one_hot(y.long(), classes) - 1/classes, jitter=jitter).mean.argmax(1)
 
 # %% ../../nbs/instruments/33_infinite_width.ipynb #d7b2fd24
 def _one_split(x, y, arch, train, test, batch_size):
     "Accuracy with the first `train` images on the next `test`."
     a, b = x[:train], x[train:train+test]
-    found = gp_classify(nngp_kernel(arch, a, batch_size=batch_size), nngp_kernel(arch, b, a, batch_size), y[:train], int(y.max()) + 1)
+    found = gp_classify(nngp_kernel(arch, a, batch_size=batch_size), nngp_kernel(arch, b, a, batch_size), y[:train],
+                        int(y.max()) + 1)
     return (found == y[train:train+test]).double().mean().item()
 
 def gp_accuracies(
@@ -308,13 +346,20 @@ def gp_accuracies(
     train:int=400, test:int=400, # images
     batch_size:int=512
 )->pd.DataFrame:        # seed, kernel, pixels, train, test, accuracy
-    "Test accuracy of each Gaussian process for natural and for permuted pixels. Raises `ValueError` if there are too few images, or fewer than one to train or test on."
-    if min(train, test) < 1 or train + test > len(x): raise ValueError(f'{train} training and {test} test images: there must be one or more of each, and together no more than {len(x)}')
+    """Test accuracy of each Gaussian process for natural and for permuted pixels.
+
+    Raises `ValueError` if there are too few images, or fewer than one to train or test on.
+    """
+    if min(train, test) < 1 or train + test > len(x):
+        raise ValueError(f'{train} training and {test} test images: there must be one or more of each, and together no more than {len(x)}')
     if len(x) != len(y): raise ValueError(f'{len(x)} images, but {len(y)} classes')
     rows = []
     for seed in seeds:
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)[:train+test]
-        for pixels, part in [('natural', x[order]), ('permuted', permute_pixels(x[order], x.shape[1:], pixel_order(x.shape[1:], seed)))]:
+        for pixels, part in [('natural', x[order]), ('permuted',
+                                                     permute_pixels(x[order], x.shape[1:],
+                                                                    pixel_order(x.shape[1:], seed)))]:
             for name, arch in architectures.items():
-                rows.append(dict(seed=seed, kernel=name, pixels=pixels, train=train, test=test, accuracy=_one_split(part, y[order], arch, train, test, batch_size)))
+                rows.append(dict(seed=seed, kernel=name, pixels=pixels, train=train, test=test,
+                                 accuracy=_one_split(part, y[order], arch, train, test, batch_size)))
     return pd.DataFrame(rows)

@@ -43,12 +43,14 @@ def _difference(a, b):
     "What is the first tensor in which `a` and `b` differ in name or shape, in words; None if there is none."
     a, b = ({name: tuple(x.shape) for name, x in _tensors(model).items()} for model in (a, b))
     for name in a | b:
-        if a.get(name) != b.get(name): return f'{name} is {a.get(name, "missing")} in the first and {b.get(name, "missing")} in the second'
+        if a.get(name) != b.get(name):
+            return f'{name} is {a.get(name, "missing")} in the first and {b.get(name, "missing")} in the second'
 
 def _pairs(a, b):
     "Name and both values of each tensor that can be mixed. Raises `ValueError` if the networks have not the same."
     found = _difference(a, b)
-    if found: raise ValueError(f'no path joins these networks: {found}; take two of one architecture, and bring CNN, eLCN and eFCN into one space by in_fcn_space')
+    if found:
+        raise ValueError(f'no path joins these networks: {found}; take two of one architecture, and bring CNN, eLCN and eFCN into one space by in_fcn_space')
     other = _state(b)
     return [(name, p, other[name].to(p) if name in other else None) for name, p in _state(a).items()]
 
@@ -63,13 +65,17 @@ def in_fcn_space(
     input_shape:tuple, # (channels, *size) of one input, without batch axis
     trim:bool=False    # embed CNNs without rows of outputs that nothing reads; as the others were embedded
 )->dict:               # name: network; the same one where it is fully connected already
-    "The same functions as networks of one fully-connected space. Raises `ValueError` for fewer than two, or if parameters differ in name or shape."
+    """The same functions as networks of one fully-connected space.
+
+    Raises `ValueError` for fewer than two, or if parameters differ in name or shape.
+    """
     if len(models) < 2: raise ValueError(f'there must be two networks or more to join, not {len(models)}')
     models = {name: _as_fcn(model, input_shape, trim) for name, model in models.items()}
     first, *others = models
     for name in others:
         found = _difference(models[first], models[name])
-        if found: raise ValueError(f'{first} and {name} do not lie in one space: {found}; take networks of one architecture and one input_shape, all embedded with the same trim')
+        if found:
+            raise ValueError(f'{first} and {name} do not lie in one space: {found}; take networks of one architecture and one input_shape, all embedded with the same trim')
     return models
 
 # %% ../../nbs/instruments/31_paths.ipynb #c9bf820c
@@ -88,8 +94,10 @@ def _apart(a, b):
         if p.dtype != q.dtype: return both.format(p.dtype, q.dtype) + 'type, by .float() or .double()'
         if p.device != q.device: return both.format(p.device, q.device) + 'device, by .to(device)'
         if _is_count(a, name) or torch.equal(p, q): continue
-        if not _mixes(p): what = f'{name} holds {str(p.dtype).removeprefix("torch.")} values, a mask, an order or a table,'
-        elif not isinstance(p, nn.Parameter) and not _is_statistic(a, name) and _binary(p) and _binary(q): what = f'{name} is a mask of zeros and ones, or of infinite numbers,'
+        if not _mixes(p):
+            what = f'{name} holds {str(p.dtype).removeprefix("torch.")} values, a mask, an order or a table,'
+        elif not isinstance(p, nn.Parameter) and not _is_statistic(a, name) and _binary(p) and _binary(q):
+            what = f'{name} is a mask of zeros and ones, or of infinite numbers,'
         else: continue
         return what + (' in which they differ, and there is nothing between the two; take networks that have it in common, or make their weights plain first '
                        '(release_masks, release_rank, parametrize.remove_parametrizations, prune.remove)')
@@ -103,7 +111,9 @@ def _puts(step, local):
     return ('LOAD_FAST' in step.opname or step.opname == 'LOAD_DEREF') and name == local
 
 def _feeds(steps, k):
-    "Whether the attribute loaded at step `k` is only added to: `x.n += 1`, `x.n = x.n + 1`, `x.kept.append(...)` or `x.kept[key] = ...`."
+    """Whether the attribute loaded at step `k` is only added to: `x.n += 1`, `x.n = x.n + 1`, `x.kept.append(...)` or
+    `x.kept[key] = ...`.
+    """
     name, before = steps[k].argval, steps[k-1].opname
     after = [*[s.opname for s in steps[k+1:k+5]], *4*['']]
     if before in ('COPY', 'DUP_TOP'): return True
@@ -129,9 +139,9 @@ def _loaded(code):
             if not again: new.add(s.argval)
     return found
 
-
 # %% ../../nbs/instruments/31_paths.ipynb #5b1d90c7
-_ENTRIES = ('forward', '__call__', '__getattr__', '__getattribute__', '__getitem__', '__iter__', '__len__', '__contains__', '__bool__')
+_ENTRIES = ('forward', '__call__', '__getattr__', '__getattribute__', '__getitem__', '__iter__', '__len__',
+            '__contains__', '__bool__')
 
 def _plain(f):
     "The function behind a property, a method or a static method."
@@ -148,9 +158,12 @@ def _methods(model):
     return found
 
 def _read(model):
-    "Names of attributes that forward passes read: in themselves, in methods and functions that they call by name, and in functions that modules hold (PyTorch's own functions left out)."
+    """Names of attributes that forward passes read: in themselves, in methods and functions that they call by name,
+    and in functions that modules hold (PyTorch's own functions left out).
+    """
     methods, found, seen = _methods(model), {'forward'}, set()
-    todo = [f for name in _ENTRIES for f in methods.get(name, [])] + [_plain(x) for m in model.modules() for x in vars(m).values()]
+    todo = [f for name in _ENTRIES for f in methods.get(name, [])] + [_plain(x) for m in model.modules()
+                                                                      for x in vars(m).values()]
     while todo:
         f = todo.pop()
         if not isinstance(f, types.FunctionType) or f in seen: continue
@@ -161,28 +174,35 @@ def _read(model):
             new |= _loaded(code) | {c for c in code.co_consts if isinstance(c, str)}
         called = [f.__globals__.get(name) for code in codes for name in code.co_names] + _held(f)
         todo += [m for name in new - found for m in methods.get(name, [])]
-        todo += [g for g in called if isinstance(g, types.FunctionType) and not (g.__module__ or '').startswith('torch.')]
+        todo += [g for g in called if isinstance(g, types.FunctionType)
+                 and not (g.__module__ or '').startswith('torch.')]
         found |= new
     return found
 
-
 # %% ../../nbs/instruments/31_paths.ipynb #c38a5f12
 def _same(u, v, places):
-    "Whether two attributes are alike; `places` has the names of modules, parameters and buffers of both networks by id."
+    """Whether two attributes are alike; `places` has the names of modules, parameters and buffers of both networks by
+    id.
+    """
     if u is v or (id(u) in places and places[id(u)] == places.get(id(v))): return True
     if isinstance(u, types.FunctionType) and isinstance(v, types.FunctionType):
         if any(isinstance(x, (nn.Module, torch.Tensor)) for x in _held(u) + _held(v)): return False
-        return _same([u.__code__, _held(u), u.__defaults__, u.__kwdefaults__], [v.__code__, _held(v), v.__defaults__, v.__kwdefaults__], places)
+        return _same([u.__code__, _held(u), u.__defaults__, u.__kwdefaults__],
+                     [v.__code__, _held(v), v.__defaults__, v.__kwdefaults__], places)
     if type(u) is not type(v): return isinstance(u, Number) and isinstance(v, Number) and u == v
-    if isinstance(u, types.CodeType): return _same([u.co_code, u.co_names, u.co_freevars, u.co_consts], [v.co_code, v.co_names, v.co_freevars, v.co_consts], places)
+    if isinstance(u, types.CodeType):
+        return _same([u.co_code, u.co_names, u.co_freevars, u.co_consts],
+                     [v.co_code, v.co_names, v.co_freevars, v.co_consts], places)
     if isinstance(u, types.MethodType): return _same(u.__func__, v.__func__, places)
-    if isinstance(u, functools.partial): return _same([u.func, u.args, u.keywords], [v.func, v.args, v.keywords], places)
+    if isinstance(u, functools.partial):
+        return _same([u.func, u.args, u.keywords], [v.func, v.args, v.keywords], places)
     if isinstance(u, torch.Tensor): return u.shape == v.shape and u.dtype == v.dtype and torch.equal(u.cpu(), v.cpu())
     if isinstance(u, nn.Module): return _same(u.state_dict(), v.state_dict(), places)
     if isinstance(u, dict): return u.keys() == v.keys() and all(_same(u[k], v[k], places) for k in u)
     if isinstance(u, (list, tuple)): return len(u) == len(v) and all(_same(x, y, places) for x, y in zip(u, v))
     if isinstance(u, np.ndarray): return np.array_equal(u, v)
-    if type(u).__eq__ is object.__eq__ and hasattr(u, '__dict__'): return _same(vars(u), vars(v), places | {id(u): u, id(v): u})
+    if type(u).__eq__ is object.__eq__ and hasattr(u, '__dict__'):
+        return _same(vars(u), vars(v), places | {id(u): u, id(v): u})
     return bool(u == v) or (u != u and v != v)
 
 # %% ../../nbs/instruments/31_paths.ipynb #c045d6e4
@@ -194,10 +214,13 @@ def _kind(m):
     return f'{kind.__module__}.{kind.__qualname__}' + (str([*m._modules]) if isinstance(m, nn.Sequential) else '')
 
 def _attributes(m):
-    "What a copy takes along and is no module, parameter, buffer or machinery, but for tensors that a hook computes before each forward pass."
+    """What a copy takes along and is no module, parameter, buffer or machinery, but for tensors that a hook computes
+    before each forward pass.
+    """
     taken = getattr(parametrize.type_before_parametrizations(m), '__getstate__', vars)(m)
     made = {getattr(hook, key, None) for hook in m._forward_pre_hooks.values() for key in ('name', '_tensor_name')}
-    return {k: v for k, v in (taken if isinstance(taken, dict) else vars(m)).items() if k not in _MACHINERY and k not in made}
+    return {k: v for k, v in (taken if isinstance(taken, dict) else vars(m)).items() if k not in _MACHINERY
+            and k not in made}
 
 def _unlike(a, b):
     "In which module or attribute `a` and `b` differ, in words; None if there is none."
@@ -206,12 +229,15 @@ def _unlike(a, b):
     places, read = {id(x): name for items in own for name, x in items}, _read(a) | _read(b)
     for name in first | second:
         p, q = (_kind(found[name]) if name in found else 'missing' for found in (first, second))
-        if p != q: return f'{name or "the network"} is {p} in the first and {q} in the second; take two of one architecture'
+        if p != q:
+            return f'{name or "the network"} is {p} in the first and {q} in the second; take two of one architecture'
         u, v = _attributes(first[name]), _attributes(second[name])
         for k in u | v:
-            if k in read and not (k in u and k in v and _same(u[k], v[k], places)): return f'they differ in the attribute {".".join(filter(None, [name, k]))}, which is no parameter or buffer; take two that have it in common'
+            if k in read and not (k in u and k in v and _same(u[k], v[k], places)):
+                return f'they differ in the attribute {".".join(filter(None, [name, k]))}, which is no parameter or buffer; take two that have it in common'
         hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in (first[name], second[name])]
-        if hooks[0] != hooks[1]: return f'{name or "the network"} has {hooks[0]} hooks in the first and {hooks[1]} in the second; take two that have the same'
+        if hooks[0] != hooks[1]:
+            return f'{name or "the network"} has {hooks[0]} hooks in the first and {hooks[1]} in the second; take two that have the same'
 
 def _check_joined(a, b, called='these networks'):
     "Raise `ValueError` unless every tensor of `a` can be mixed with its fellow in `b` and all else is the same."
@@ -226,7 +252,10 @@ def _within(x):
     return [y for part in x for y in _within(part)] if isinstance(x, (list, tuple)) else [x]
 
 def _copy(model, memory=()):
-    "`copy.deepcopy`, also of a network that has tensors of its last forward pass; `memory` as deepcopy's. Raises `ValueError` if that cannot be."
+    """`copy.deepcopy`, also of a network that has tensors of its last forward pass; `memory` as deepcopy's.
+
+    Raises `ValueError` if that cannot be.
+    """
     stored = [x for m in model.modules() for kept in vars(m).values() for x in _within(kept)]
     stored = [x for x in stored if isinstance(x, torch.Tensor) and not x.is_leaf]
     try: return copy.deepcopy(model, {id(x): x.detach().clone() for x in stored} | dict(memory))
@@ -235,7 +264,8 @@ def _copy(model, memory=()):
 
 def _with_state(model, state):
     "A copy of `model` with the tensors of `state`, by name, in place of its own."
-    new = {id(x): nn.Parameter(state[name], x.requires_grad) if isinstance(x, nn.Parameter) else state[name] for name, x in _state(model).items()}
+    new = {id(x): nn.Parameter(state[name], x.requires_grad) if isinstance(x, nn.Parameter) else state[name] for name,
+           x in _state(model).items()}
     return _copy(model, new)
 
 def _mix(p, q, t):
@@ -248,10 +278,15 @@ def interpolate(
     b:nn.Module, # with parameters of the same names and shapes
     t:float      # 0 is `a`, 1 is `b`; may lie beyond
 )->nn.Module:    # a copy of `a` with new values; at 1 of `b`
-    "The network with parameters (1-t) a + t b, buffers of real or complex numbers likewise; at both ends a copy of that network. Raises `ValueError` if names or shapes differ, or elsewhere what has nothing between, such as masks or types."
+    """The network with parameters (1-t) a + t b, buffers of real or complex numbers likewise; at both ends a copy of
+    that network.
+
+    Raises `ValueError` if names or shapes differ, or elsewhere what has nothing between, such as masks or types.
+    """
     if not math.isfinite(t): raise ValueError(f'a place on the line is a finite number, not {t}')
     pairs = _pairs(a, b)
-    if t == 0 or t == 1: return _with_state(a if t == 0 else b, {name: x.clone() for name, x in _state(a if t == 0 else b).items()})
+    if t == 0 or t == 1:
+        return _with_state(a if t == 0 else b, {name: x.clone() for name, x in _state(a if t == 0 else b).items()})
     _check_joined(a, b)
     return _with_state(a, {name: _mix(p, q, t) for name, p, q in pairs})
 
@@ -264,8 +299,12 @@ def interpolate_curvilinear(
     b:nn.Module, # with parameters of the same names and shapes
     t:float      # from 0, `a`, to 1, `b`
 )->nn.Module:    # a copy of `a` with new values
-    "The linear interpolation with each parameter rescaled to the norm (1-t) |a| + t |b| (d'Ascoli et al. 2019). Raises `ValueError` for `t` outside [0, 1], or as `interpolate` does."
-    if not 0 <= t <= 1: raise ValueError(f'the curvilinear path runs from t=0 to t=1, not to {t}; the linear one goes on beyond its ends')
+    """The linear interpolation with each parameter rescaled to the norm (1-t) |a| + t |b| (d'Ascoli et al. 2019).
+
+    Raises `ValueError` for `t` outside [0, 1], or as `interpolate` does.
+    """
+    if not 0 <= t <= 1:
+        raise ValueError(f'the curvilinear path runs from t=0 to t=1, not to {t}; the linear one goes on beyond its ends')
     model, p, q = interpolate(a, b, t), _state(a), _state(b)
     for name, r in model.named_parameters() if 0 < t < 1 else ():
         if not _mixes(r): continue
@@ -275,15 +314,20 @@ def interpolate_curvilinear(
 
 # %% ../../nbs/instruments/31_paths.ipynb #8c928943
 class OutputAverage(nn.Module):
-    "Both networks at once: logits (1-t) a(x) + t b(x), (N, classes); at both ends those of one. Raises `ValueError` if the two have not one shape."
+    """Both networks at once: logits (1-t) a(x) + t b(x), (N, classes); at both ends those of one.
+
+    Raises `ValueError` if the two have not one shape.
+    """
     def __init__(self, a:nn.Module, b:nn.Module, t:float):
         super().__init__()
         self.a, self.b, self.t = a, b, t
 
     def forward(self, x):
         p, q = self.a(x), self.b(x)
-        if not torch.is_tensor(p) or not torch.is_tensor(q): raise ValueError(f'outputs of the types {type(p).__name__} and {type(q).__name__} have no average; take networks that return one tensor of logits')
-        if p.shape != q.shape: raise ValueError(f'outputs of shapes {tuple(p.shape)} and {tuple(q.shape)} have no average; take networks for the same classes')
+        if not torch.is_tensor(p) or not torch.is_tensor(q):
+            raise ValueError(f'outputs of the types {type(p).__name__} and {type(q).__name__} have no average; take networks that return one tensor of logits')
+        if p.shape != q.shape:
+            raise ValueError(f'outputs of shapes {tuple(p.shape)} and {tuple(q.shape)} have no average; take networks for the same classes')
         return p if self.t == 0 else q if self.t == 1 else (1-self.t)*p + self.t*q
 
 # %% ../../nbs/instruments/31_paths.ipynb #3bbbbf62
@@ -292,7 +336,9 @@ def _norms(model):
     return [m for m in model.modules() if isinstance(m, BATCHNORMS) and m.running_mean is not None]
 
 def _refresh(model, norms, data, batch_size):
-    "One pass over `data` with `norms` alone in training mode, counting from zero; the others are in evaluation mode already."
+    """One pass over `data` with `norms` alone in training mode, counting from zero; the others are in evaluation mode
+    already.
+    """
     for norm in norms:
         norm.reset_running_stats()
         norm.training, norm.momentum = True, None
@@ -305,10 +351,14 @@ def refresh_batchnorm(
     data,              # a `Dataset` of training images
     batch_size:int=250 # images at a time
 )->nn.Module:          # `model`
-    "Running statistics of BatchNorm as averages over one pass of `data`; modes and momenta stay. Does nothing without BatchNorm. Raises `ValueError` without images."
+    """Running statistics of BatchNorm as averages over one pass of `data`; modes and momenta stay.
+
+    Does nothing without BatchNorm. Raises `ValueError` without images.
+    """
     norms = _norms(model)
     if not norms: return model
-    if batch_size < 1 or not len(data): raise ValueError(f'running statistics need images, in batches of at least one: not {len(data)} in batches of {batch_size}')
+    if batch_size < 1 or not len(data):
+        raise ValueError(f'running statistics need images, in batches of at least one: not {len(data)} in batches of {batch_size}')
     momenta = [norm.momentum for norm in norms]
     try:
         with evaluated(model): _refresh(model, norms, data, batch_size)
@@ -318,7 +368,9 @@ def refresh_batchnorm(
 
 # %% ../../nbs/instruments/31_paths.ipynb #4f229dad
 def _refreshed(models, train, batch_size, own=False):
-    "The networks of an iterable, one at a time, with statistics of `train` if they have BatchNorm; in copies if they are not our `own`."
+    """The networks of an iterable, one at a time, with statistics of `train` if they have BatchNorm; in copies if
+    they are not our `own`.
+    """
     for model in models:
         if not _norms(model): yield model
         elif train is None:
@@ -342,13 +394,18 @@ def along(
     train=None,         # `Dataset` for the statistics of BatchNorm; needed if there is one
     batch_size:int=250  # images at a time
 )->pd.DataFrame:        # columns: path, t, loss (nats), accuracy (share)
-    "Loss and accuracy at equally spaced points of a path. Raises `ValueError` for an unknown path, fewer than two points, networks that do not match, or BatchNorm without `train`."
+    """Loss and accuracy at equally spaced points of a path.
+
+    Raises `ValueError` for an unknown path, fewer than two points, networks that do not match, or BatchNorm without
+    `train`.
+    """
     if kind not in PATHS: raise ValueError(f'unknown path {kind!r}; known are {", ".join(PATHS)}')
     if points < 2: raise ValueError(f'a path has two ends, so there must be two points or more, not {points}')
     if kind != 'outputs': _check_joined(a, b)                                          # before anything is measured
     ts = [i/(points-1) for i in range(points)]
     models = (PATHS[kind](a, b, t) for t in ts)
-    return _measured(kind, ts, models if kind == 'outputs' else _refreshed(models, train, batch_size, own=True), data, batch_size)
+    return _measured(kind, ts, models if kind == 'outputs' else _refreshed(models, train, batch_size, own=True), data,
+                     batch_size)
 
 # %% ../../nbs/instruments/31_paths.ipynb #6e6313f4
 def _excess(t, value):
@@ -359,11 +416,15 @@ def barrier(
     table:pd.DataFrame, # columns t, loss, accuracy, and `by`
     by='path'           # column, or list of columns, that tells paths apart
 )->pd.DataFrame:        # index: `by`; columns: height (nats), t (where it is), drop (of accuracy, wherever it is largest)
-    "Largest rise of the loss above the straight line between the ends (Entezari et al. 2022), 0 or more. Points beyond the ends do not count. Raises `ValueError` without both ends."
+    """Largest rise of the loss above the straight line between the ends (Entezari et al. 2022), 0 or more.
+
+    Points beyond the ends do not count. Raises `ValueError` without both ends.
+    """
     rows = {}
     for path, part in table[table.t.between(0, 1)].groupby(by, sort=False):
         t, loss, accuracy = (part[column].to_numpy(float) for column in ('t', 'loss', 'accuracy'))
-        if not {0, 1} <= {*t}: raise ValueError(f'the path {path} has no point at t={0 if 0 not in t else 1}; a barrier is measured from the straight line between both ends')
+        if not {0, 1} <= {*t}:
+            raise ValueError(f'the path {path} has no point at t={0 if 0 not in t else 1}; a barrier is measured from the straight line between both ends')
         rise = _excess(t, loss)
         rows[path] = dict(height=rise.max(), t=t[rise.argmax()], drop=_excess(t, -accuracy).max())
     if not rows: raise ValueError('the table has no point from t=0 to t=1, so there is no barrier to measure')
@@ -375,8 +436,10 @@ def _check_string(beads, steps, lr, stiffness, data):
     if not 0 < stiffness <= .5:
         raise ValueError(f'stiffness must be above 0 and at most 0.5, not {stiffness}: a smoothing step multiplies waves along the string by 1 - 2k(1 - cos phi), '
                          'which beyond k = 0.5 can have a modulus above one, and below 0 always has')
-    if beads < 1 or steps < 0: raise ValueError(f'a string needs at least one bead and no negative number of steps, not {beads} beads and {steps} steps')
-    if not 0 <= lr < math.inf: raise ValueError(f'the learning rate must be 0 or more, not {lr}; with 0 the string becomes straight')
+    if beads < 1 or steps < 0:
+        raise ValueError(f'a string needs at least one bead and no negative number of steps, not {beads} beads and {steps} steps')
+    if not 0 <= lr < math.inf:
+        raise ValueError(f'the learning rate must be 0 or more, not {lr}; with 0 the string becomes straight')
     if not len(data): raise ValueError('there must be images to train the string on, not none')
 
 @torch.no_grad()
@@ -410,7 +473,8 @@ def _pull_taut(models, batches, steps, lr, stiffness):
     for step in range(1, steps+1):
         x, y = next(batches)
         losses = torch.stack([_descend(model, x, y, lr) for model in models[1:-1]])
-        if not losses.isfinite().all(): raise Diverged(f'the loss of a bead was not finite at step {step}; try a smaller learning rate than {lr}')
+        if not losses.isfinite().all():
+            raise Diverged(f'the loss of a bead was not finite at step {step}; try a smaller learning rate than {lr}')
         for strand in strands: _smooth(strand, stiffness)
 
 # %% ../../nbs/instruments/31_paths.ipynb #faba6ff4
@@ -426,11 +490,15 @@ def string(
     seed:int=0,         # of the order of images and of dropout
     start=None          # networks to start from, in place of `beads` on the straight line
 )->list:                # of networks: `a` itself, the beads, `b` itself
-    "Beads that take a step of descent and are pulled to their neighbours, in turns (after d'Ascoli et al. 2019). Raises `ValueError` for impossible settings or networks that no line joins, `Diverged` if a loss is not finite."
+    """Beads that take a step of descent and are pulled to their neighbours, in turns (after d'Ascoli et al. 2019).
+
+    Raises `ValueError` for impossible settings or networks that no line joins, `Diverged` if a loss is not finite.
+    """
     beads = beads if start is None else len(start)
     _check_string(beads, steps, lr, stiffness, data)
     for other in [b, *(start or [])]: _check_joined(a, other)
-    inner = nn.ModuleList([interpolate(a, b, i/(beads+1)) for i in range(1, beads+1)] if start is None else [interpolate(bead, a, 0) for bead in start])
+    inner = nn.ModuleList([interpolate(a, b, i/(beads+1)) for i in range(1, beads+1)]
+                          if start is None else [interpolate(bead, a, 0) for bead in start])
     device = next(a.parameters()).device
     with modes_kept(inner), torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         torch.manual_seed(seed)
@@ -443,8 +511,12 @@ def string(
 def arc_length(
     models:list # networks with parameters of the same names and shapes
 )->np.ndarray:  # float64, one for each network; the first is 0
-    "Euclidean distance of parameters from one network to the next, summed up from the first. Raises `ValueError` if names or shapes differ."
-    steps = [math.hypot(*(_norm(p - q) for _, p, q in _pairs(a, b) if isinstance(p, nn.Parameter) and q is not None)) for a, b in zip(models, models[1:])]
+    """Euclidean distance of parameters from one network to the next, summed up from the first.
+
+    Raises `ValueError` if names or shapes differ.
+    """
+    steps = [math.hypot(*(_norm(p - q) for _, p, q in _pairs(a, b) if isinstance(p, nn.Parameter) and q is not None))
+             for a, b in zip(models, models[1:])]
     return np.cumsum([0., *steps])
 
 def along_string(
@@ -453,8 +525,12 @@ def along_string(
     train=None,         # `Dataset` for the statistics of BatchNorm; needed if there is one
     batch_size:int=250  # images at a time
 )->pd.DataFrame:        # columns: path, t, loss (nats), accuracy (share)
-    "Loss and accuracy of each network, at `t` = distance along the string / its length. Raises `ValueError` for fewer than two networks, or BatchNorm without `train`."
-    if len(models) < 2: raise ValueError(f'a string has two ends, so there must be two networks or more, not {len(models)}')
+    """Loss and accuracy of each network, at `t` = distance along the string / its length.
+
+    Raises `ValueError` for fewer than two networks, or BatchNorm without `train`.
+    """
+    if len(models) < 2:
+        raise ValueError(f'a string has two ends, so there must be two networks or more, not {len(models)}')
     s = arc_length(models)
     t = s/s[-1] if s[-1] > 0 else np.linspace(0, 1, len(s))
     return _measured('string', t.tolist(), _refreshed(models, train, batch_size), data, batch_size)
@@ -470,10 +546,16 @@ def barrier_matrix(
     train=None,         # `Dataset` for the statistics of BatchNorm; needed if there is one
     batch_size:int=250  # images at a time
 )->pd.DataFrame:        # index and columns: names; heights in nats
-    "Barrier in the loss between all pairs of networks in fully-connected space: symmetric, zero on the diagonal. Raises `ValueError` as `in_fcn_space` and `along` do."
+    """Barrier in the loss between all pairs of networks in fully-connected space: symmetric, zero on the diagonal.
+
+    Raises `ValueError` as `in_fcn_space` and `along` do.
+    """
     models = in_fcn_space(models, input_shape, trim)
-    for (a, p), (b, q) in itertools.combinations(models.items(), 2) if kind != 'outputs' else (): _check_joined(p, q, f'{a} and {b}')
+    for (a, p), (b, q) in itertools.combinations(models.items(), 2) if kind != 'outputs' else ():
+        _check_joined(p, q, f'{a} and {b}')
     found = pd.DataFrame(0., index=[*models], columns=[*models])
     for i, a in enumerate(models):
-        for b in [*models][:i]: found.loc[a, b] = found.loc[b, a] = barrier(along(models[a], models[b], data, kind, points, train, batch_size)).height.iloc[0]
+        for b in [*models][:i]:
+            found.loc[a, b] = found.loc[b, a] = barrier(along(models[a], models[b], data, kind, points, train,
+                                                              batch_size)).height.iloc[0]
     return found

@@ -26,10 +26,17 @@ def permute_pixels(
     image_shape:tuple, # (channels, *size)
     order:torch.Tensor # as `pixel_order`
 )->torch.Tensor:       # same shape
-    "Images, or rows of a mask, with their places in another order, the same for every channel; `order.argsort()` undoes it. Raises `ValueError` for what are no such images, or no order of their places."
-    size, fits = math.prod(image_shape[1:]), x.dim() and tuple(x.shape[-len(image_shape):]) == tuple(image_shape) or x.shape[-1:] == (math.prod(image_shape),)
-    if not fits: raise ValueError(f'images of shape {tuple(image_shape)}, or rows of {math.prod(image_shape)} numbers, have pixels to permute, not a tensor of shape {tuple(x.shape)}')
-    if order.dtype != torch.int64 or not order.sort().values.equal(torch.arange(size, device=order.device)): raise ValueError(f'an order of the places of images of shape {tuple(image_shape)} has each number from 0 to {size-1} once, as pixel_order draws it')
+    """Images, or rows of a mask, with their places in another order, the same for every channel; `order.argsort()`
+    undoes it.
+
+    Raises `ValueError` for what are no such images, or no order of their places.
+    """
+    size = math.prod(image_shape[1:])
+    fits = x.dim() and tuple(x.shape[-len(image_shape):]) == tuple(image_shape) or x.shape[-1:] == (math.prod(image_shape),)
+    if not fits:
+        raise ValueError(f'images of shape {tuple(image_shape)}, or rows of {math.prod(image_shape)} numbers, have pixels to permute, not a tensor of shape {tuple(x.shape)}')
+    if order.dtype != torch.int64 or not order.sort().values.equal(torch.arange(size, device=order.device)):
+        raise ValueError(f'an order of the places of images of shape {tuple(image_shape)} has each number from 0 to {size-1} once, as pixel_order draws it')
     places = x.reshape(-1, image_shape[0], size)
     return places[...,order.to(x.device)].reshape(x.shape)
 
@@ -41,9 +48,13 @@ def _moments(x):
     return mean, (x - mean).T @ (x - mean) / len(x)
 
 def _power(covariance, exponent, floor=0.):
-    "A power of a covariance, whose eigenvalues are raised by `floor` times their mean. Raises `ValueError` for one that is not finite, or zero and to be inverted."
+    """A power of a covariance, whose eigenvalues are raised by `floor` times their mean.
+
+    Raises `ValueError` for one that is not finite, or zero and to be inverted.
+    """
     if not covariance.isfinite().all(): raise ValueError('images must be there, and finite, to have a covariance')
-    if exponent < 0 and not covariance.diagonal().sum() > 0: raise ValueError('images that are all the same cannot be made white')
+    if exponent < 0 and not covariance.diagonal().sum() > 0:
+        raise ValueError('images that are all the same cannot be made white')
     values, vectors = torch.linalg.eigh(covariance)
     return (vectors * (values.clamp(min=0) + floor*values.mean())**exponent) @ vectors.T
 
@@ -52,10 +63,15 @@ def _as_numbers(d):
     return d.x.flatten(1).float()/(255 if d.x.dtype == torch.uint8 else 1)
 
 def whitened(data)->Data:
-    "Images, less their mean, times the inverse root of their covariance, its eigenvalues raised by a hundredth of their mean; both are those of the training images. Raises `ValueError` for no images, images that are all the same, or not finite."
+    """Images, less their mean, times the inverse root of their covariance, its eigenvalues raised by a hundredth of
+    their mean; both are those of the training images.
+
+    Raises `ValueError` for no images, images that are all the same, or not finite.
+    """
     (mean, covariance), no = _moments(_as_numbers(data.train)), torch.zeros(data.train.shape[0])
     root = _power(covariance, -.5, floor=.01)
-    return Data(*(replace(d, x=((_as_numbers(d).double() - mean) @ root).float().view(d.x.shape), mean=no, std=no+1, name=f'{d.name}, white') for d in data))
+    return Data(*(replace(d, x=((_as_numbers(d).double() - mean) @ root).float().view(d.x.shape), mean=no, std=no+1,
+                          name=f'{d.name}, white') for d in data))
 
 # %% ../../nbs/materials/11_controls.ipynb #d15a6ea0
 def gaussian(
@@ -63,12 +79,17 @@ def gaussian(
     by_class:bool, # whether each class keeps its own covariance, rather than that within all classes
     seed:int
 )->Data:
-    "Normally distributed images, with the mean of their class in the training images. Raises `ValueError` for a class without training images, or images that are not finite."
+    """Normally distributed images, with the mean of their class in the training images.
+
+    Raises `ValueError` for a class without training images, or images that are not finite.
+    """
     x, draw, n = _as_numbers(data.train), torch.Generator().manual_seed(seed), len(data.train.classes)
     counts = data.train.y.bincount(minlength=n)
-    if not counts.all(): raise ValueError(f'class {data.train.classes[int(counts.argmin())]} has no training image, so that its mean is unknown')
+    if not counts.all():
+        raise ValueError(f'class {data.train.classes[int(counts.argmin())]} has no training image, so that its mean is unknown')
     means = torch.stack([x[data.train.y == c].double().mean(0) for c in range(n)])
-    roots = [_power(_moments(x[data.train.y == c])[1], .5) for c in range(n)] if by_class else [_power(_moments(x.double() - means[data.train.y])[1], .5)]*n
+    roots = [_power(_moments(x[data.train.y == c])[1], .5)
+             for c in range(n)] if by_class else [_power(_moments(x.double() - means[data.train.y])[1], .5)]*n
     def drawn(d):
         noise = torch.randn(len(d), x.shape[1], generator=draw, dtype=torch.float64)
         for c, root in enumerate(roots): noise[d.y == c] = means[c] + noise[d.y == c] @ root
@@ -84,7 +105,8 @@ def make_variant(
     seed:int     # of the order of pixels, or of the draws
 )->Data:
     "The images, or a control. Raises `ValueError` for an unknown name."
-    if variant not in VARIANTS: raise ValueError(f'unknown variant {variant!r} of the data; known are {", ".join(VARIANTS)}')
+    if variant not in VARIANTS:
+        raise ValueError(f'unknown variant {variant!r} of the data; known are {", ".join(VARIANTS)}')
     if variant == 'permuted':
         order = pixel_order(data.train.shape, seed)
         return Data(*(replace(d, x=permute_pixels(d.x, d.shape, order), name=f'{d.name}, permuted') for d in data))

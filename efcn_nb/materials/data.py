@@ -44,7 +44,9 @@ def _refuse_odd_parts(d):
 # %% ../../nbs/materials/10_data.ipynb #1501a662
 @dataclass(eq=False, repr=False)
 class Dataset:
-    "Labelled images as tensors: `x` (N, C, *spatial), `y` (N,); raises `ValueError` when the parts do not fit together."
+    """Labelled images as tensors: `x` (N, C, *spatial), `y` (N,); raises `ValueError` when the parts do not fit
+    together.
+    """
     x:Tensor      # uint8, or float32, (N, C, *spatial)
     y:Tensor      # int64 (N,), index into `classes`
     classes:list  # class names
@@ -59,7 +61,8 @@ class Dataset:
             raise ValueError(f'y is {y.dtype} {tuple(y.shape)}: it must be int64 with one label for each of the {len(x)} images')
         if len(y) and not 0 <= y.min() <= y.max() < n:
             raise ValueError(f'labels run from {y.min()} to {y.max()}: with {n} classes they must lie between 0 and {n-1}')
-        if not self.mean.shape == self.std.shape == x.shape[1:2]: raise ValueError(f'mean and std must have {x.shape[1]} entries, one for each channel')
+        if not self.mean.shape == self.std.shape == x.shape[1:2]:
+            raise ValueError(f'mean and std must have {x.shape[1]} entries, one for each channel')
 
     @property
     def shape(self)->tuple: return tuple(self.x.shape[1:])
@@ -236,9 +239,14 @@ def stratified_split(
     generator:torch.Generator=None, # what draws the samples; None is seed 0
     classes:list=None # class names for the error message
 )->tuple: # two sorted index tensors: train, test
-    "Random split with the same share of every class. Raises `ValueError` when a class would have no test or no training image."
-    if not 0 < test_share < 1: raise ValueError(f'test_share is {test_share}: it must lie between 0 and 1, for example 0.2')
-    generator, test = generator or torch.Generator().manual_seed(0), torch.zeros(len(y), dtype=torch.bool)
+    """Random split with the same share of every class.
+
+    Raises `ValueError` when a class would have no test or no training image.
+    """
+    if not 0 < test_share < 1:
+        raise ValueError(f'test_share is {test_share}: it must lie between 0 and 1, for example 0.2')
+    generator = generator or torch.Generator().manual_seed(0)
+    test = torch.zeros(len(y), dtype=torch.bool)
     for c in y.unique().tolist():
         index = (y == c).nonzero().flatten()
         n, k = len(index), round(test_share*len(index))
@@ -270,10 +278,12 @@ def load_shifted_digits(
     corner = torch.randint(9, (len(y), 2), generator=generator) if shift else torch.full((len(y), 2), 4)
     x = torch.zeros(len(y), 1, 16, 16, dtype=torch.uint8)
     for canvas, scan, (i, j) in zip(x[:,0], scans, corner.tolist()): canvas[i:i+8, j:j+8] = scan
-    return _data(*((x[k], y[k]) for k in split), list(map(str, range(10))), name or ('digits' if shift else 'digits (centred)'))
+    return _data(*((x[k], y[k]) for k in split), list(map(str, range(10))), name
+                 or ('digits' if shift else 'digits (centred)'))
 
 # %% ../../nbs/materials/10_data.ipynb #444ecd3c
-_collections = dict(cifar10=(CIFAR10, 'CIFAR-10'), cifar100=(CIFAR100, 'CIFAR-100'), mnist=(MNIST, 'MNIST'), fashion_mnist=(FashionMNIST, 'Fashion-MNIST'))
+_collections = dict(cifar10=(CIFAR10, 'CIFAR-10'), cifar100=(CIFAR100, 'CIFAR-100'), mnist=(MNIST, 'MNIST'),
+                    fashion_mnist=(FashionMNIST, 'Fashion-MNIST'))
 _cifar10_stats = torch.tensor([.491,.482,.447]), torch.tensor([.247,.243,.262])
 
 def load_collection(
@@ -293,7 +303,8 @@ def load_collection(
     def tensors(part):
         x = torch.as_tensor(part.data)
         return (x[:,None] if x.ndim == 3 else x.permute(0, 3, 1, 2)).contiguous(), torch.as_tensor(part.targets)
-    return _data(tensors(train), tensors(test), train.classes, name or label, _cifar10_stats if source == 'cifar10' else None)
+    return _data(tensors(train), tensors(test), train.classes, name or label, _cifar10_stats
+                 if source == 'cifar10' else None)
 
 # %% ../../nbs/materials/10_data.ipynb #e2c2ed59
 _left_by_systems = {'__macosx', '__pycache__', 'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r', 'lost+found',
@@ -396,7 +407,8 @@ def _pair(folder, names, endings):
             raise ValueError(_half(folder, name, 'test' if train else 'train', parts[('val', ())]))
     return []
 
-def _is_plain(folder, endings): return os.path.isdir(folder) and not _subfolders(folder) and bool(_loose(folder, endings))
+def _is_plain(folder, endings): return os.path.isdir(folder) and not _subfolders(folder) and bool(_loose(folder,
+                                                                                                         endings))
 
 def _half(folder, name, lacking, val):
     "What is wrong with a tree that has one part only."
@@ -550,7 +562,8 @@ def read_tree(
         images.append([_class_images(os.path.join(level, name), up, left, endings) for name in names])
         _refuse_empty(level, names, images[-1], left)
     paths, y = zip(*((path, label) for part in images for label, found in enumerate(part) for path in found))
-    places, n = [os.path.relpath(level, folder) for level, _ in levels], sum(map(len, images[0])) if pair else None
+    places = [os.path.relpath(level, folder) for level, _ in levels]
+    n = sum(map(len, images[0])) if pair else None
     notes = [] if places in (['.'], pair) else [f'the classes are the folders of {" and ".join(places)}']
     if not pair: notes += _same_folders(*levels[0])
     return Tree(list(paths), torch.tensor(y), [*map(_same_name, levels[0][1])], n, notes + _told(folder, left))
@@ -648,7 +661,8 @@ def decode_images(
         try: image = decode(raw, size)
         except MemoryError: raise
         except Exception as e:
-            why = 'it is empty' if not raw else 'PIL knows no such format' if isinstance(e, UnidentifiedImageError) else e
+            why = 'it is empty' if not raw else 'PIL knows no such format' if isinstance(e,
+                                                                                         UnidentifiedImageError) else e
             raise ValueError(f'{path} cannot be read as an image ({why}): replace or remove it') from e
         if x is None: x, first = np.empty((n, *image.shape), np.uint8), path
         (h, w), (h0, w0) = image.shape[1:], x.shape[2:]
@@ -820,7 +834,8 @@ def load_data(
     if not isinstance(source, (str, os.PathLike)):
         what = 'one Dataset, a split: say Data(train, test)' if isinstance(source, Dataset) else repr(source)[:60]
         raise ValueError(f'data must be one of {", ".join(known)}, or a folder of images, not {what}')
-    if source in known and size is not None: raise ValueError(f'size is for folders of images: {source} comes in its own size')
+    if source in known and size is not None:
+        raise ValueError(f'size is for folders of images: {source} comes in its own size')
     if source == 'digits': return load_shifted_digits(shift, seed, test_share, name)
     if source in _collections: return load_collection(source, root, download, name)
     if isinstance(source, str) and not os.path.exists(os.path.expanduser(source)) and os.path.dirname(source) == '':

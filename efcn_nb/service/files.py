@@ -31,7 +31,11 @@ def publish(
     write,    # a function that fills the file whose path it gets
     name=None # a function that tells, from the path of the full file, how it shall be called; None for `path`
 ):
-    "Let `write` fill a file beside `path`, bring it to the disk, and rename it, so that a reader, or a crash, never sees a part of it. Raises `OSError` with one sentence if it cannot be written."
+    """Let `write` fill a file beside `path`, bring it to the disk, and rename it, so that a reader, or a crash, never
+    sees a part of it.
+
+    Raises `OSError` with one sentence if it cannot be written.
+    """
     path = Path(path)
     beside = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part')
     try:
@@ -53,7 +57,8 @@ def write_atomic(
 
 def clear_away(folder):
     "Delete what processes that were killed had begun to write in `folder`; nobody else may be writing there."
-    for half in [*folder.glob('.*.part'), *folder.glob('.tmp??????')]: half.unlink(missing_ok=True) # ours, and those of safetensors
+    # ours, and those of safetensors
+    for half in [*folder.glob('.*.part'), *folder.glob('.tmp??????')]: half.unlink(missing_ok=True)
 
 # %% ../../nbs/service/90_files.ipynb #e1cdcd0e
 class Busy(OSError):
@@ -64,8 +69,9 @@ def held(
     folder:Path,
     wait:bool=False # until another process that holds it lets go
 ):
-    "Context in which no other process holds `folder`, which is made if need be; raises `Busy` if one does already, "\
-    "`OSError` if nothing can be written there."
+    """Context in which no other process holds `folder`, which is made if need be; raises `Busy` if one does already,
+    `OSError` if nothing can be written there.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder/'lock', timeout=-1 if wait else 0)

@@ -37,7 +37,10 @@ def give_back_memory():
     _glibc('malloc_trim', 0)
 
 def use_little_memory(block=4*2**20):
-    "From now on have blocks of more than `block` bytes returned to the system as soon as they are free. The allocator's habit is to keep them, in pieces that do not fit the next step's."
+    """From now on have blocks of more than `block` bytes returned to the system as soon as they are free.
+
+    The allocator's habit is to keep them, in pieces that do not fit the next step's.
+    """
     _glibc('mallopt', -3, block) # M_MMAP_THRESHOLD
 
 # %% ../../nbs/service/91_memory.ipynb #e77e8c20

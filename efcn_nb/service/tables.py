@@ -102,11 +102,14 @@ def read_table(
     text:str, # as `table_text` writes it, or `DataFrame.to_csv(index=False)`
     words=()  # columns whose cells are text without any marks
 )->pd.DataFrame:
-    "The table that was written, with every digit: text is text, numbers are numbers, nothing is NaN. Without "\
-    "marks, types are guessed."
+    """The table that was written, with every digit: text is text, numbers are numbers, nothing is NaN.
+
+    Without marks, types are guessed.
+    """
     if '"' not in text.split('\n', 1)[0]: return _read_plain(text, words)
     names, *rows = _raw_rows(text)
-    cells, plain = [*zip(*rows, strict=True)] or [()]*len(names), [i for i, name in enumerate(names) if name[:1] != '"']
+    cells = [*zip(*rows, strict=True)] or [()]*len(names)
+    plain = [i for i, name in enumerate(names) if name[:1] != '"']
     text = ''.join(','.join(row[i] for i in plain) + '\n' for row in (names, *rows))
     found = _read_plain(text, words) if plain else None
     column = lambda i: found.iloc[:, plain.index(i)] if i in plain else _marked_column(cells[i])

@@ -44,14 +44,17 @@ def peak_memory(
     job,         # a function without arguments
     device='cpu' # of which the memory counts
 )->float:        # bytes
-    "Bytes that `job` needs at its peak beyond what is in use before it; not a number where the system does not tell (Linux does)."
+    """Bytes that `job` needs at its peak beyond what is in use before it; not a number where the system does not tell
+    (Linux does).
+    """
     if torch.device(device).type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         result = job()
         return torch.cuda.max_memory_allocated(device) - before
     status, reset = Path('/proc/self/status'), Path('/proc/self/clear_refs')
-    read = lambda key: next(int(line.split()[1])*1024 for line in status.read_text().splitlines() if line.startswith(key))
+    read = lambda key: next(int(line.split()[1])*1024 for line in status.read_text().splitlines()
+                            if line.startswith(key))
     try:
         give_back_memory()
         reset.write_text('5')
