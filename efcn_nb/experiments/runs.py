@@ -61,7 +61,8 @@ class Run:
         self.path = Path(os.path.expanduser(folder)) / f'{label}-{run_id(config)}'
         known = self.path/'config.json'
         if known.exists() and known.read_bytes() != self._config_text.encode():
-            raise ValueError(f'{known} was altered: it no longer describes the run that its name says; delete {self.path}')
+            raise ValueError(f'{known} was altered: it no longer describes the run that its name says; delete '
+                             f'{self.path}')
 
     def __repr__(self): return f'Run({self.path.name}, {"finished" if self.finished else "unfinished"})'
 
@@ -212,7 +213,8 @@ def _end(self:Run):
         said = json.loads(mark.read_bytes())
         if mark.read_bytes() == _mark(metrics.read_bytes(), said['diverged']): return said
     except (OSError, ValueError, TypeError, KeyError): pass
-    warnings.warn(f'{metrics} or {mark.name} is damaged (they do not fit each other); the run is done again from its last checkpoint')
+    warnings.warn(f'{metrics} or {mark.name} is damaged (they do not fit each other); the run is done again from its '
+                  'last checkpoint')
 
 @patch(as_prop=True)
 def finished(self:Run)->bool:

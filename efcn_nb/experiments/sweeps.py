@@ -33,7 +33,8 @@ def _check_configs(compute, configs, stored):
         for key, value in config.items() if stored else ():
             try: json.dumps(value)
             except (TypeError, ValueError):
-                raise ValueError(f"{key} = {value!r} cannot be stored: take Python's own numbers, strings, lists or None") from None
+                raise ValueError(f"{key} = {value!r} cannot be stored: take Python's own numbers, strings, lists or "
+                                 "None") from None
 
 # %% ../../nbs/experiments/51_sweeps.ipynb #b7d3f56c
 def _made(compute, config):

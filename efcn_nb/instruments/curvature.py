@@ -35,7 +35,8 @@ def _leaves(model):
     leaves = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
     kinds = {p.dtype for p in leaves.values()}
     if len(kinds) != 1 or not kinds <= {torch.float32, torch.float64}:
-        raise ValueError(f'the parameters are {" and ".join(sorted(map(str, kinds))) or "none"}; curvature needs a network all in float32 or all in float64')
+        raise ValueError(f'the parameters are {" and ".join(sorted(map(str, kinds))) or "none"}; curvature needs a '
+                         'network all in float32 or all in float64')
     return leaves
 
 # %% ../../nbs/instruments/32_curvature.ipynb #48e75cae
@@ -54,20 +55,24 @@ def _telling(twice=False):
     except RuntimeError as e:
         words = (str(e) or type(e).__name__).splitlines()[0]
         if 'RNN backward can only be called in training mode' in words:
-            raise ValueError(f'cuDNN differentiates recurrent layers in training mode alone, and curvature belongs to evaluation mode; {_WAYS_OUT["cudnn"]}') from e
+            raise ValueError('cuDNN differentiates recurrent layers in training mode alone, and curvature belongs to '
+                             f'evaluation mode; {_WAYS_OUT["cudnn"]}') from e
         if not twice or not any(sign in words for sign in ('derivative for', 'once_differentiable', 'ouble backward',
                                                            'differentiate twice', 'donated buffers')):
             raise
         way = next((way for key, way in _WAYS_OUT.items() if key in words.lower()), 'compute the same from operations '
                    'that have them')
-        raise ValueError(f'the Hessian needs second derivatives, and an operation of this network has none in PyTorch ({words}); {way}') from e
+        raise ValueError('the Hessian needs second derivatives, and an operation of this network has none in PyTorch '
+                         f'({words}); {way}') from e
 
 # %% ../../nbs/instruments/32_curvature.ipynb #7944bb83
 def _samples(batches):
     "Number of samples in `batches`; raises `ValueError` unless it is a list that has some."
     count = sum(len(y) for _, y in batches) if isinstance(batches, (list, tuple)) else 0
     if not count:
-        raise ValueError(f'batches must be a list of (images, labels) with at least one sample, such as list(data.batches(250)), not {"one without any" if isinstance(batches, (list, tuple)) else type(batches).__name__}')
+        raise ValueError('batches must be a list of (images, labels) with at least one sample, such as '
+                         'list(data.batches(250)), not '
+                         f'{"one without any" if isinstance(batches, (list, tuple)) else type(batches).__name__}')
     return count
 
 def _everywhere(model, weights):
@@ -249,7 +254,8 @@ def _check_finite(product, difference):
     if not all(x.isfinite().all() for x in difference.values()): return
     for name, x in product.items():
         if not x.isfinite().all():
-            raise ValueError(f"PyTorch's second derivatives of this network are not finite in {name}: a root or a power at zero has none, for example (LPPool2d after ReLU); "
+            raise ValueError(f"PyTorch's second derivatives of this network are not finite in {name}: a root or a "
+                             "power at zero has none, for example (LPPool2d after ReLU); "
                              'measure a network that keeps away from zero, such as by (x + 1e-6).sqrt(), or that pools by a mean or a maximum')
 
 def _by(off):
@@ -291,7 +297,8 @@ def _check_second(model, batches, tolerance=.02, shift=1e-3):
             agree = len(found) > 2 and not any(_furthest(x, found[-1], tolerance/4, floor)[0] for x in found[-3:])
             if agree:
                 if not _is_derivative(model, leaves, d, few, buffers, shift): return
-                raise ValueError(f"PyTorch's second derivatives of this network are wrong in {name}, {_by(off)}; {_way_out(model, name)}")
+                raise ValueError(f"PyTorch's second derivatives of this network are wrong in {name}, {_by(off)}; "
+                                 f"{_way_out(model, name)}")
 
 # %% ../../nbs/instruments/32_curvature.ipynb #081018b7
 def _projected(model, vector, parts):
@@ -317,7 +324,8 @@ def _checked(model, vector):
     own = dict(model.named_parameters())
     wrong = sorted(own.keys() ^ vector.keys()) or [name for name, p in own.items() if vector[name].shape != p.shape]
     if wrong:
-        raise ValueError(f'a vector holds a tensor of the right shape for each parameter of the network; see {wrong[0]!r}')
+        raise ValueError('a vector holds a tensor of the right shape for each parameter of the network; see '
+                         f'{wrong[0]!r}')
     return {name: vector[name].detach().to(p) for name, p in own.items()}
 
 def hessian_product(
@@ -378,7 +386,8 @@ def minimise(
                      options=dict(gtol=tolerance, maxiter=steps))
     norm = float(np.linalg.norm(at(found.x)[1]))
     if not norm <= tolerance:
-        raise RuntimeError(f'after {found.nit} steps the norm of the gradient is {norm:.1e}, not {tolerance:.1e}; take more steps, or data whose labels are less certain')
+        raise RuntimeError(f'after {found.nit} steps the norm of the gradient is {norm:.1e}, not {tolerance:.1e}; take '
+                           'more steps, or data whose labels are less certain')
     return norm
 
 # %% ../../nbs/instruments/32_curvature.ipynb #0193294a
@@ -394,7 +403,8 @@ def split_unit(
     """
     n, dtype = first.out_features, first.weight.dtype
     if second.in_features != n:
-        raise ValueError(f'the first layer has {n} units, the second takes {second.in_features}; give two that follow each other')
+        raise ValueError(f'the first layer has {n} units, the second takes {second.in_features}; give two that follow '
+                         'each other')
     if not 0 <= unit < n: raise ValueError(f'there is no unit {unit}; the hidden layer has units 0 to {n-1}')
     wide, after = (nn.Linear(m.in_features + i, m.out_features + 1 - i, m.bias is not None, m.weight.device, dtype)
                    for i, m in enumerate((first, second)))
@@ -499,7 +509,8 @@ def _outermost(model, batches, k, parts, which, vectors, tol, seed, restarts, ba
         found = eigsh(operator, k, which='LA' if sign > 0 else 'SA', v0=start, ncv=ncv, maxiter=restarts, tol=tol,
                       return_eigenvectors=vectors)
     except (ArpackNoConvergence, ArpackError) as e:
-        raise RuntimeError(f'ARPACK did not find {k} {which} eigenvalues to a relative tolerance of {tol} in {restarts} restarts; allow more, or a larger tol') from e
+        raise RuntimeError(f'ARPACK did not find {k} {which} eigenvalues to a relative tolerance of {tol} in '
+                           f'{restarts} restarts; allow more, or a larger tol') from e
     values = (found[0] if vectors else found) - c
     order = np.argsort(values)[::-sign]
     return values[order], [_unflat(np.ascontiguousarray(found[1][:,i]), like) for i in order] if vectors else None

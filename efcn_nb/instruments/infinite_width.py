@@ -54,7 +54,8 @@ def _per_axis(value, axes, name, least):
     "`value`, a number or a tuple with one for each axis, as a tuple. Raises `ValueError` if it is neither."
     values = (value,)*axes if isinstance(value, Integral) else tuple(value) if isinstance(value, (tuple, list)) else ()
     if len(values) != axes or not all(isinstance(v, Integral) and v >= least for v in values):
-        raise ValueError(f'{name} is {value!r}: it must be a whole number, {least} or more, or a tuple of {axes}, one for each axis of the images')
+        raise ValueError(f'{name} is {value!r}: it must be a whole number, {least} or more, or a tuple of {axes}, one '
+                         'for each axis of the images')
     return tuple(map(int, values))
 
 @patch
@@ -159,7 +160,8 @@ def _tiles(n, m, batch_size, symmetric):
 def _check_pairs(x, z, batch_size):
     "Raise `ValueError` unless there is a kernel between `x` and `z`."
     if x.shape[1:] != z.shape[1:]:
-        raise ValueError(f'there is no kernel between images of shapes {tuple(x.shape[1:])} and {tuple(z.shape[1:])}; bring them to one shape')
+        raise ValueError(f'there is no kernel between images of shapes {tuple(x.shape[1:])} and {tuple(z.shape[1:])}; '
+                         'bring them to one shape')
     if batch_size < 1: raise ValueError(f'batch_size is {batch_size}: it must be one pair or more')
 
 @torch.no_grad()
@@ -281,7 +283,8 @@ def _cholesky(K, jitter):
         factor, failed = torch.linalg.cholesky_ex(K + jitter*scale*one)
         if not failed: return factor, jitter
         jitter = max(10*jitter, 1e-12)
-    raise ValueError('the kernel is not positive definite, even with a tenth of its mean variance on the diagonal; is it symmetric, and finite?')
+    raise ValueError('the kernel is not positive definite, even with a tenth of its mean variance on the diagonal; is '
+                     'it symmetric, and finite?')
 
 # %% ../../nbs/instruments/33_infinite_width.ipynb #f862866a
 class Posterior(NamedTuple):
@@ -303,7 +306,8 @@ def gp_posterior(
     """
     n = len(k_train)
     if k_train.shape != (n, n) or k_cross.shape[1:] != (n,) or targets.dim() != 2 or len(targets) != n:
-        raise ValueError(f'kernels (N, N), (M, N) and targets (N, targets) do not fit: {tuple(k_train.shape)}, {tuple(k_cross.shape)}, {tuple(targets.shape)}')
+        raise ValueError(f'kernels (N, N), (M, N) and targets (N, targets) do not fit: {tuple(k_train.shape)}, '
+                         f'{tuple(k_cross.shape)}, {tuple(targets.shape)}')
     if variances is not None and variances.shape != k_cross.shape[:1]:
         raise ValueError(f'there must be {len(k_cross)} variances, one for each new image, not {tuple(variances.shape)}')
     if not 0 <= jitter <= .1: raise ValueError(f'jitter is {jitter}: it must be from zero to a tenth')
@@ -351,7 +355,8 @@ def gp_accuracies(
     Raises `ValueError` if there are too few images, or fewer than one to train or test on.
     """
     if min(train, test) < 1 or train + test > len(x):
-        raise ValueError(f'{train} training and {test} test images: there must be one or more of each, and together no more than {len(x)}')
+        raise ValueError(f'{train} training and {test} test images: there must be one or more of each, and together no '
+                         f'more than {len(x)}')
     if len(x) != len(y): raise ValueError(f'{len(x)} images, but {len(y)} classes')
     rows = []
     for seed in seeds:

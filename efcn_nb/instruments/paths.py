@@ -50,7 +50,8 @@ def _pairs(a, b):
     "Name and both values of each tensor that can be mixed. Raises `ValueError` if the networks have not the same."
     found = _difference(a, b)
     if found:
-        raise ValueError(f'no path joins these networks: {found}; take two of one architecture, and bring CNN, eLCN and eFCN into one space by in_fcn_space')
+        raise ValueError(f'no path joins these networks: {found}; take two of one architecture, and bring CNN, eLCN '
+                         'and eFCN into one space by in_fcn_space')
     other = _state(b)
     return [(name, p, other[name].to(p) if name in other else None) for name, p in _state(a).items()]
 
@@ -75,7 +76,8 @@ def in_fcn_space(
     for name in others:
         found = _difference(models[first], models[name])
         if found:
-            raise ValueError(f'{first} and {name} do not lie in one space: {found}; take networks of one architecture and one input_shape, all embedded with the same trim')
+            raise ValueError(f'{first} and {name} do not lie in one space: {found}; take networks of one architecture '
+                             'and one input_shape, all embedded with the same trim')
     return models
 
 # %% ../../nbs/instruments/31_paths.ipynb #c9bf820c
@@ -99,7 +101,8 @@ def _apart(a, b):
         elif not isinstance(p, nn.Parameter) and not _is_statistic(a, name) and _binary(p) and _binary(q):
             what = f'{name} is a mask of zeros and ones, or of infinite numbers,'
         else: continue
-        return what + (' in which they differ, and there is nothing between the two; take networks that have it in common, or make their weights plain first '
+        return what + (' in which they differ, and there is nothing between the two; take networks that have it in '
+                       'common, or make their weights plain first '
                        '(release_masks, release_rank, parametrize.remove_parametrizations, prune.remove)')
 
 def _is_statistic(model, name): return isinstance(model.get_submodule(name.rpartition('.')[0]), _NormBase)
@@ -260,7 +263,8 @@ def _copy(model, memory=()):
     stored = [x for x in stored if isinstance(x, torch.Tensor) and not x.is_leaf]
     try: return copy.deepcopy(model, {id(x): x.detach().clone() for x in stored} | dict(memory))
     except Exception as e:
-        raise ValueError(f'{type(model).__name__} cannot be copied ({(str(e) or type(e).__name__).splitlines()[0]}); take from it what only a running program can hold, such as activations, locks or open files') from e
+        raise ValueError(f'{type(model).__name__} cannot be copied ({(str(e) or type(e).__name__).splitlines()[0]}); '
+                         'take from it what only a running program can hold, such as activations, locks or open files') from e
 
 def _with_state(model, state):
     "A copy of `model` with the tensors of `state`, by name, in place of its own."
@@ -304,7 +308,8 @@ def interpolate_curvilinear(
     Raises `ValueError` for `t` outside [0, 1], or as `interpolate` does.
     """
     if not 0 <= t <= 1:
-        raise ValueError(f'the curvilinear path runs from t=0 to t=1, not to {t}; the linear one goes on beyond its ends')
+        raise ValueError(f'the curvilinear path runs from t=0 to t=1, not to {t}; the linear one goes on beyond its '
+                         'ends')
     model, p, q = interpolate(a, b, t), _state(a), _state(b)
     for name, r in model.named_parameters() if 0 < t < 1 else ():
         if not _mixes(r): continue
@@ -325,9 +330,11 @@ class OutputAverage(nn.Module):
     def forward(self, x):
         p, q = self.a(x), self.b(x)
         if not torch.is_tensor(p) or not torch.is_tensor(q):
-            raise ValueError(f'outputs of the types {type(p).__name__} and {type(q).__name__} have no average; take networks that return one tensor of logits')
+            raise ValueError(f'outputs of the types {type(p).__name__} and {type(q).__name__} have no average; take '
+                             'networks that return one tensor of logits')
         if p.shape != q.shape:
-            raise ValueError(f'outputs of shapes {tuple(p.shape)} and {tuple(q.shape)} have no average; take networks for the same classes')
+            raise ValueError(f'outputs of shapes {tuple(p.shape)} and {tuple(q.shape)} have no average; take networks '
+                             'for the same classes')
         return p if self.t == 0 else q if self.t == 1 else (1-self.t)*p + self.t*q
 
 # %% ../../nbs/instruments/31_paths.ipynb #3bbbbf62
@@ -358,7 +365,8 @@ def refresh_batchnorm(
     norms = _norms(model)
     if not norms: return model
     if batch_size < 1 or not len(data):
-        raise ValueError(f'running statistics need images, in batches of at least one: not {len(data)} in batches of {batch_size}')
+        raise ValueError(f'running statistics need images, in batches of at least one: not {len(data)} in batches of '
+                         f'{batch_size}')
     momenta = [norm.momentum for norm in norms]
     try:
         with evaluated(model): _refresh(model, norms, data, batch_size)
@@ -374,7 +382,8 @@ def _refreshed(models, train, batch_size, own=False):
     for model in models:
         if not _norms(model): yield model
         elif train is None:
-            raise ValueError('these networks have BatchNorm, whose running statistics belong to no network between the ends; give train=, the images to compute them from')
+            raise ValueError('these networks have BatchNorm, whose running statistics belong to no network between the '
+                             'ends; give train=, the images to compute them from')
         else: yield refresh_batchnorm(model if own else _copy(model), train, batch_size)
 
 def _measured(path, ts, models, data, batch_size):
@@ -424,7 +433,8 @@ def barrier(
     for path, part in table[table.t.between(0, 1)].groupby(by, sort=False):
         t, loss, accuracy = (part[column].to_numpy(float) for column in ('t', 'loss', 'accuracy'))
         if not {0, 1} <= {*t}:
-            raise ValueError(f'the path {path} has no point at t={0 if 0 not in t else 1}; a barrier is measured from the straight line between both ends')
+            raise ValueError(f'the path {path} has no point at t={0 if 0 not in t else 1}; a barrier is measured from '
+                             'the straight line between both ends')
         rise = _excess(t, loss)
         rows[path] = dict(height=rise.max(), t=t[rise.argmax()], drop=_excess(t, -accuracy).max())
     if not rows: raise ValueError('the table has no point from t=0 to t=1, so there is no barrier to measure')
@@ -434,10 +444,12 @@ def barrier(
 def _check_string(beads, steps, lr, stiffness, data):
     "Raise `ValueError` for a string that cannot be made or cannot relax."
     if not 0 < stiffness <= .5:
-        raise ValueError(f'stiffness must be above 0 and at most 0.5, not {stiffness}: a smoothing step multiplies waves along the string by 1 - 2k(1 - cos phi), '
+        raise ValueError(f'stiffness must be above 0 and at most 0.5, not {stiffness}: a smoothing step multiplies '
+                         'waves along the string by 1 - 2k(1 - cos phi), '
                          'which beyond k = 0.5 can have a modulus above one, and below 0 always has')
     if beads < 1 or steps < 0:
-        raise ValueError(f'a string needs at least one bead and no negative number of steps, not {beads} beads and {steps} steps')
+        raise ValueError(f'a string needs at least one bead and no negative number of steps, not {beads} beads and '
+                         f'{steps} steps')
     if not 0 <= lr < math.inf:
         raise ValueError(f'the learning rate must be 0 or more, not {lr}; with 0 the string becomes straight')
     if not len(data): raise ValueError('there must be images to train the string on, not none')

@@ -178,7 +178,8 @@ def split(
     Raises `ValueError` for another shape.
     """
     if tuple(weight.shape) not in (g.matrix_shape, g.local_shape):
-        raise ValueError(f'the weight must be a matrix {g.matrix_shape} or local weights {g.local_shape}, not {tuple(weight.shape)}')
+        raise ValueError(f'the weight must be a matrix {g.matrix_shape} or local weights {g.local_shape}, not '
+                         f'{tuple(weight.shape)}')
     dense = weight.dim() == 2
     L = local_from_matrix(weight, g) if dense else weight * (g.reads >= 0)[:,None,:,None].to(weight.device)
     shared = local_from_kernel(kernel_from_local(L, g), g)
@@ -422,9 +423,11 @@ def template_similarity(
     Raises `ValueError` if images do not fit the layer, there are none, or for complex weights.
     """
     if isinstance(layer, FullyConnected) and layer.weight.is_complex():
-        raise ValueError('templates are likened to real images, and this layer has complex weights; give a copy with their real or imaginary parts')
+        raise ValueError('templates are likened to real images, and this layer has complex weights; give a copy with '
+                         'their real or imaginary parts')
     if layer.geometry.in_shape != data.shape:
-        raise ValueError(f'the layer sees inputs of shape {layer.geometry.in_shape}, the images have {data.shape}; take the first layer')
+        raise ValueError(f'the layer sees inputs of shape {layer.geometry.in_shape}, the images have {data.shape}; '
+                         'take the first layer')
     if not len(data): raise ValueError('there must be images to compare with, not none')
     n = math.prod(layer.geometry.out_shape)
     units = torch.linspace(0, n-1, min(n, 200), dtype=torch.float64).round().long() if units is None else units

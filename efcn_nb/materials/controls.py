@@ -34,9 +34,11 @@ def permute_pixels(
     size = math.prod(image_shape[1:])
     fits = x.dim() and tuple(x.shape[-len(image_shape):]) == tuple(image_shape) or x.shape[-1:] == (math.prod(image_shape),)
     if not fits:
-        raise ValueError(f'images of shape {tuple(image_shape)}, or rows of {math.prod(image_shape)} numbers, have pixels to permute, not a tensor of shape {tuple(x.shape)}')
+        raise ValueError(f'images of shape {tuple(image_shape)}, or rows of {math.prod(image_shape)} numbers, have '
+                         f'pixels to permute, not a tensor of shape {tuple(x.shape)}')
     if order.dtype != torch.int64 or not order.sort().values.equal(torch.arange(size, device=order.device)):
-        raise ValueError(f'an order of the places of images of shape {tuple(image_shape)} has each number from 0 to {size-1} once, as pixel_order draws it')
+        raise ValueError(f'an order of the places of images of shape {tuple(image_shape)} has each number from 0 to '
+                         f'{size-1} once, as pixel_order draws it')
     places = x.reshape(-1, image_shape[0], size)
     return places[...,order.to(x.device)].reshape(x.shape)
 
@@ -86,7 +88,8 @@ def gaussian(
     x, draw, n = _as_numbers(data.train), torch.Generator().manual_seed(seed), len(data.train.classes)
     counts = data.train.y.bincount(minlength=n)
     if not counts.all():
-        raise ValueError(f'class {data.train.classes[int(counts.argmin())]} has no training image, so that its mean is unknown')
+        raise ValueError(f'class {data.train.classes[int(counts.argmin())]} has no training image, so that its mean is '
+                         'unknown')
     means = torch.stack([x[data.train.y == c].double().mean(0) for c in range(n)])
     roots = [_power(_moments(x[data.train.y == c])[1], .5)
              for c in range(n)] if by_class else [_power(_moments(x.double() - means[data.train.y])[1], .5)]*n

@@ -58,9 +58,11 @@ class Dataset:
         _refuse_odd_parts(self)
         x, y, n = self.x, self.y, len(self.classes)
         if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-            raise ValueError(f'y is {y.dtype} {tuple(y.shape)}: it must be int64 with one label for each of the {len(x)} images')
+            raise ValueError(f'y is {y.dtype} {tuple(y.shape)}: it must be int64 with one label for each of the '
+                             f'{len(x)} images')
         if len(y) and not 0 <= y.min() <= y.max() < n:
-            raise ValueError(f'labels run from {y.min()} to {y.max()}: with {n} classes they must lie between 0 and {n-1}')
+            raise ValueError(f'labels run from {y.min()} to {y.max()}: with {n} classes they must lie between 0 and '
+                             f'{n-1}')
         if not self.mean.shape == self.std.shape == x.shape[1:2]:
             raise ValueError(f'mean and std must have {x.shape[1]} entries, one for each channel')
 
@@ -252,7 +254,8 @@ def stratified_split(
         n, k = len(index), round(test_share*len(index))
         if not 0 < k < n:
             what, fix = ('test', 'larger') if k == 0 else ('training', 'smaller')
-            raise ValueError(f'test_share {test_share} leaves class {classes[c] if classes else c} ({n} images) no {what} image: choose a {fix} one or add images')
+            raise ValueError(f'test_share {test_share} leaves class {classes[c] if classes else c} ({n} images) no '
+                             f'{what} image: choose a {fix} one or add images')
         test[index[torch.randperm(n, generator=generator)[:k]]] = True
     return (~test).nonzero().flatten(), test.nonzero().flatten()
 
@@ -299,7 +302,8 @@ def load_collection(
     except Exception as e:
         tried = f'downloading it failed ({str(e).splitlines()[0]})' if download else 'download is False'
         place = root/getattr(make, 'base_folder', f'{make.__name__}/raw')
-        raise FileNotFoundError(f'{label} is not complete in {place} and {tried}: load it once with a network, or copy that folder from a machine that has it, or name its root') from e
+        raise FileNotFoundError(f'{label} is not complete in {place} and {tried}: load it once with a network, or copy '
+                                'that folder from a machine that has it, or name its root') from e
     def tensors(part):
         x = torch.as_tensor(part.data)
         return (x[:,None] if x.ndim == 3 else x.permute(0, 3, 1, 2)).contiguous(), torch.as_tensor(part.targets)
@@ -667,7 +671,8 @@ def decode_images(
         if x is None: x, first = np.empty((n, *image.shape), np.uint8), path
         (h, w), (h0, w0) = image.shape[1:], x.shape[2:]
         if (h, w) != (h0, w0):
-            raise ValueError(f'images differ in size, {first} has {h0}x{w0} pixels and {path} {h}x{w} (height x width): say size=({h0},{w0}) or another to resize them')
+            raise ValueError(f'images differ in size, {first} has {h0}x{w0} pixels and {path} {h}x{w} (height x '
+                             f'width): say size=({h0},{w0}) or another to resize them')
         if len(image) > x.shape[1]: x = x.repeat(3, axis=1)
         x[i] = image
     return torch.from_numpy(x)
@@ -741,7 +746,8 @@ def _keep(path, x):
     "Write images to `path`, or warn."
     try: _write_whole(path, lambda p: save_file({'x': x}, p, {'sha256': _digest(x)}))
     except (OSError, SafetensorError) as e:
-        warnings.warn(f'decoded images are not kept, {path.parent} cannot be written ({e}): name another folder by cache=, or say cache=False', stacklevel=2)
+        warnings.warn(f'decoded images are not kept, {path.parent} cannot be written ({e}): name another folder by '
+                      'cache=, or say cache=False', stacklevel=2)
 
 def _kept(path, n):
     "The `n` images at `path`; None when there are none, or none that can be trusted."
@@ -839,5 +845,6 @@ def load_data(
     if source == 'digits': return load_shifted_digits(shift, seed, test_share, name)
     if source in _collections: return load_collection(source, root, download, name)
     if isinstance(source, str) and not os.path.exists(os.path.expanduser(source)) and os.path.dirname(source) == '':
-        raise ValueError(f'unknown data {source!r}: it is none of {", ".join(known)}, and there is no folder of that name')
+        raise ValueError(f'unknown data {source!r}: it is none of {", ".join(known)}, and there is no folder of that '
+                         'name')
     return load_folder(source, size, cache, seed, test_share, name)

@@ -60,7 +60,8 @@ def _features(body, input_shape):
     "Number of features that `body` makes of one image; raises `ValueError` if the image does not fit."
     try: return body(torch.zeros(1, *input_shape)).numel()
     except RuntimeError as e:
-        raise ValueError(f'images of shape {tuple(input_shape)} do not fit this network ({str(e).splitlines()[0]}); use larger images or another model') from e
+        raise ValueError(f'images of shape {tuple(input_shape)} do not fit this network ({str(e).splitlines()[0]}); '
+                         'use larger images or another model') from e
 
 # %% ../../nbs/materials/12_models.ipynb #dc1e7299
 def skinny(

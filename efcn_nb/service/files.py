@@ -43,7 +43,8 @@ def publish(
         with open(beside, 'rb+') as f: os.fsync(f.fileno())
         os.replace(beside, name(beside) if name else path)
     except (OSError, SafetensorError) as e:
-        raise OSError(f'{path} could not be written ({getattr(e, "strerror", None) or e}); everything written before it is intact') from e
+        raise OSError(f'{path} could not be written ({getattr(e, "strerror", None) or e}); everything written before '
+                      'it is intact') from e
     finally:
         with suppress(OSError): beside.unlink()
 

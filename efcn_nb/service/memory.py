@@ -25,7 +25,8 @@ def require_memory(
     "Raise `MemoryError` if `need` bytes for an embedded network are more than `slack` times what is free."
     free = free_memory(device)
     if need > slack*free:
-        raise MemoryError(f'the embedded network needs {need/1e9:,.1f} GB on {device}, where {free/1e9:,.1f} GB are free; use smaller images, '
+        raise MemoryError(f'the embedded network needs {need/1e9:,.1f} GB on {device}, where {free/1e9:,.1f} GB are '
+                          'free; use smaller images, '
                           "fewer channels, to='lcn', or release fewer convolutions with layers=")
 
 def _glibc(function, *args):
