@@ -222,7 +222,7 @@ def test_describe(n, classes):
 
 
 def test_bad_batches():
-    with pytest.raises(ValueError, match="at least 1"): photos().batches(0)
+    with pytest.raises(ValueError, match="batch_size must be a whole number, 1 or more, not 0"): photos().batches(0)
     with pytest.raises((RuntimeError, IndexError)): photos().batch(torch.ones(20, dtype=torch.bool))  # a mask is no index
     with pytest.raises((RuntimeError, IndexError)): photos().batch([20])
 
@@ -729,7 +729,7 @@ def test_images_that_occur_twice_are_counted(tmp_path):
 def test_memory_is_asked_before_decoding(tmp_path, monkeypatch):
     plant(tmp_path, TWO)
     monkeypatch.setattr(data, "decode", None)
-    monkeypatch.setattr(data.psutil, "virtual_memory", lambda: type("Free", (), dict(available=1000)))
+    monkeypatch.setattr(data, "free_memory", lambda: 1000)
     for cache in None, False: fails(tmp_path, "8 images of 0.0 MB", "say size=64", error=MemoryError, cache=cache)
     fails(tmp_path, "say a size smaller than 5x6", error=MemoryError, size=(5, 6), cache=False)
     monkeypatch.setattr(data, "decode", lambda raw, size=None: np.zeros((3, 2, 2), np.uint8))
@@ -1063,9 +1063,9 @@ def test_cached_file_is_readable_as_any_other(flat, rested):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_bar_only_on_a_terminal(flat, terminal, monkeypatch):
+def test_a_bar_only_where_somebody_watches(flat, terminal, monkeypatch):
     asked = []
-    monkeypatch.setattr(data.sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(data, "is_watched", lambda: terminal)
     monkeypatch.setattr(data, "tqdm", lambda items, disable, **kwargs: asked.append((disable, kwargs["total"])) or items)
     load_data(flat)
     assert asked == [(not terminal, 12)]

@@ -7,7 +7,7 @@ __all__ = ['Dataset', 'Data', 'channel_stats', 'stratified_split', 'load_shifted
            'list_images', 'decode', 'decode_images', 'load_images', 'load_folder', 'load_data']
 
 # %% ../../nbs/materials/10_data.ipynb #8d428c91
-import contextlib, hashlib, math, os, re, sys, time, unicodedata, warnings
+import contextlib, hashlib, math, os, re, time, unicodedata, warnings
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import PIL
 import numpy as np
-import psutil
 import torch
 from PIL import Image, UnidentifiedImageError
 from fastcore.basics import patch
@@ -26,6 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, MNIST
 from tqdm import tqdm
+
+from ..service.checks import first_line, whole
+from ..service.files import is_watched
+from ..service.memory import free_memory
 
 # %% ../../nbs/materials/10_data.ipynb #dbce5d99
 def _refuse_odd_parts(d):
@@ -41,12 +44,22 @@ def _refuse_odd_parts(d):
     if not (d.mean.isfinite().all() and d.std.isfinite().all() and (d.std > 0).all()):
         raise ValueError(f'mean and std must be finite and std positive, not {d.mean.tolist()} and {d.std.tolist()}')
 
+# %% ../../nbs/materials/10_data.ipynb #83ef7916
+def _refuse_misfits(d):
+    "Raise `ValueError` for labels that do not belong to the images, and for the wrong number of channel statistics."
+    x, y, n = d.x, d.y, len(d.classes)
+    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        raise ValueError(f'y is {y.dtype} {tuple(y.shape)}: it must be int64 with one label for each of the '
+                         f'{len(x)} images')
+    if len(y) and not 0 <= y.min() <= y.max() < n:
+        raise ValueError(f'labels run from {y.min()} to {y.max()}: with {n} classes they must lie between 0 and {n-1}')
+    if not d.mean.shape == d.std.shape == x.shape[1:2]:
+        raise ValueError(f'mean and std must have {x.shape[1]} entries, one for each channel')
+
 # %% ../../nbs/materials/10_data.ipynb #1501a662
 @dataclass(eq=False, repr=False)
 class Dataset:
-    """Labelled images as tensors: `x` (N, C, *spatial), `y` (N,); raises `ValueError` when the parts do not fit
-    together.
-    """
+    "Labelled images as tensors. Raises `ValueError` when the parts do not fit together."
     x:Tensor      # uint8, or float32, (N, C, *spatial)
     y:Tensor      # int64 (N,), index into `classes`
     classes:list  # class names
@@ -56,20 +69,14 @@ class Dataset:
 
     def __post_init__(self):
         _refuse_odd_parts(self)
-        x, y, n = self.x, self.y, len(self.classes)
-        if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-            raise ValueError(f'y is {y.dtype} {tuple(y.shape)}: it must be int64 with one label for each of the '
-                             f'{len(x)} images')
-        if len(y) and not 0 <= y.min() <= y.max() < n:
-            raise ValueError(f'labels run from {y.min()} to {y.max()}: with {n} classes they must lie between 0 and '
-                             f'{n-1}')
-        if not self.mean.shape == self.std.shape == x.shape[1:2]:
-            raise ValueError(f'mean and std must have {x.shape[1]} entries, one for each channel')
+        _refuse_misfits(self)
 
     @property
     def shape(self)->tuple: return tuple(self.x.shape[1:])
     def __len__(self): return len(self.x)
-    def __repr__(self): return f'Dataset({self.name}: {len(self)} x {self.shape} {self.x.dtype}, {len(self.classes)} classes, {self.x.device})'
+    def __repr__(self):
+        return (f'Dataset({self.name}: {len(self)} x {self.shape} {self.x.dtype}, {len(self.classes)} classes, '
+                f'{self.x.device})')
 
 # %% ../../nbs/materials/10_data.ipynb #f9bdd4dc
 @patch
@@ -97,7 +104,7 @@ def batches(self:Dataset,
     generator:torch.Generator=None # CPU generator to shuffle with; None keeps the order
 )->Iterator: # of (x, y) as from `Dataset.batch`
     "One pass over all samples. Raises `ValueError` for a batch size below one."
-    if batch_size < 1: raise ValueError(f'batch_size is {batch_size}: it must be at least 1')
+    whole('batch_size', batch_size, 1)
     order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
     return (self.batch(index) for index in order.to(self.x.device).split(batch_size))
 
@@ -107,7 +114,7 @@ def thinned(self:Dataset,
     n:int # how many samples to keep; all if there are fewer
 )->Dataset:
     "`n` samples evenly spread over the set. Raises `ValueError` for fewer than one."
-    if n < 1: raise ValueError(f'n is {n}: at least 1 sample must stay')
+    whole('n', n, 1)
     index = torch.linspace(0, len(self) - 1, min(n, len(self)), dtype=torch.float64).round().long().to(self.x.device)
     return replace(self, x=self.x[index], y=self.y[index])
 
@@ -197,13 +204,17 @@ def _pixel_hashes(d):
 
 def _doubles(data):
     "Sentences about images that occur more than once; none if there are none."
-    hashes, labels = [*map(_pixel_hashes, data)], defaultdict(set)
+    hashes = [*map(_pixel_hashes, data)]
+    labels = defaultdict(set)
     for part, found in zip(data, hashes):
         for h, label in zip(found, part.y.tolist()): labels[h].add(label)
     known = set(hashes[0])
-    leaked, torn = sum(h in known for h in hashes[1]), sum(len(found) > 1 for found in labels.values())
-    said = [f'test images that are training images, too: {leaked:,} of {len(data.test):,}'] if leaked else []
-    return said + ([f'images that stand in more than one class: {torn:,}'] if torn else [])
+    leaked = sum(h in known for h in hashes[1])
+    torn = sum(len(found) > 1 for found in labels.values())
+    said = []
+    if leaked: said.append(f'test images that are training images, too: {leaked:,} of {len(data.test):,}')
+    if torn: said.append(f'images that stand in more than one class: {torn:,}')
+    return said
 
 # %% ../../nbs/materials/10_data.ipynb #387b31d2
 @patch
@@ -281,8 +292,8 @@ def load_shifted_digits(
     corner = torch.randint(9, (len(y), 2), generator=generator) if shift else torch.full((len(y), 2), 4)
     x = torch.zeros(len(y), 1, 16, 16, dtype=torch.uint8)
     for canvas, scan, (i, j) in zip(x[:,0], scans, corner.tolist()): canvas[i:i+8, j:j+8] = scan
-    return _data(*((x[k], y[k]) for k in split), list(map(str, range(10))), name
-                 or ('digits' if shift else 'digits (centred)'))
+    name = name or ('digits' if shift else 'digits (centred)')
+    return _data(*((x[k], y[k]) for k in split), list(map(str, range(10))), name)
 
 # %% ../../nbs/materials/10_data.ipynb #444ecd3c
 _collections = dict(cifar10=(CIFAR10, 'CIFAR-10'), cifar100=(CIFAR100, 'CIFAR-100'), mnist=(MNIST, 'MNIST'),
@@ -300,15 +311,15 @@ def load_collection(
     root = Path(root or '~/.cache/efcn_nb').expanduser()
     try: train, test = [make(root, train=train, download=download) for train in (True, False)]
     except Exception as e:
-        tried = f'downloading it failed ({str(e).splitlines()[0]})' if download else 'download is False'
+        tried = f'downloading it failed ({first_line(e)})' if download else 'download is False'
         place = root/getattr(make, 'base_folder', f'{make.__name__}/raw')
         raise FileNotFoundError(f'{label} is not complete in {place} and {tried}: load it once with a network, or copy '
                                 'that folder from a machine that has it, or name its root') from e
     def tensors(part):
         x = torch.as_tensor(part.data)
         return (x[:,None] if x.ndim == 3 else x.permute(0, 3, 1, 2)).contiguous(), torch.as_tensor(part.targets)
-    return _data(tensors(train), tensors(test), train.classes, name or label, _cifar10_stats
-                 if source == 'cifar10' else None)
+    stats = _cifar10_stats if source == 'cifar10' else None
+    return _data(tensors(train), tensors(test), train.classes, name or label, stats)
 
 # %% ../../nbs/materials/10_data.ipynb #e2c2ed59
 _left_by_systems = {'__macosx', '__pycache__', 'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r', 'lost+found',
@@ -411,8 +422,9 @@ def _pair(folder, names, endings):
             raise ValueError(_half(folder, name, 'test' if train else 'train', parts[('val', ())]))
     return []
 
-def _is_plain(folder, endings): return os.path.isdir(folder) and not _subfolders(folder) and bool(_loose(folder,
-                                                                                                         endings))
+def _is_plain(folder, endings):
+    "Whether a folder holds images and no folders."
+    return os.path.isdir(folder) and not _subfolders(folder) and bool(_loose(folder, endings))
 
 def _half(folder, name, lacking, val):
     "What is wrong with a tree that has one part only."
@@ -649,9 +661,7 @@ def decode(
 # %% ../../nbs/materials/10_data.ipynb #599cd5e3
 def _progress(items, total, what):
     "`items` behind a bar on stderr, which appears after a second if someone watches."
-    shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
-    live = sys.stderr.isatty() or type(shell).__name__ == 'ZMQInteractiveShell'
-    return tqdm(items, total=total, desc=what, unit='file', delay=1, disable=not live)
+    return tqdm(items, total=total, desc=what, unit='file', delay=1, disable=not is_watched())
 
 # %% ../../nbs/materials/10_data.ipynb #8b95bd30
 def decode_images(
@@ -665,8 +675,8 @@ def decode_images(
         try: image = decode(raw, size)
         except MemoryError: raise
         except Exception as e:
-            why = 'it is empty' if not raw else 'PIL knows no such format' if isinstance(e,
-                                                                                         UnidentifiedImageError) else e
+            if not raw: why = 'it is empty'
+            else: why = 'PIL knows no such format' if isinstance(e, UnidentifiedImageError) else e
             raise ValueError(f'{path} cannot be read as an image ({why}): replace or remove it') from e
         if x is None: x, first = np.empty((n, *image.shape), np.uint8), path
         (h, w), (h0, w0) = image.shape[1:], x.shape[2:]
@@ -690,7 +700,7 @@ def _image_bytes(path, size):
 def _require_room(paths, size):
     "Raise `MemoryError` if the images, and the copy that a split makes of them, are larger than the free memory."
     each = max((_image_bytes(path, size) for path in paths[::max(1, len(paths)//20)]), default=0)
-    need, free = 2*each*len(paths), psutil.virtual_memory().available
+    need, free = 2*each*len(paths), free_memory()
     if need <= free: return
     way = f'a size smaller than {size[0]}x{size[1]}' if size else 'size=64, or another number of pixels,'
     raise MemoryError(f'{len(paths):,} images of {each/1e6:,.1f} MB need {need/1e9:,.1f} GB to be read and split, but '
@@ -771,7 +781,8 @@ def load_images(
     _require_room(paths, size)
     if cache is False: return decode_images(_progress(_Content(paths, size), n, 'decoding'), n, size)
     cache = Path(os.path.abspath(folder) + '.cache' if cache in (None, True) else cache).expanduser()
-    stat, key, content = _stat_key(folder, paths, size), None, _Content(paths, size)
+    key, content = None, _Content(paths, size)
+    stat = _stat_key(folder, paths, size)
     if known := stat and os.path.isfile(cache/stat): key = (cache/stat).read_text(errors='replace').strip()
     elif any(cache.glob('*.safetensors')):
         deque(_progress(content, n, 'comparing'), maxlen=0)
@@ -818,6 +829,19 @@ def load_folder(
     for said in _doubles(found): warnings.warn(f'{folder}: {said}', stacklevel=3) # for the caller of load_data
     return found
 
+# %% ../../nbs/materials/10_data.ipynb #a62981d7
+def _check_source(source, size):
+    "Raise `ValueError` unless `source` is one, and `size` has a use."
+    known = ['digits', *_collections]
+    if not isinstance(source, (str, os.PathLike)):
+        what = 'one Dataset, a split: say Data(train, test)' if isinstance(source, Dataset) else repr(source)[:60]
+        raise ValueError(f'data must be one of {", ".join(known)}, or a folder of images, not {what}')
+    if source in known:
+        if size is not None: raise ValueError(f'size is for folders of images: {source} comes in its own size')
+    elif isinstance(source, str) and not os.path.exists(os.path.expanduser(source)) and os.path.dirname(source) == '':
+        raise ValueError(f'unknown data {source!r}: it is none of {", ".join(known)}, and there is no folder of that '
+                         'name')
+
 # %% ../../nbs/materials/10_data.ipynb #99a6fb3c
 def load_data(
     source='digits', # 'digits', 'cifar10', 'cifar100', 'mnist', 'fashion_mnist', or a folder of images
@@ -836,15 +860,7 @@ def load_data(
     Raises `ValueError`, `FileNotFoundError` or `MemoryError`, each with the reason and the remedy, when the source is
     unknown, missing, unusable or too large. `describe()` of the result says what there is, and what was left out.
     """
-    known = ['digits', *_collections]
-    if not isinstance(source, (str, os.PathLike)):
-        what = 'one Dataset, a split: say Data(train, test)' if isinstance(source, Dataset) else repr(source)[:60]
-        raise ValueError(f'data must be one of {", ".join(known)}, or a folder of images, not {what}')
-    if source in known and size is not None:
-        raise ValueError(f'size is for folders of images: {source} comes in its own size')
+    _check_source(source, size)
     if source == 'digits': return load_shifted_digits(shift, seed, test_share, name)
     if source in _collections: return load_collection(source, root, download, name)
-    if isinstance(source, str) and not os.path.exists(os.path.expanduser(source)) and os.path.dirname(source) == '':
-        raise ValueError(f'unknown data {source!r}: it is none of {", ".join(known)}, and there is no folder of that '
-                         'name')
     return load_folder(source, size, cache, seed, test_share, name)
