@@ -236,6 +236,9 @@ def test_empty_slots_are_no_part():
 @pytest.mark.parametrize("wrong, words", [
     (lambda m: off_local_rows(m, 5), "units must be a list of some of 0 to 511"), (lambda m: off_local_rows(m, [.5]), "units must be a list"),
     (lambda m: off_local_rows(embed(nn.Conv2d(1, 2, 3), (1, 16, 16), to="lcn"), [1]), "need a fully-connected layer, not LocallyConnected"),
+    (lambda m: project(net(), {"0.weight": torch.zeros(3)}, PARTS), r"has 0.weight of shape \(3,\), the network of shape"),
+    (lambda m: project(net(), {"9.weight": torch.zeros(3)}, PARTS), "the network has no such parameter"),
+    (lambda m: template_similarity(embed(nn.Conv2d(1, 2, 3), (1, 8, 8)), tiny.DATA.train), "take the first layer"),
     (lambda m: split(torch.zeros(3, 3), m.geometry), "the weight must be a matrix"), (lambda m: ablate(net(), "other"), "parts must be some of convolutional, unshared, off_local, not 'other'"),
     (lambda m: ablation(net(), tiny.DATA.test), "call .float"), (lambda m: template_similarity(m, tiny.DATA.train.thinned(1).__class__(tiny.DATA.train.x[:0], tiny.DATA.train.y[:0],
         tiny.DATA.train.classes, tiny.DATA.train.mean, tiny.DATA.train.std, "nothing")), "there must be images")])

@@ -86,7 +86,8 @@ def environments(self:Run)->list: # dicts
 # %% ../../nbs/experiments/50_runs.ipynb #940175d6
 def _tensors(model, optimizer):
     "All tensors that training goes on from, by name; and what else the optimiser remembers."
-    named, rest = {f'weights/{name}': t for name, t in model.state_dict().items()}, {}
+    named = {f'weights/{name}': t for name, t in model.state_dict().items()}
+    rest = {}
     for i, memory in (optimizer.state_dict()['state'] if optimizer else {}).items():
         for key, value in memory.items():
             if isinstance(value, torch.Tensor): named[f'optimizer/{i}/{key}'] = value
@@ -102,7 +103,7 @@ def _apart(named):
         seen.add(t.untyped_storage().data_ptr())
     return found
 
-# %% ../../nbs/experiments/50_runs.ipynb #15f1b7a3
+# %% ../../nbs/experiments/50_runs.ipynb #280e47fb
 @patch
 def save(self:Run,
     epoch:int,          # epochs that are over
@@ -123,7 +124,7 @@ def save(self:Run,
     if self._end() is None: write_atomic(self.path/'metrics.csv', text)
     if keep is not None: self._drop([p for p in self.checkpoints()[:-2] if self._epoch(p) not in keep])
 
-# %% ../../nbs/experiments/50_runs.ipynb #bceb5cbd
+# %% ../../nbs/experiments/50_runs.ipynb #d2fc8275
 @patch
 def checkpoints(self:Run)->list:
     "Paths of the checkpoints, oldest first."
@@ -158,7 +159,7 @@ def _read_checkpoint(path):
     for i, more in about['optimizer'].items(): memory.setdefault(int(i), {}).update(more)
     return Checkpoint(about['epoch'], weights, read_table(about['table']), memory), about['run']
 
-# %% ../../nbs/experiments/50_runs.ipynb #c55594c3
+# %% ../../nbs/experiments/50_runs.ipynb #bb90547b
 @patch
 def load(self:Run,
     epoch:int=None,  # None for the last one
@@ -176,7 +177,7 @@ def load(self:Run,
         if run == run_id(self.config) and found.epoch == self._epoch(path): return found
         warnings.warn(f'{path} is no checkpoint of this run; it is not used')
 
-# %% ../../nbs/experiments/50_runs.ipynb #667c8dc3
+# %% ../../nbs/experiments/50_runs.ipynb #d0d999e4
 def resume_optimizer(
     optimizer,
     memory:dict # as `Checkpoint.memory`
@@ -202,7 +203,7 @@ def finish(self:Run,
     write_atomic(self.path/'finished.json', _mark(text.encode(), diverged))
     if keep is not None: self._drop([p for p in self.checkpoints() if self._epoch(p) not in keep])
 
-# %% ../../nbs/experiments/50_runs.ipynb #a2cdba13
+# %% ../../nbs/experiments/50_runs.ipynb #befeb8ce
 @patch
 def _end(self:Run):
     "What finished.json says, if it fits the table; None if there is none; warns if it does not fit."
@@ -215,7 +216,7 @@ def _end(self:Run):
     warnings.warn(f'{metrics} or {mark.name} is damaged (they do not fit each other); the run is done again from its '
                   'last checkpoint')
 
-# %% ../../nbs/experiments/50_runs.ipynb #be5f8963
+# %% ../../nbs/experiments/50_runs.ipynb #2f71afd8
 @patch(as_prop=True)
 def finished(self:Run)->bool:
     "Whether there is nothing left to do; warns if the finished table was damaged, which makes the run unfinished."

@@ -50,7 +50,7 @@ _WAYS_OUT = {
     'mkldnn': 'measure inside `with torch.backends.mkldnn.flags(enabled=False)`'}
 _NO_SECOND = ('derivative for', 'once_differentiable', 'ouble backward', 'differentiate twice', 'donated buffers')
 
-# %% ../../nbs/instruments/32_curvature.ipynb #9f293f58
+# %% ../../nbs/instruments/32_curvature.ipynb #25efc0bd
 @contextmanager
 def _telling(twice=False):
     "Turns errors of operations that cannot be differentiated (`twice`) into a `ValueError` with a way out."
@@ -88,7 +88,7 @@ def _everywhere(model, weights):
             if x is not None and own[id(x)] in weights: found[f'{path}.{key}' if path else key] = weights[own[id(x)]]
     return found
 
-# %% ../../nbs/instruments/32_curvature.ipynb #78bee5d1
+# %% ../../nbs/instruments/32_curvature.ipynb #9fd4999e
 def _losses(model, weights, batches):
     """Cross-entropies (samples,) of one batch after the other, for the weights given.
 
@@ -118,7 +118,7 @@ def _loss_and_gradient(model, batches):
             for sums, g in zip(found.values(), own): sums.add_(g, alpha=1/count)
     return total/count, found
 
-# %% ../../nbs/instruments/32_curvature.ipynb #ba3d28fb
+# %% ../../nbs/instruments/32_curvature.ipynb #5c789e25
 def gradient(
     model:nn.Module, # any classifier
     batches:list     # (images, labels) pairs
@@ -198,7 +198,7 @@ def _sketch(vector, groups=256, most=2**20):
         found[name] = v.detach().double().cpu()
     return found
 
-# %% ../../nbs/instruments/32_curvature.ipynb #66413524
+# %% ../../nbs/instruments/32_curvature.ipynb #f2b56dba
 def _furthest(u, v, tolerance, floor):
     """Name of the tensor in which `u` is furthest from `v`, and how far, relative to the norm of that of `v`.
 
@@ -228,7 +228,7 @@ def _moved(leaves, d, at):
         found[name] = p.detach().to(torch.float64, copy=True).add_(d[name], alpha=at).requires_grad_()
     return found
 
-# %% ../../nbs/instruments/32_curvature.ipynb #be6cb16f
+# %% ../../nbs/instruments/32_curvature.ipynb #f19daf1e
 def _mean_loss(model, weights, few, buffers):
     "Mean cross-entropy on `few` in double precision; buffers are left alone."
     fixed = {}
@@ -250,7 +250,7 @@ def _difference(model, leaves, d, few, buffers, step, shift):
     up, down = (_side(model, _moved(leaves, d, shift + sign*step), few, buffers) for sign in (1, -1))
     return {name: (x - down[name])/(2*step) for name, x in up.items()}
 
-# %% ../../nbs/instruments/32_curvature.ipynb #52c0024c
+# %% ../../nbs/instruments/32_curvature.ipynb #42cdca94
 @torch.enable_grad()
 def _is_derivative(model, leaves, d, few, buffers, shift, step=1e-6):
     "Whether the loss changes along each tensor of `d` as its gradient says."
@@ -264,7 +264,7 @@ def _is_derivative(model, leaves, d, few, buffers, shift, step=1e-6):
         if not abs(slope - told) <= .02*abs(told) + 1e-7*(1 + abs(sides[0])): return False
     return True
 
-# %% ../../nbs/instruments/32_curvature.ipynb #0ea95114
+# %% ../../nbs/instruments/32_curvature.ipynb #a1966c13
 def _way_out(model, name):
     "What to do about second derivatives that are wrong in the parameter `name`."
     made = [*model.modules(), *[hook for m in model.modules() for hook in m._forward_pre_hooks.values()]]
@@ -312,7 +312,7 @@ def _are_right(model, leaves, few, tolerance=.02, shift=1e-3):
         raise ValueError(f"PyTorch's second derivatives of this network are wrong in {name}, {_by(off)}; "
                          f"{_way_out(model, name)}")
 
-# %% ../../nbs/instruments/32_curvature.ipynb #989861e2
+# %% ../../nbs/instruments/32_curvature.ipynb #8f6fe0ce
 _CHECKED = WeakKeyDictionary() # networks whose second derivatives are right, and what they consisted of
 
 @torch.no_grad()
@@ -345,7 +345,7 @@ def _restrict(model, vector, parts, most=2**20):
         else: v.copy_(project(model, {name: v}, parts)[name])
     return vector
 
-# %% ../../nbs/instruments/32_curvature.ipynb #879a700e
+# %% ../../nbs/instruments/32_curvature.ipynb #161d012a
 def _checked(model, vector):
     """`vector` in the order of the parameters, on their device and of their type.
 
@@ -358,7 +358,7 @@ def _checked(model, vector):
                          f'{wrong[0]!r}')
     return {name: vector[name].detach().to(p) for name, p in own.items()}
 
-# %% ../../nbs/instruments/32_curvature.ipynb #3bdf0cdd
+# %% ../../nbs/instruments/32_curvature.ipynb #6543dc13
 def hessian_product(
     model:nn.Module, # any classifier
     batches:list,    # (images, labels) pairs
@@ -393,7 +393,7 @@ def _move(model, weights):
     "Copy the values of `weights` into `model`."
     for name, p in model.named_parameters(): p.copy_(weights[name])
 
-# %% ../../nbs/instruments/32_curvature.ipynb #4b61843e
+# %% ../../nbs/instruments/32_curvature.ipynb #aa533d4d
 def minimise(
     model:nn.Module,      # a small network in float64, changed in place
     batches:list,         # (images, labels) pairs
@@ -457,7 +457,7 @@ def _scale(vector, factor):
     "Multiply a vector in place."
     torch._foreach_mul_(list(vector.values()), factor)
 
-# %% ../../nbs/instruments/32_curvature.ipynb #7611e415
+# %% ../../nbs/instruments/32_curvature.ipynb #78ac2048
 def _lanczos(product, current, steps):
     """Diagonal and side diagonal of the tridiagonal matrix of a Lanczos run of `steps` from the unit vector `current`.
 
@@ -494,7 +494,7 @@ def _normalised(vector):
     _scale(vector, 1/norm)
     return vector
 
-# %% ../../nbs/instruments/32_curvature.ipynb #d86c2cf4
+# %% ../../nbs/instruments/32_curvature.ipynb #2197ee22
 def random_direction(
     model:nn.Module, # any network
     parts=None,      # one, or several, of `PARTS`; None for the whole space
@@ -532,7 +532,7 @@ def _shifted(model, batches, parts, k, sign, seed):
         return _flat(found)
     return product, c
 
-# %% ../../nbs/instruments/32_curvature.ipynb #8610e815
+# %% ../../nbs/instruments/32_curvature.ipynb #dba3ab79
 def _check_eigenvalues(size, k, which, basis):
     "Raise `ValueError` unless a space of `size` directions has `k` eigenvalues that ARPACK can find."
     if which not in ('largest', 'smallest'): raise ValueError(f"which must be 'largest' or 'smallest', not {which!r}")
@@ -630,7 +630,8 @@ def spectral_density(
     product = _restricted(model, batches, parts)
     tables = []
     for probe in range(probes):
-        nodes, vectors = eigh_tridiagonal(*_lanczos(product, random_direction(model, parts, seed + 1000*probe), steps))
+        start = random_direction(model, parts, seed + 1000*probe)
+        nodes, vectors = eigh_tridiagonal(*_lanczos(product, start, steps))
         tables.append(pd.DataFrame(dict(probe=probe, node=nodes, weight=vectors[0]**2)))
     return pd.concat(tables, ignore_index=True)
 
@@ -667,7 +668,7 @@ def _copied(vector):
     "A vector with memory of its own."
     return {name: v.clone() for name, v in vector.items()}
 
-# %% ../../nbs/instruments/32_curvature.ipynb #68d8e7ab
+# %% ../../nbs/instruments/32_curvature.ipynb #627a6d2f
 def loss_line(
     model:nn.Module, # an embedded network
     batches:list,    # (images, labels) pairs
@@ -678,7 +679,8 @@ def loss_line(
 
     Raises `ValueError` for another network's direction, or one without length.
     """
-    unit, d = _unit_of_length(model), _normalised(_copied(_checked(model, direction)))
+    unit = _unit_of_length(model)
+    d = _normalised(_copied(_checked(model, direction)))
     return pd.DataFrame(dict(radius=radii, loss=_losses_along(model, batches, [[(r*unit, d)] for r in radii])))
 
 # %% ../../nbs/instruments/32_curvature.ipynb #f76b7adc
@@ -694,7 +696,7 @@ def _directions(model, batches, seed, tol):
         if _dimension(model, parts) > 1:
             yield 'eigenvector', part, _outermost(model, batches, 1, parts, 'largest', True, tol, seed, 300, None)[1][0]
 
-# %% ../../nbs/instruments/32_curvature.ipynb #bd3ae7d2
+# %% ../../nbs/instruments/32_curvature.ipynb #6d4a46c3
 def sharpness(
     model:nn.Module,  # an embedded network
     batches:list,     # (images, labels) pairs

@@ -42,7 +42,7 @@ def _state(model):
     "Parameters and buffers that can be mixed, by name: real or complex numbers."
     return {name: x for name, x in _tensors(model).items() if _mixes(x)}
 
-# %% ../../nbs/instruments/31_paths.ipynb #b1b153f9
+# %% ../../nbs/instruments/31_paths.ipynb #5093a20b
 def _difference(a, b):
     "What is the first tensor in which `a` and `b` differ in name or shape, in words; None if there is none."
     a, b = ({name: tuple(x.shape) for name, x in _tensors(model).items()} for model in (a, b))
@@ -65,7 +65,7 @@ def _as_fcn(model, input_shape, trim):
     if any(isinstance(m, LocallyConnected) for m in model.modules()): model = convert(model, 'fcn')
     return embed(model, input_shape, trim=trim) if any(isinstance(m, CONVOLUTIONS) for m in model.modules()) else model
 
-# %% ../../nbs/instruments/31_paths.ipynb #592d21bb
+# %% ../../nbs/instruments/31_paths.ipynb #09525663
 def in_fcn_space(
     models:dict,       # name: CNN, eLCN, eFCN or FCN, two or more, of one architecture
     input_shape:tuple, # (channels, *size) of one input, without batch axis
@@ -99,12 +99,13 @@ def _binary(x):
     "Whether a tensor looks like a mask."
     return bool(((x == 0) | (x == 1) | x.isinf()).all())
 
-# %% ../../nbs/instruments/31_paths.ipynb #81cddbd9
+# %% ../../nbs/instruments/31_paths.ipynb #1dd1c486
 def _apart(a, b):
     "Why some tensor of `a` and its fellow in `b` have nothing between them, in words; None if all can be mixed."
     other = _tensors(b)
     for name, p in _tensors(a).items():
-        q, both = other[name], f'{name} is {{}} in the first and {{}} in the second; bring both to one '
+        q = other[name]
+        both = f'{name} is {{}} in the first and {{}} in the second; bring both to one '
         if p.dtype != q.dtype: return both.format(p.dtype, q.dtype) + 'type, by .float() or .double()'
         if p.device != q.device: return both.format(p.device, q.device) + 'device, by .to(device)'
         if _is_count(a, name) or torch.equal(p, q): continue
@@ -139,7 +140,7 @@ def _jumps_over(steps, k):
     jumps = {*dis.hasjrel, *dis.hasjabs}
     return any(s.opcode in jumps and s.argval > steps[k].offset for s in steps[:k])
 
-# %% ../../nbs/instruments/31_paths.ipynb #2a9a328a
+# %% ../../nbs/instruments/31_paths.ipynb #e49739d4
 def _loaded(code):
     "Names of attributes that a function loads, without those that it only adds to, or that it has itself set before."
     steps = [s for s in dis.get_instructions(code) if s.opname not in ('EXTENDED_ARG', 'CACHE')]
@@ -174,7 +175,7 @@ def _methods(model):
         for name, f in vars(c).items(): found.setdefault(name, []).append(_plain(f))
     return found
 
-# %% ../../nbs/instruments/31_paths.ipynb #234b3808
+# %% ../../nbs/instruments/31_paths.ipynb #451984a2
 def _followed(f):
     "Names of attributes that `f` reads, with functions inside it; and the functions that it calls but PyTorch's own."
     codes, names = [f.__code__], set()
@@ -241,7 +242,7 @@ def _attributes(m):
     attributes = taken if isinstance(taken, dict) else vars(m)
     return {k: v for k, v in attributes.items() if k not in _MACHINERY | made}
 
-# %% ../../nbs/instruments/31_paths.ipynb #e136e6c1
+# %% ../../nbs/instruments/31_paths.ipynb #0b0fd8b4
 def _unlike_module(name, m, n, read, places):
     "How two modules called `name`, or None for one that is missing, differ in what a forward pass reads."
     here = name or 'the network'
@@ -255,7 +256,7 @@ def _unlike_module(name, m, n, read, places):
     p, q = (len(x._forward_hooks) + len(x._forward_pre_hooks) for x in (m, n))
     if p != q: return f'{here} has {p} hooks in the first and {q} in the second; take two that have the same'
 
-# %% ../../nbs/instruments/31_paths.ipynb #d55fa8c4
+# %% ../../nbs/instruments/31_paths.ipynb #d63352d6
 def _unlike(a, b):
     "In which module or attribute `a` and `b` differ, in words; None if there is none."
     first, second = (dict(m.named_modules()) for m in (a, b))
@@ -298,7 +299,7 @@ def _with_state(model, state):
         new[id(x)] = nn.Parameter(state[name], x.requires_grad) if is_parameter else state[name]
     return _copy(model, new)
 
-# %% ../../nbs/instruments/31_paths.ipynb #3cba77b4
+# %% ../../nbs/instruments/31_paths.ipynb #dca73759
 def _mix(p, q, t):
     "(1-t) p + t q; equal buffers as they are, infinite numbers in them too."
     if not isinstance(p, nn.Parameter) and torch.equal(p, q): return p.clone()
@@ -476,7 +477,7 @@ def _check_string(beads, steps, lr, stiffness, data):
         raise ValueError(f'the learning rate must be 0 or more, not {lr}; with 0 the string becomes straight')
     if not len(data): raise ValueError('there must be images to train the string on, not none')
 
-# %% ../../nbs/instruments/31_paths.ipynb #01b8e053
+# %% ../../nbs/instruments/31_paths.ipynb #8b0fae6f
 @torch.no_grad()
 def _smooth(strand, k):
     "Move all inner tensors of the list `strand` at once, in place, towards the mean of their neighbours."
@@ -558,7 +559,7 @@ def arc_length(
         steps.append(math.hypot(*(_norm(p - q) for p, q in pairs)))
     return np.cumsum(steps)
 
-# %% ../../nbs/instruments/31_paths.ipynb #c2093a7a
+# %% ../../nbs/instruments/31_paths.ipynb #5a6d5a02
 def along_string(
     models:list,        # as `string` returns them
     data,               # `Dataset` to measure on
