@@ -625,7 +625,7 @@ def test_measuring_leaves_modes_alone():
 def test_impossible_paths_are_refused():
     a, b, data = mlp(0), mlp(1), moons(20)
     with pytest.raises(ValueError, match="unknown path 'bent'; known are linear, curvilinear, outputs"): along(a, b, data, "bent")
-    with pytest.raises(ValueError, match="two points or more, not 1"): along(a, b, data, points=1)
+    with pytest.raises(ValueError, match="points must be a whole number, 2 or more, not 1"): along(a, b, data, points=1)
     with pytest.raises(ValueError, match="two networks or more, not 1"): along_string([a], data)
     with pytest.raises(ValueError, match="no path joins"): along_string([a, mlp(0, (2, 9, 2))], data)
 

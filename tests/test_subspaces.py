@@ -15,7 +15,7 @@ from efcn_nb.ladder.geometry import ConvGeometry
 from efcn_nb.instruments.curvature import gradient, loss_line, random_direction
 from efcn_nb.experiments.measures import MEASURES, first_rows, measured, one_seed, over_networks, slowed
 from efcn_nb.instruments.subspaces import (
-    ablate, ablation, bias_spread, dimensions, off_local_rows, project, radial_profile, residuals, shares, split,
+    PARTS, ablate, ablation, bias_spread, dimensions, off_local_rows, project, radial_profile, residuals, shares, split,
     squares, template_similarity, window_distances)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Complex modules are a new feature")

@@ -50,7 +50,7 @@ _WAYS_OUT = {
     'mkldnn': 'measure inside `with torch.backends.mkldnn.flags(enabled=False)`'}
 _NO_SECOND = ('derivative for', 'once_differentiable', 'ouble backward', 'differentiate twice', 'donated buffers')
 
-# %% ../../nbs/instruments/32_curvature.ipynb #25efc0bd
+# %% ../../nbs/instruments/32_curvature.ipynb #e3395309
 @contextmanager
 def _telling(twice=False):
     "Turns errors of operations that cannot be differentiated (`twice`) into a `ValueError` with a way out."
@@ -88,7 +88,7 @@ def _everywhere(model, weights):
             if x is not None and own[id(x)] in weights: found[f'{path}.{key}' if path else key] = weights[own[id(x)]]
     return found
 
-# %% ../../nbs/instruments/32_curvature.ipynb #9fd4999e
+# %% ../../nbs/instruments/32_curvature.ipynb #3a1908d5
 def _losses(model, weights, batches):
     """Cross-entropies (samples,) of one batch after the other, for the weights given.
 
@@ -118,7 +118,7 @@ def _loss_and_gradient(model, batches):
             for sums, g in zip(found.values(), own): sums.add_(g, alpha=1/count)
     return total/count, found
 
-# %% ../../nbs/instruments/32_curvature.ipynb #5c789e25
+# %% ../../nbs/instruments/32_curvature.ipynb #3ee3f6b7
 def gradient(
     model:nn.Module, # any classifier
     batches:list     # (images, labels) pairs
@@ -198,7 +198,7 @@ def _sketch(vector, groups=256, most=2**20):
         found[name] = v.detach().double().cpu()
     return found
 
-# %% ../../nbs/instruments/32_curvature.ipynb #f2b56dba
+# %% ../../nbs/instruments/32_curvature.ipynb #e01ffa27
 def _furthest(u, v, tolerance, floor):
     """Name of the tensor in which `u` is furthest from `v`, and how far, relative to the norm of that of `v`.
 
@@ -228,7 +228,7 @@ def _moved(leaves, d, at):
         found[name] = p.detach().to(torch.float64, copy=True).add_(d[name], alpha=at).requires_grad_()
     return found
 
-# %% ../../nbs/instruments/32_curvature.ipynb #f19daf1e
+# %% ../../nbs/instruments/32_curvature.ipynb #76929f33
 def _mean_loss(model, weights, few, buffers):
     "Mean cross-entropy on `few` in double precision; buffers are left alone."
     fixed = {}
@@ -250,7 +250,7 @@ def _difference(model, leaves, d, few, buffers, step, shift):
     up, down = (_side(model, _moved(leaves, d, shift + sign*step), few, buffers) for sign in (1, -1))
     return {name: (x - down[name])/(2*step) for name, x in up.items()}
 
-# %% ../../nbs/instruments/32_curvature.ipynb #42cdca94
+# %% ../../nbs/instruments/32_curvature.ipynb #14b9df34
 @torch.enable_grad()
 def _is_derivative(model, leaves, d, few, buffers, shift, step=1e-6):
     "Whether the loss changes along each tensor of `d` as its gradient says."
@@ -264,7 +264,7 @@ def _is_derivative(model, leaves, d, few, buffers, shift, step=1e-6):
         if not abs(slope - told) <= .02*abs(told) + 1e-7*(1 + abs(sides[0])): return False
     return True
 
-# %% ../../nbs/instruments/32_curvature.ipynb #a1966c13
+# %% ../../nbs/instruments/32_curvature.ipynb #ac18531d
 def _way_out(model, name):
     "What to do about second derivatives that are wrong in the parameter `name`."
     made = [*model.modules(), *[hook for m in model.modules() for hook in m._forward_pre_hooks.values()]]
@@ -312,7 +312,7 @@ def _are_right(model, leaves, few, tolerance=.02, shift=1e-3):
         raise ValueError(f"PyTorch's second derivatives of this network are wrong in {name}, {_by(off)}; "
                          f"{_way_out(model, name)}")
 
-# %% ../../nbs/instruments/32_curvature.ipynb #8f6fe0ce
+# %% ../../nbs/instruments/32_curvature.ipynb #278d63b5
 _CHECKED = WeakKeyDictionary() # networks whose second derivatives are right, and what they consisted of
 
 @torch.no_grad()
@@ -345,7 +345,7 @@ def _restrict(model, vector, parts, most=2**20):
         else: v.copy_(project(model, {name: v}, parts)[name])
     return vector
 
-# %% ../../nbs/instruments/32_curvature.ipynb #161d012a
+# %% ../../nbs/instruments/32_curvature.ipynb #f606148f
 def _checked(model, vector):
     """`vector` in the order of the parameters, on their device and of their type.
 
@@ -358,7 +358,7 @@ def _checked(model, vector):
                          f'{wrong[0]!r}')
     return {name: vector[name].detach().to(p) for name, p in own.items()}
 
-# %% ../../nbs/instruments/32_curvature.ipynb #6543dc13
+# %% ../../nbs/instruments/32_curvature.ipynb #d3510dce
 def hessian_product(
     model:nn.Module, # any classifier
     batches:list,    # (images, labels) pairs
@@ -393,7 +393,7 @@ def _move(model, weights):
     "Copy the values of `weights` into `model`."
     for name, p in model.named_parameters(): p.copy_(weights[name])
 
-# %% ../../nbs/instruments/32_curvature.ipynb #aa533d4d
+# %% ../../nbs/instruments/32_curvature.ipynb #e22fb6c2
 def minimise(
     model:nn.Module,      # a small network in float64, changed in place
     batches:list,         # (images, labels) pairs
@@ -457,7 +457,7 @@ def _scale(vector, factor):
     "Multiply a vector in place."
     torch._foreach_mul_(list(vector.values()), factor)
 
-# %% ../../nbs/instruments/32_curvature.ipynb #78ac2048
+# %% ../../nbs/instruments/32_curvature.ipynb #89e18095
 def _lanczos(product, current, steps):
     """Diagonal and side diagonal of the tridiagonal matrix of a Lanczos run of `steps` from the unit vector `current`.
 
@@ -494,7 +494,7 @@ def _normalised(vector):
     _scale(vector, 1/norm)
     return vector
 
-# %% ../../nbs/instruments/32_curvature.ipynb #2197ee22
+# %% ../../nbs/instruments/32_curvature.ipynb #ab1aa2ae
 def random_direction(
     model:nn.Module, # any network
     parts=None,      # one, or several, of `PARTS`; None for the whole space
@@ -532,7 +532,7 @@ def _shifted(model, batches, parts, k, sign, seed):
         return _flat(found)
     return product, c
 
-# %% ../../nbs/instruments/32_curvature.ipynb #dba3ab79
+# %% ../../nbs/instruments/32_curvature.ipynb #65099caa
 def _check_eigenvalues(size, k, which, basis):
     "Raise `ValueError` unless a space of `size` directions has `k` eigenvalues that ARPACK can find."
     if which not in ('largest', 'smallest'): raise ValueError(f"which must be 'largest' or 'smallest', not {which!r}")
@@ -668,7 +668,7 @@ def _copied(vector):
     "A vector with memory of its own."
     return {name: v.clone() for name, v in vector.items()}
 
-# %% ../../nbs/instruments/32_curvature.ipynb #627a6d2f
+# %% ../../nbs/instruments/32_curvature.ipynb #dbd7af15
 def loss_line(
     model:nn.Module, # an embedded network
     batches:list,    # (images, labels) pairs
@@ -696,7 +696,7 @@ def _directions(model, batches, seed, tol):
         if _dimension(model, parts) > 1:
             yield 'eigenvector', part, _outermost(model, batches, 1, parts, 'largest', True, tol, seed, 300, None)[1][0]
 
-# %% ../../nbs/instruments/32_curvature.ipynb #6d4a46c3
+# %% ../../nbs/instruments/32_curvature.ipynb #bfa0223f
 def sharpness(
     model:nn.Module,  # an embedded network
     batches:list,     # (images, labels) pairs
@@ -732,8 +732,8 @@ def loss_slice(
 
     Raises `ValueError` for parallel directions or those without length, an impossible radius, fewer than two points.
     """
-    if not radius > 0 or points < 2:
-        raise ValueError(f'a slice needs a positive radius and 2 points or more on an edge, not {radius} and {points}')
+    positive('radius', radius)
+    whole('points', points, 2)
     unit = _unit_of_length(model)
     u, v = (_normalised(_copied(_checked(model, d))) for d in (u, v))
     for _ in range(2): # twice is enough to be orthogonal to the last bit

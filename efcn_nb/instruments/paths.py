@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from ..service.checks import first_line, one_of
+from ..service.checks import first_line, one_of, whole
 from ..ladder.geometry import CONVOLUTIONS
 from ..ladder.layers import LocallyConnected
 from ..ladder.folding import BATCHNORMS
@@ -42,7 +42,7 @@ def _state(model):
     "Parameters and buffers that can be mixed, by name: real or complex numbers."
     return {name: x for name, x in _tensors(model).items() if _mixes(x)}
 
-# %% ../../nbs/instruments/31_paths.ipynb #5093a20b
+# %% ../../nbs/instruments/31_paths.ipynb #ebcf8e2a
 def _difference(a, b):
     "What is the first tensor in which `a` and `b` differ in name or shape, in words; None if there is none."
     a, b = ({name: tuple(x.shape) for name, x in _tensors(model).items()} for model in (a, b))
@@ -65,7 +65,7 @@ def _as_fcn(model, input_shape, trim):
     if any(isinstance(m, LocallyConnected) for m in model.modules()): model = convert(model, 'fcn')
     return embed(model, input_shape, trim=trim) if any(isinstance(m, CONVOLUTIONS) for m in model.modules()) else model
 
-# %% ../../nbs/instruments/31_paths.ipynb #09525663
+# %% ../../nbs/instruments/31_paths.ipynb #afde4858
 def in_fcn_space(
     models:dict,       # name: CNN, eLCN, eFCN or FCN, two or more, of one architecture
     input_shape:tuple, # (channels, *size) of one input, without batch axis
@@ -99,7 +99,7 @@ def _binary(x):
     "Whether a tensor looks like a mask."
     return bool(((x == 0) | (x == 1) | x.isinf()).all())
 
-# %% ../../nbs/instruments/31_paths.ipynb #1dd1c486
+# %% ../../nbs/instruments/31_paths.ipynb #62255d0d
 def _apart(a, b):
     "Why some tensor of `a` and its fellow in `b` have nothing between them, in words; None if all can be mixed."
     other = _tensors(b)
@@ -140,7 +140,7 @@ def _jumps_over(steps, k):
     jumps = {*dis.hasjrel, *dis.hasjabs}
     return any(s.opcode in jumps and s.argval > steps[k].offset for s in steps[:k])
 
-# %% ../../nbs/instruments/31_paths.ipynb #e49739d4
+# %% ../../nbs/instruments/31_paths.ipynb #0b402e08
 def _loaded(code):
     "Names of attributes that a function loads, without those that it only adds to, or that it has itself set before."
     steps = [s for s in dis.get_instructions(code) if s.opname not in ('EXTENDED_ARG', 'CACHE')]
@@ -175,7 +175,7 @@ def _methods(model):
         for name, f in vars(c).items(): found.setdefault(name, []).append(_plain(f))
     return found
 
-# %% ../../nbs/instruments/31_paths.ipynb #451984a2
+# %% ../../nbs/instruments/31_paths.ipynb #7a85ee73
 def _followed(f):
     "Names of attributes that `f` reads, with functions inside it; and the functions that it calls but PyTorch's own."
     codes, names = [f.__code__], set()
@@ -242,7 +242,7 @@ def _attributes(m):
     attributes = taken if isinstance(taken, dict) else vars(m)
     return {k: v for k, v in attributes.items() if k not in _MACHINERY | made}
 
-# %% ../../nbs/instruments/31_paths.ipynb #0b0fd8b4
+# %% ../../nbs/instruments/31_paths.ipynb #a3ed63b1
 def _unlike_module(name, m, n, read, places):
     "How two modules called `name`, or None for one that is missing, differ in what a forward pass reads."
     here = name or 'the network'
@@ -256,7 +256,7 @@ def _unlike_module(name, m, n, read, places):
     p, q = (len(x._forward_hooks) + len(x._forward_pre_hooks) for x in (m, n))
     if p != q: return f'{here} has {p} hooks in the first and {q} in the second; take two that have the same'
 
-# %% ../../nbs/instruments/31_paths.ipynb #d63352d6
+# %% ../../nbs/instruments/31_paths.ipynb #97052e69
 def _unlike(a, b):
     "In which module or attribute `a` and `b` differ, in words; None if there is none."
     first, second = (dict(m.named_modules()) for m in (a, b))
@@ -299,7 +299,7 @@ def _with_state(model, state):
         new[id(x)] = nn.Parameter(state[name], x.requires_grad) if is_parameter else state[name]
     return _copy(model, new)
 
-# %% ../../nbs/instruments/31_paths.ipynb #dca73759
+# %% ../../nbs/instruments/31_paths.ipynb #35b93354
 def _mix(p, q, t):
     "(1-t) p + t q; equal buffers as they are, infinite numbers in them too."
     if not isinstance(p, nn.Parameter) and torch.equal(p, q): return p.clone()
@@ -432,7 +432,7 @@ def along(
     `train`.
     """
     one_of('path', kind, PATHS)
-    if points < 2: raise ValueError(f'a path has two ends, so there must be two points or more, not {points}')
+    whole('points', points, 2)
     if kind != 'outputs': _check_joined(a, b)                                          # before anything is measured
     ts = [i/(points-1) for i in range(points)]
     models = (PATHS[kind](a, b, t) for t in ts)
@@ -477,7 +477,7 @@ def _check_string(beads, steps, lr, stiffness, data):
         raise ValueError(f'the learning rate must be 0 or more, not {lr}; with 0 the string becomes straight')
     if not len(data): raise ValueError('there must be images to train the string on, not none')
 
-# %% ../../nbs/instruments/31_paths.ipynb #8b0fae6f
+# %% ../../nbs/instruments/31_paths.ipynb #b7edc120
 @torch.no_grad()
 def _smooth(strand, k):
     "Move all inner tensors of the list `strand` at once, in place, towards the mean of their neighbours."
@@ -559,7 +559,7 @@ def arc_length(
         steps.append(math.hypot(*(_norm(p - q) for p, q in pairs)))
     return np.cumsum(steps)
 
-# %% ../../nbs/instruments/31_paths.ipynb #5a6d5a02
+# %% ../../nbs/instruments/31_paths.ipynb #5297296a
 def along_string(
     models:list,        # as `string` returns them
     data,               # `Dataset` to measure on

@@ -44,7 +44,7 @@ def _refuse_odd_parts(d):
     if not (d.mean.isfinite().all() and d.std.isfinite().all() and (d.std > 0).all()):
         raise ValueError(f'mean and std must be finite and std positive, not {d.mean.tolist()} and {d.std.tolist()}')
 
-# %% ../../nbs/materials/10_data.ipynb #c7228a04
+# %% ../../nbs/materials/10_data.ipynb #c5e8c0e1
 def _refuse_misfits(d):
     "Raise `ValueError` for labels that do not belong to the images, and for the wrong number of channel statistics."
     x, y, n = d.x, d.y, len(d.classes)
@@ -836,7 +836,7 @@ def load_folder(
     for said in _doubles(found): warnings.warn(f'{folder}: {said}', stacklevel=3) # for the caller of load_data
     return found
 
-# %% ../../nbs/materials/10_data.ipynb #f1a39695
+# %% ../../nbs/materials/10_data.ipynb #5116036e
 def _check_source(source, size):
     "Raise `ValueError` unless `source` is one, and `size` has a use."
     known = ['digits', *_collections]
