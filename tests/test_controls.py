@@ -115,3 +115,7 @@ def test_draws_of_white_images_keep_what_the_floor_leaves():
     weak = replace(weak, x=F.avg_pool2d(F.pad(weak.x, (1, 1, 1, 1), mode="circular"), 3, 1))
     C = [np.cov(make_variant(Data(weak, weak), variant, 0).train.x.flatten(1).double().numpy().T) for variant in ("white", "white-gaussian")]
     assert np.linalg.eigvalsh(C[0])[0] < .9 and abs(C[0] - C[1]).max() < 6*2**.5/6000**.5
+
+
+def test_an_unknown_variant(data):
+    with pytest.raises(ValueError, match="unknown variant 'scrambled'; known are images, permuted, gaussian"): make_variant(data, "scrambled", 0)

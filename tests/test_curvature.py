@@ -16,7 +16,7 @@ import keep
 from efcn_nb.instruments import curvature
 from efcn_nb.ladder import layers
 from efcn_nb.instruments.curvature import (
-    along, gradient, gradient_shares, hessian_product, loss_slice, minimise, random_direction, sharpness,
+    gradient, gradient_shares, hessian_product, loss_line, loss_slice, minimise, random_direction, sharpness,
     smooth_density, spectral_density, split_unit, top_eigenvalues, trace)
 from efcn_nb.ladder.matrices import tied_sum
 from efcn_nb.ladder.embedding import embed
@@ -512,7 +512,7 @@ def test_nothing_is_changed():
     kept = {k: v.clone() for k, v in d.items()}
     other = random_direction(net)
     hessian_product(net, batches, d, "unshared"), top_eigenvalues(net, batches, vectors=True), trace(net, batches, probes=1), spectral_density(net, batches, steps=3, probes=1)
-    along(net, batches, d, [.1, -.1]), loss_slice(net, batches, d, other, .1, 2), sharpness(net, batches, tol=.1), gradient_shares(net, batches)
+    loss_line(net, batches, d, [.1, -.1]), loss_slice(net, batches, d, other, .1, 2), sharpness(net, batches, tol=.1), gradient_shares(net, batches)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and all(torch.equal(v, kept[k]) for k, v in d.items())
     assert flags == [m.training for m in net.modules()] and all(p.grad is None and p.requires_grad for p in net.parameters())
     with pytest.raises(Exception): gradient(net, [(torch.randn(2, 5, 5), torch.zeros(2, dtype=torch.long))])
@@ -542,14 +542,14 @@ REFUSED = {
     "k 0": (lambda c: top_eigenvalues(c.net, c.batches, 0), "k must lie between"),
     "which": (lambda c: top_eigenvalues(c.net, c.batches, which="LM"), "'largest' or 'smallest'"),
     "basis": (lambda c: top_eigenvalues(c.net, c.batches, 3, basis=3), "more than 3"),
-    "probes": (lambda c: trace(c.net, c.batches, probes=0), "must be 1 or more"),
-    "steps": (lambda c: spectral_density(c.net, c.batches, steps=0), "must be 1 or more"),
-    "width": (lambda c: smooth_density(spectral_density(c.net, c.batches, steps=2), [0.], -1), "width must be positive"),
-    "no length": (lambda c: along(c.net, c.batches, zeros(c), [0.]), "finite norm above zero"),
+    "probes": (lambda c: trace(c.net, c.batches, probes=0), "must be a whole number, 1 or more"),
+    "steps": (lambda c: spectral_density(c.net, c.batches, steps=0), "must be a whole number, 1 or more"),
+    "width": (lambda c: smooth_density(spectral_density(c.net, c.batches, steps=2), [0.], -1), "width must be a positive number"),
+    "no length": (lambda c: loss_line(c.net, c.batches, zeros(c), [0.]), "finite norm above zero"),
     "parallel": (lambda c: loss_slice(c.net, c.batches, gradient(c.net, c.one), gradient(c.net, c.one), .1), "parallel"),
-    "points": (lambda c: loss_slice(c.net, c.batches, gradient(c.net, c.one), random_direction(c.net), .1, 1), "2 points or more"),
-    "slice radius": (lambda c: loss_slice(c.net, c.batches, gradient(c.net, c.one), random_direction(c.net), 0), "positive radius"),
-    "radius": (lambda c: sharpness(c.net, c.batches, radius=-1), "radius must be positive"),
+    "points": (lambda c: loss_slice(c.net, c.batches, gradient(c.net, c.one), random_direction(c.net), .1, 1), "points must be a whole number, 2 or more, not 1"),
+    "slice radius": (lambda c: loss_slice(c.net, c.batches, gradient(c.net, c.one), random_direction(c.net), 0), "radius must be a positive number, not 0"),
+    "radius": (lambda c: sharpness(c.net, c.batches, radius=-1), "radius must be a positive number"),
     "float32": (lambda c: minimise(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), c.batches), r"call \.double\(\)"),
     "unit": (lambda c: split_unit(nn.Linear(3, 2), nn.Linear(2, 1), 2), "units 0 to 1"),
     "negative unit": (lambda c: split_unit(nn.Linear(3, 2), nn.Linear(2, 1), -1), "units 0 to 1"),

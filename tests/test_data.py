@@ -221,10 +221,15 @@ def test_describe(n, classes):
     assert Data(one, other, notes=["left out: x"]).describe().splitlines() == [first, classes, "left out: x", *doubles]
 
 
+def test_a_collection_comes_in_its_own_size():
+    with pytest.raises(ValueError, match="size is for folders of images: digits comes in its own size"): load_data("digits", size=8)
+
+
 def test_bad_batches():
-    with pytest.raises(ValueError, match="at least 1"): photos().batches(0)
+    with pytest.raises(ValueError, match="batch_size must be a whole number, 1 or more, not 0"): photos().batches(0)
     with pytest.raises((RuntimeError, IndexError)): photos().batch(torch.ones(20, dtype=torch.bool))  # a mask is no index
     with pytest.raises((RuntimeError, IndexError)): photos().batch([20])
+    with pytest.raises(ValueError, match="n must be a whole number, 1 or more, not 0"): photos().thinned(0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -510,7 +515,7 @@ def test_half_a_split(split, there, missing):
 
 
 def test_bad_share_is_said_before_decoding(flat, monkeypatch):
-    monkeypatch.setattr(data, "load_images", None)
+    monkeypatch.setattr(data, "_load_images", None)
     fails(flat, "class cat (6 images) no test image", test_share=.01)
 
 
@@ -728,11 +733,11 @@ def test_images_that_occur_twice_are_counted(tmp_path):
 
 def test_memory_is_asked_before_decoding(tmp_path, monkeypatch):
     plant(tmp_path, TWO)
-    monkeypatch.setattr(data, "decode", None)
-    monkeypatch.setattr(data.psutil, "virtual_memory", lambda: type("Free", (), dict(available=1000)))
+    monkeypatch.setattr(data, "_decode", None)
+    monkeypatch.setattr(data, "free_memory", lambda: 1000)
     for cache in None, False: fails(tmp_path, "8 images of 0.0 MB", "say size=64", error=MemoryError, cache=cache)
     fails(tmp_path, "say a size smaller than 5x6", error=MemoryError, size=(5, 6), cache=False)
-    monkeypatch.setattr(data, "decode", lambda raw, size=None: np.zeros((3, 2, 2), np.uint8))
+    monkeypatch.setattr(data, "_decode", lambda raw, size=None: np.zeros((3, 2, 2), np.uint8))
     assert len(load_data(tmp_path, size=2, cache=False).train) == 6
 
 
@@ -756,9 +761,9 @@ def test_ordinary_images_are_what_pil_makes_of_them(kind, mode):
     raw = saved(COLOURS.convert(mode), kind)
     with Image.open(BytesIO(raw)) as image:
         expected = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-    assert np.array_equal(np.moveaxis(data.decode(raw), 0, -1).squeeze(), expected)
+    assert np.array_equal(np.moveaxis(data._decode(raw), 0, -1).squeeze(), expected)
     small = Image.fromarray(expected).resize((3, 4), Image.Resampling.BILINEAR)
-    assert np.array_equal(np.moveaxis(data.decode(raw, (4, 3)), 0, -1).squeeze(), np.asarray(small))
+    assert np.array_equal(np.moveaxis(data._decode(raw, (4, 3)), 0, -1).squeeze(), np.asarray(small))
 
 
 def png16(channels, kind):
@@ -806,13 +811,13 @@ DEEP = {"PNG grey": png16(1, 0), "PNG grey, alpha": png16(2, 4), "PNG RGB": png1
 @pytest.mark.parametrize("what", DEEP)
 def test_more_than_eight_bits(what):
     Image.open(BytesIO(DEEP[what])).close()  # a sound header
-    with pytest.raises(ValueError, match="with more than 8 bits a channel"): data.decode(DEEP[what])
+    with pytest.raises(ValueError, match="with more than 8 bits a channel"): data._decode(DEEP[what])
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="PIL was built without AVIF")
 def test_more_than_eight_bits_in_avif():
     raw = saved(COLOURS, "AVIF")
-    assert data.decode(raw).shape == (3, 6, 8)
+    assert data._decode(raw).shape == (3, 6, 8)
     depths = [data._bits_of["AVIF"](None, content)
         for content in (raw, patched(raw, b"av1C", 6, lambda b: b | 64))]  # PIL writes 8 bits only
     assert depths == [8, 10]
@@ -820,7 +825,7 @@ def test_more_than_eight_bits_in_avif():
 
 @pytest.mark.parametrize("ok", [b"P5 2 1 255\n" + bytes(2), b"P5 2 1 100\n" + bytes(2), b"P6 2 1 255\n" + bytes(6),
     b"P2 1 1 15\n 7\n", b"P4 8 1\n\xaa"])
-def test_eight_bits_or_fewer(ok): assert data.decode(ok).dtype == np.uint8
+def test_eight_bits_or_fewer(ok): assert data._decode(ok).dtype == np.uint8
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -834,16 +839,16 @@ def test_photographs_stand_upright(kind, mode, turn):
     with Image.open(BytesIO(raw)) as image:
         upright = np.asarray(ImageOps.exif_transpose(image).convert("L" if mode in ("L", "LA") else "RGB"))
     assert upright.shape[:2] == ((6, 8) if turn < 5 else (8, 6))
-    assert np.array_equal(np.moveaxis(data.decode(raw), 0, -1).squeeze(), upright)
-    assert data.decode(raw, (8, 6)).shape[1:] == (8, 6)
+    assert np.array_equal(np.moveaxis(data._decode(raw), 0, -1).squeeze(), upright)
+    assert data._decode(raw, (8, 6)).shape[1:] == (8, 6)
 
 
 @pytest.mark.parametrize("note", [0, 9, 17])
 def test_odd_notes_of_orientation_say_nothing(note):
     exif = Image.Exif()
     exif[274] = note
-    assert np.array_equal(data.decode(saved(COLOURS, exif=exif)), data.decode(saved(COLOURS)))
-    assert data.decode(saved(COLOURS, "JPEG", exif=b"Exif\0\0no exif at all")).shape == (3, 6, 8)
+    assert np.array_equal(data._decode(saved(COLOURS, exif=exif)), data._decode(saved(COLOURS)))
+    assert data._decode(saved(COLOURS, "JPEG", exif=b"Exif\0\0no exif at all")).shape == (3, 6, 8)
 
 
 def drawn(mode, ink, ground, clear=0):
@@ -864,7 +869,7 @@ def drawn(mode, ink, ground, clear=0):
     ("PNG", drawn("RGBA", 9, 200, 255), 9, 200),
     ("PNG", drawn("LA", 9, 200, 255), 9, 200)])  # opaque
 def test_transparent_ground(kind, image, line, sheet):
-    a = data.decode(saved(image, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {})))
+    a = data._decode(saved(image, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {})))
     assert len(a) == len(image.mode) - 1
     assert all(np.array_equal(channel, np.where(np.eye(4), line, sheet)) for channel in a)
 
@@ -881,20 +886,20 @@ def palette(transparency):
     (saved(Image.fromarray(np.eye(4, dtype=np.uint8)*255), transparency=0), 255, 0),
     (saved(Image.fromarray((np.eye(4, dtype=np.uint8)*9)).convert("RGB"), transparency=(0, 0, 0)), 9, 255)])
 def test_transparent_colours(raw, line, sheet):
-    assert all(np.array_equal(channel, np.where(np.eye(4), line, sheet)) for channel in data.decode(raw))
+    assert all(np.array_equal(channel, np.where(np.eye(4), line, sheet)) for channel in data._decode(raw))
 
 
 def test_what_is_all_transparent_keeps_its_colours():
     bare = COLOURS.copy()
     bare.putalpha(0)
-    assert np.array_equal(data.decode(saved(bare)), np.asarray(COLOURS).transpose(2, 0, 1))
-    assert np.array_equal(data.decode(saved(Image.new("RGBA", (4, 4), (9, 9, 9, 0)))), np.full((3, 4, 4), 255))
+    assert np.array_equal(data._decode(saved(bare)), np.asarray(COLOURS).transpose(2, 0, 1))
+    assert np.array_equal(data._decode(saved(Image.new("RGBA", (4, 4), (9, 9, 9, 0)))), np.full((3, 4, 4), 255))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_several_frames(kind, flat):
     raw = saved(COLOURS, kind, save_all=True, append_images=[COLOURS.transpose(Image.Transpose.ROTATE_180)])
-    with pytest.raises(ValueError, match="it holds 2 frames or pages"): data.decode(raw)
+    with pytest.raises(ValueError, match="it holds 2 frames or pages"): data._decode(raw)
     path = flat / "cat" / f"film.{kind.lower()}"
     path.write_bytes(raw)
     fails(flat, f"{path} cannot be read as an image (it holds 2 frames or pages", cache=False)
@@ -912,9 +917,9 @@ def test_broken_files_in_words(flat, raw, said):
 @pytest.fixture
 def decoded(monkeypatch):
     "Paths decoded so far."
-    real, paths = data.decode_images, []
+    real, paths = data._decode_images, []
     def spy(files, n, size=None): return real((paths.append(path) or (path, raw) for path, raw in files), n, size)
-    monkeypatch.setattr(data, "decode_images", spy)
+    monkeypatch.setattr(data, "_decode_images", spy)
     return paths
 
 
@@ -984,7 +989,7 @@ def test_new_rules_of_decoding_decode_anew(flat, rested, decoded, monkeypatch):
         def other_pixels(files, n, size=None):
             assert len(list(files)) == n
             return torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).repeat(1, 1, 2, 2)
-        m.setattr(data, "decode_images", other_pixels)
+        m.setattr(data, "_decode_images", other_pixels)
         assert load_data(flat).train.shape == (1, 2, 2)  # the old images are not served
     monkeypatch.setattr(data, "_rules", 1)
     assert same(load_data(flat), first) and len(decoded) == 12
@@ -1063,9 +1068,9 @@ def test_cached_file_is_readable_as_any_other(flat, rested):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_bar_only_on_a_terminal(flat, terminal, monkeypatch):
+def test_a_bar_only_where_somebody_watches(flat, terminal, monkeypatch):
     asked = []
-    monkeypatch.setattr(data.sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(data, "is_watched", lambda: terminal)
     monkeypatch.setattr(data, "tqdm", lambda items, disable, **kwargs: asked.append((disable, kwargs["total"])) or items)
     load_data(flat)
     assert asked == [(not terminal, 12)]

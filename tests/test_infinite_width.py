@@ -13,10 +13,11 @@ import keep
 from efcn_nb.service.memory import use_little_memory
 from efcn_nb.materials.controls import permute_pixels, pixel_order
 from efcn_nb.instruments.infinite_width import (
-    KINDS, Architecture, estimate_kernel, finite_network, gp_accuracies, gp_classify, gp_posterior, kernel_bytes,
+    Architecture, estimate_kernel, finite_network, gp_accuracies, gp_classify, gp_posterior, kernel_bytes,
     nngp_kernel, nngp_variances, relu_covariance)
 
 
+KINDS = ("fcn", "cnn", "lcn")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -340,10 +341,10 @@ def test_accuracies_of_splits_and_permutations():
 # What cannot be
 
 @pytest.mark.parametrize("options, message", [
-    (dict(kind="rnn"), "unknown architecture 'rnn'; known are fcn, cnn, lcn"), (dict(depth=0), "depth is 0"), (dict(depth=1.5), "depth is 1.5"),
-    (dict(weight_variance=-1.), "weight_variance is -1.0"), (dict(bias_variance=-.1), "bias_variance is -0.1"), (dict(bias_variance=math.nan), "bias_variance is nan"),
-    (dict(weight_variance=math.inf), "weight_variance is inf"),
-    (dict(weight_variance="2"), "weight_variance is 2: a variance is a finite number"), (dict(bias_variance=None), "bias_variance is None")])
+    (dict(kind="rnn"), "unknown architecture 'rnn'; known are fcn, cnn, lcn"), (dict(depth=0), "depth must be a whole number, 1 or more, not 0"), (dict(depth=1.5), "depth must be a whole number, 1 or more, not 1.5"),
+    (dict(weight_variance=-1.), "weight_variance must be a number, 0 or more, not -1.0"), (dict(bias_variance=-.1), "bias_variance must be a number, 0 or more, not -0.1"), (dict(bias_variance=math.nan), "bias_variance must be a number, 0 or more, not nan"),
+    (dict(weight_variance=math.inf), "weight_variance must be a number, 0 or more, not inf"),
+    (dict(weight_variance="2"), "weight_variance must be a number, 0 or more, not '2'"), (dict(bias_variance=None), "bias_variance must be a number, 0 or more, not None")])
 def test_impossible_architectures(options, message):
     with pytest.raises(ValueError, match=message): Architecture(**options)
 
@@ -363,13 +364,13 @@ def test_impossible_arguments():
     with pytest.raises(ValueError, match=r"no kernel between images of shapes \(2, 6, 5\) and \(2, 5, 6\); bring them to one shape"): nngp_kernel(Architecture(), x, x.transpose(2, 3))
     with pytest.raises(ValueError, match="no kernel between images of shapes"): nngp_kernel(Architecture("fcn"), x, x.transpose(2, 3))
     for batch_size in (0, -3):
-        with pytest.raises(ValueError, match=f"batch_size is {batch_size}: it must be one pair or more"): nngp_kernel(Architecture(), x, batch_size=batch_size)
+        with pytest.raises(ValueError, match=f"batch_size must be a whole number, 1 or more, not {batch_size}"): nngp_kernel(Architecture(), x, batch_size=batch_size)
     with pytest.raises(ValueError, match="one image or more, not"): nngp_kernel(Architecture(), x[:0])
     with pytest.raises(ValueError, match="one image or more, not"): nngp_kernel(Architecture(), x, x[:0])
     with pytest.raises(ValueError, match="one image or more, not"): nngp_variances(Architecture(), x.flatten(1))
     for width, outputs in [(0, 10), (5, 0)]:
-        with pytest.raises(ValueError, match="both must be one or more"): finite_network(Architecture(), (2, 6, 5), width, outputs)
-    with pytest.raises(ValueError, match="1 networks have no spread"): estimate_kernel(Architecture(), x, networks=1)
+        with pytest.raises(ValueError, match="(width|outputs) must be a whole number, 1 or more, not"): finite_network(Architecture(), (2, 6, 5), width, outputs)
+    with pytest.raises(ValueError, match="networks must be a whole number, 2 or more, not 1"): estimate_kernel(Architecture(), x, networks=1)
     with pytest.raises(ValueError, match="jitter is -1: it must be from zero to a tenth"): gp_posterior(torch.eye(2), torch.eye(2), torch.ones(2, 1), jitter=-1)
     for jitter in (10., math.inf, math.nan):
         with pytest.raises(ValueError, match=f"jitter is {jitter}: it must be from zero to a tenth"): gp_posterior(torch.eye(2), torch.eye(2), torch.ones(2, 1), jitter=jitter)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from efcn_nb.materials.models import count_weights, fit_width, small
+from efcn_nb.materials.models import count_weights, fit_width, make_model, small
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
@@ -22,3 +22,12 @@ def test_of_a_real_network_without_making_it():
     before, width = torch.get_rng_state(), fit_width(lambda width: small(width=width), 50_000)
     assert torch.equal(before, torch.get_rng_state()) and count_weights(small(width=width)) <= 50_000 < count_weights(small(width=width+1))
     assert fit_width(lambda width: nn.Linear(2**20, width, bias=False), 2**50) == 2**20, "terabytes, were they made"
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda: make_model("vgg", (3, 32, 32), 10), "unknown model 'vgg'; known are small, skinny, alexnet"),
+    (lambda: make_model("small", (1, 16, 16), 10, width=0), "width must be a whole number from 1 to 100000, not 0"),
+    (lambda: make_model("small", (1, 16, 16), 10, width=2.5), "width must be a whole number from 1 to 100000, not 2.5"),
+    (lambda: make_model("skinny", (3, 8, 8), 10), "images of shape .3, 8, 8. do not fit this network .*; use larger images or another model")])
+def test_what_is_refused(call, said):
+    with pytest.raises(ValueError, match=said): call()

@@ -625,7 +625,7 @@ def test_measuring_leaves_modes_alone():
 def test_impossible_paths_are_refused():
     a, b, data = mlp(0), mlp(1), moons(20)
     with pytest.raises(ValueError, match="unknown path 'bent'; known are linear, curvilinear, outputs"): along(a, b, data, "bent")
-    with pytest.raises(ValueError, match="two points or more, not 1"): along(a, b, data, points=1)
+    with pytest.raises(ValueError, match="points must be a whole number, 2 or more, not 1"): along(a, b, data, points=1)
     with pytest.raises(ValueError, match="two networks or more, not 1"): along_string([a], data)
     with pytest.raises(ValueError, match="no path joins"): along_string([a, mlp(0, (2, 9, 2))], data)
 
@@ -727,7 +727,7 @@ def test_frozen_and_unused_parameters_of_beads():
     (dict(stiffness=0), "stiffness must be above 0"), (dict(stiffness=math.nan), "stiffness must be above 0"), (dict(stiffness=-.1), "not -0.1"),
     (dict(beads=0), "at least one bead .*, not 0 beads and 100 steps"), (dict(start=[]), "at least one bead"), (dict(steps=-1), "not 9 beads and -1 steps"),
     (dict(lr=-1), "the learning rate must be 0 or more, not -1"), (dict(lr=math.nan), "the learning rate must be 0 or more, not nan"),
-    (dict(batch_size=0), "batch_size is 0: it must be at least 1"), (dict(start=[mlp(0, (2, 9, 2))]), "no path joins these networks")])
+    (dict(batch_size=0), "batch_size must be a whole number, 1 or more, not 0"), (dict(start=[mlp(0, (2, 9, 2))]), "no path joins these networks")])
 def test_impossible_strings_are_refused(wrong, sentence):
     with pytest.raises(ValueError, match=sentence): string(mlp(0), mlp(1), moons(20), **wrong)
 

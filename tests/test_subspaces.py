@@ -12,10 +12,10 @@ from efcn_nb.materials.data import Data, load_data
 from efcn_nb.ladder.matrices import release, tied_sum
 from efcn_nb.ladder.embedding import convert, embed, reinitialize
 from efcn_nb.ladder.geometry import ConvGeometry
-from efcn_nb.instruments.curvature import along, gradient, random_direction
+from efcn_nb.instruments.curvature import gradient, loss_line, random_direction
 from efcn_nb.experiments.measures import MEASURES, first_rows, measured, one_seed, over_networks, slowed
 from efcn_nb.instruments.subspaces import (
-    ablate, ablation, bias_spread, dimensions, off_local_rows, project, radial_profile, residuals, shares, split,
+    PARTS, ablate, ablation, bias_spread, dimensions, off_local_rows, project, radial_profile, residuals, shares, split,
     squares, template_similarity, window_distances)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
@@ -132,7 +132,7 @@ def test_templates_against_a_loop():
     data = load_data("digits").train.thinned(60)
     m = net()[0].float()
     units = [3, 200, 301]
-    found = template_similarity(m, data, units, chunk=17)
+    found = template_similarity(m, data, units, batch_size=17)
     x, y = data.batch(range(len(data)))
     x, (rows, outside) = x - x.mean(0), off_local_rows(m, units)
     means = {c: x[y == c].mean(0) for c in y.unique().tolist()}
@@ -236,6 +236,9 @@ def test_empty_slots_are_no_part():
 @pytest.mark.parametrize("wrong, words", [
     (lambda m: off_local_rows(m, 5), "units must be a list of some of 0 to 511"), (lambda m: off_local_rows(m, [.5]), "units must be a list"),
     (lambda m: off_local_rows(embed(nn.Conv2d(1, 2, 3), (1, 16, 16), to="lcn"), [1]), "need a fully-connected layer, not LocallyConnected"),
+    (lambda m: project(net(), {"0.weight": torch.zeros(3)}, PARTS), r"has 0.weight of shape \(3,\), the network of shape"),
+    (lambda m: project(net(), {"9.weight": torch.zeros(3)}, PARTS), "the network has no such parameter"),
+    (lambda m: template_similarity(embed(nn.Conv2d(1, 2, 3), (1, 8, 8)), tiny.DATA.train), "take the first layer"),
     (lambda m: split(torch.zeros(3, 3), m.geometry), "the weight must be a matrix"), (lambda m: ablate(net(), "other"), "parts must be some of convolutional, unshared, off_local, not 'other'"),
     (lambda m: ablation(net(), tiny.DATA.test), "call .float"), (lambda m: template_similarity(m, tiny.DATA.train.thinned(1).__class__(tiny.DATA.train.x[:0], tiny.DATA.train.y[:0],
         tiny.DATA.train.classes, tiny.DATA.train.mean, tiny.DATA.train.std, "nothing")), "there must be images")])
@@ -316,7 +319,7 @@ def complex_net(): return embed(nn.Sequential(nn.Conv2d(1, 2, 3, dtype=torch.com
 @pytest.mark.parametrize("wrong, words", [
     (lambda m: template_similarity(m[0], tiny.DATA.train), "templates are likened to real images, and this layer has complex weights"),
     (lambda m: gradient(m, [(torch.ones(2, 1, 16, 16), torch.tensor([0, 1]))]), "the parameters are torch.complex128 and torch.float64; curvature needs a network all in float32 or all in float64"),
-    (lambda m: along(m, [(torch.ones(2, 1, 16, 16), torch.tensor([0, 1]))], random_direction(m), [.1]), "curvature needs a network all in float32 or all in float64"),
+    (lambda m: loss_line(m, [(torch.ones(2, 1, 16, 16), torch.tensor([0, 1]))], random_direction(m), [.1]), "curvature needs a network all in float32 or all in float64"),
     (lambda m: ablation(m, tiny.DATA.test), "call .float"),
 ])
 def test_what_complex_weights_do_not_allow(wrong, words):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'project_lcn', 'project_cnn', 'squares', 'released_layers', 'shares', 'residuals', 'split', 'project',
-           'dimensions', 'keep_parts', 'ablate', 'ablation', 'window_distances', 'radial_profile', 'bias_spread',
-           'off_local_rows', 'template_similarity']
+           'dimensions', 'ablate', 'ablation', 'window_distances', 'radial_profile', 'bias_spread', 'off_local_rows',
+           'template_similarity']
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #f6d38253
 import copy, functools, itertools, math
@@ -45,28 +45,41 @@ def _square(x):
     "Squared norm in double precision, of complex numbers that of their moduli."
     return torch.linalg.vector_norm(_real(x), dtype=torch.float64).item()**2
 
-def _double(x): return x.to(torch.complex128 if x.is_complex() else torch.float64)
+def _double(x):
+    "Real or complex numbers in double precision."
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
+# %% ../../nbs/instruments/30_subspaces.ipynb #bfe52b7e
 PARTS = ('convolutional', 'unshared', 'off_local', 'other')
 
 def _off_local_square(W, g):
     "Squared norm of the entries of `W` that no tap reaches."
-    rows, total = W.view(g.out_channels, math.prod(g.output_size), g.groups, -1, math.prod(g.input_size)), 0.
+    rows = W.view(g.out_channels, math.prod(g.output_size), g.groups, -1, math.prod(g.input_size))
+    total = 0.
     for i, pixels in enumerate(g.reads.to(W.device)):
-        off, window = rows[:,i].clone().unflatten(0, (g.groups, -1)), pixels[pixels >= 0]
-        for group in range(g.groups): off[group,:,group].index_fill_(2, window, 0)
+        off = rows[:,i].clone().unflatten(0, (g.groups, -1))
+        for group in range(g.groups): off[group,:,group].index_fill_(2, pixels[pixels >= 0], 0)
         total += _square(off)
     return total
 
 def _channels(g, most=2**20):
-    "Output channels of `g`, from and to, that have about `most` weights together, with their geometry; all at once if there are groups."
+    """Output channels of `g`, from and to, that have about `most` weights together, with their geometry.
+
+    All at once if there are groups.
+    """
     n = g.out_channels if g.groups > 1 else max(1, most*g.out_channels//math.prod(g.matrix_shape))
-    kinds = {size: replace(g, out_channels=size) for size in {min(n, g.out_channels), g.out_channels % n or n}}
-    return [(a, b, kinds[b-a]) for a in range(0, g.out_channels, n) for b in [min(a+n, g.out_channels)]]
+    known, found = {}, []
+    for a in range(0, g.out_channels, n):
+        size = min(n, g.out_channels - a)
+        if size not in known: known[size] = replace(g, out_channels=size)
+        found.append((a, a + size, known[size]))
+    return found
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #aa33b59f
 @functools.lru_cache(16)
-def _mask(g): return g.mask
+def _mask(g):
+    "The mask of local entries, kept for the next time."
+    return g.mask
 
 @functools.lru_cache(16)
 def _taps(g, dense):
@@ -82,9 +95,9 @@ def _small_squares(W, g):
     "Squared norms of the three parts of a small matrix, or of small local weights."
     at, tap, first, count = (t.to(W.device) for t in _taps(g, W.dim() == 2))
     off = _square(W.masked_fill(_mask(g).to(W.device), 0)) if W.dim() == 2 else 0.
-    if not len(at): return dict(convolutional=0., unshared=0., off_local=off)                     # no tap reads anything
+    if not len(at): return dict(convolutional=0., unshared=0., off_local=off) # no tap reads anything
     entries = _double(W.flatten()[at])
-    apart = entries - entries[first][tap]                                                         # exactly zero where weights are shared
+    apart = entries - entries[first][tap] # exactly zero where weights are shared
     mean = apart.new_zeros(len(count)).index_add(0, tap, apart) / count
     return dict(convolutional=_square((entries[first] + mean)[tap]), unshared=_square(apart - mean[tap]), off_local=off)
 
@@ -94,13 +107,18 @@ def squares(
     layer:nn.Module # `FullyConnected` or `LocallyConnected`
 )->dict:
     "Squared norms of the convolutional, the unshared and the off-local part of a layer's weights."
-    total, dense = dict.fromkeys(PARTS[:3], 0.), isinstance(layer, FullyConnected)
-    if layer.weight.numel() < 2**20 and layer.geometry.padding_mode == 'zeros': return _small_squares(layer.weight, layer.geometry)
+    dense = isinstance(layer, FullyConnected)
+    total = dict.fromkeys(PARTS[:3], 0.)
+    if layer.weight.numel() < 2**20 and layer.geometry.padding_mode == 'zeros':
+        return _small_squares(layer.weight, layer.geometry)
     for a, b, g in _channels(layer.geometry):                                 # some at a time, to save memory
-        W = layer.weight.unflatten(0, (layer.geometry.out_channels, -1))[a:b].flatten(0, 1) if dense else layer.weight[:,a:b]
-        L = local_from_matrix(W, g) if dense else W*(g.reads >= 0)[:,None,:,None].to(W.device) # what no pixel fills is no part
+        if dense: W = layer.weight.unflatten(0, (layer.geometry.out_channels, -1))[a:b].flatten(0, 1)
+        else: W = layer.weight[:,a:b]
+        L = local_from_matrix(W, g) if dense else W*(g.reads >= 0)[:,None,:,None].to(W.device) # no unfilled slots
         shared = local_from_kernel(kernel_from_local(L, g), g)
-        for part, square in zip(total, [_square(shared), _square(L - shared), _off_local_square(W, g) if dense else 0.]): total[part] += square
+        total['convolutional'] += _square(shared)
+        total['unshared'] += _square(L - shared)
+        if dense: total['off_local'] += _off_local_square(W, g)
     return total
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #036a506c
@@ -122,23 +140,35 @@ def _untied(model):
 def shares(
     model:nn.Module # an embedded network
 )->pd.DataFrame:    # index: layer names and 'all'; columns: convolutional, unshared, off_local (they add up to 1), norm
-    "Shares of the squared norm of the weights in each subspace, by layer and for all released layers. Raises `ValueError` if there is none."
+    """Shares of the squared norm of the weights in each subspace, by layer and for all released layers.
+
+    Raises `ValueError` if there is none.
+    """
     rows = {name: squares(m) for name, m in released_layers(model).items()}
-    rows['all'] = {part: sum(rows[name][part] for name in _untied(model)) for part in PARTS[:3]}                   # tied weights count once
-    totals = {name: sum(row.values()) for name, row in rows.items()}
-    return pd.DataFrame.from_dict({name: {part: square/totals[name] if totals[name] else math.nan for part, square in row.items()} | dict(norm=totals[name]**.5) for name, row in rows.items()}, orient='index')
+    rows['all'] = {part: sum(rows[name][part] for name in _untied(model)) for part in PARTS[:3]} # tied ones count once
+    table = {}
+    for name, row in rows.items():
+        total = sum(row.values())
+        table[name] = {part: square/total if total else math.nan for part, square in row.items()}
+        table[name]['norm'] = total**.5
+    return pd.DataFrame.from_dict(table, orient='index')
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #01982039
 @torch.no_grad()
 def residuals(
     model:nn.Module # an embedded network
-)->pd.DataFrame:    # index: layer names and 'all'; columns: lcn, cnn (Frobenius norms of the difference of weights and biases)
-    "Distance of each released layer, and of all together, from the nearest locally-connected and the nearest convolutional one. Raises `ValueError` if there is none."
+)->pd.DataFrame:    # index: layer names and 'all'; columns: lcn, cnn (Frobenius norms)
+    """Distance of weights and biases from the nearest locally-connected and the nearest convolutional layer.
+
+    Raises `ValueError` if there is no released layer.
+    """
     rows = {}
     for name, m in released_layers(model).items():
-        parts, bias = squares(m), torch.zeros(1, 1) if m.bias is None else m.bias.view(m.geometry.out_channels, -1)
-        apart = bias - bias[:,:1]                                                   # exactly zero where biases are shared
-        rows[name] = dict(lcn=parts['off_local'], cnn=parts['off_local'] + parts['unshared'] + _square(apart - apart.mean(1, keepdim=True)))
+        parts = squares(m)
+        bias = torch.zeros(1, 1) if m.bias is None else m.bias.view(m.geometry.out_channels, -1)
+        apart = bias - bias[:,:1] # exactly zero where biases are shared
+        rows[name] = dict(lcn=parts['off_local'],
+                          cnn=parts['off_local'] + parts['unshared'] + _square(apart - apart.mean(1, keepdim=True)))
     table = pd.DataFrame.from_dict(rows, orient='index')
     table.loc['all'] = table.loc[_untied(model)].sum()
     return table**.5
@@ -146,23 +176,30 @@ def residuals(
 # %% ../../nbs/instruments/30_subspaces.ipynb #2e6da119
 @torch.no_grad()
 def split(
-    weight:torch.Tensor, # (output units, input units), or local weights (positions, out channels, slots, in channels of a group)
+    weight:torch.Tensor, # a matrix (output units, input units), or the weights of a `LocallyConnected`
     g:ConvGeometry
 )->dict:                 # part: tensor of the same shape
-    "The convolutional, the unshared and the off-local part of a weight, or of anything else of its shape, such as a gradient. Raises `ValueError` for another shape."
-    if tuple(weight.shape) not in (g.matrix_shape, g.local_shape): raise ValueError(f'the weight must be a matrix {g.matrix_shape} or local weights {g.local_shape}, not {tuple(weight.shape)}')
+    """The convolutional, the unshared and the off-local part of a weight, or of a gradient of its shape.
+
+    Raises `ValueError` for another shape.
+    """
+    if tuple(weight.shape) not in (g.matrix_shape, g.local_shape):
+        raise ValueError(f'the weight must be a matrix {g.matrix_shape} or local weights {g.local_shape}, not '
+                         f'{tuple(weight.shape)}')
     dense = weight.dim() == 2
     L = local_from_matrix(weight, g) if dense else weight * (g.reads >= 0)[:,None,:,None].to(weight.device)
     shared = local_from_kernel(kernel_from_local(L, g), g)
-    up = (lambda part: matrix_from_local(part, g)) if dense else (lambda part: part)
-    return dict(convolutional=up(shared), unshared=up(L - shared), off_local=weight - up(L) if dense else torch.zeros_like(weight))
+    if not dense: return dict(convolutional=shared, unshared=L - shared, off_local=torch.zeros_like(weight))
+    return dict(convolutional=matrix_from_local(shared, g), unshared=matrix_from_local(L - shared, g),
+                off_local=weight - matrix_from_local(L, g))
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #660bb9ab
 def _chosen_parts(parts, known=PARTS):
     "A tuple of names in `known`, each once; raises `ValueError` for any other."
     parts = (parts,) if isinstance(parts, str) else tuple(dict.fromkeys(parts))
     unknown = [p for p in parts if p not in known]
-    if unknown or not parts: raise ValueError(f'parts must be some of {", ".join(known)}, not {unknown[0] if unknown else "none"!r}')
+    if unknown or not parts:
+        raise ValueError(f'parts must be some of {", ".join(known)}, not {unknown[0] if unknown else "none"!r}')
     return parts
 
 def _split_bias(bias, g):
@@ -178,11 +215,18 @@ def project(
     vector:dict,     # name of a parameter: tensor of its shape
     parts            # one, or several, of `PARTS`
 )->dict:             # the same names
-    "The component of `vector` in some parts of the parameter space of `model`. Raises `ValueError` for unknown parts, or names and shapes that are not the model's."
-    layers, shapes, parts = released_layers(model), {name: p.shape for name, p in model.named_parameters()}, _chosen_parts(parts)
+    """The component of `vector` in some parts of the parameter space of `model`.
+
+    Raises `ValueError` for unknown parts, or names and shapes that are not the model's.
+    """
+    layers = released_layers(model)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    parts = _chosen_parts(parts)
     projected = {}
     for name, v in vector.items():
-        if v.shape != shapes.get(name): raise ValueError(f'the vector has {name} of shape {tuple(v.shape)}, the network ' + (f'of shape {tuple(shapes[name])}' if name in shapes else 'has no such parameter'))
+        if v.shape != shapes.get(name):
+            own = f'of shape {tuple(shapes[name])}' if name in shapes else 'has no such parameter'
+            raise ValueError(f'the vector has {name} of shape {tuple(v.shape)}, the network {own}')
         owner, _, kind = name.rpartition('.')
         if owner not in layers: projected[name] = v.clone() if 'other' in parts else torch.zeros_like(v)
         else:
@@ -199,16 +243,23 @@ def _rank(g):
         ranks.append(int(torch.linalg.matrix_rank(together.double(), hermitian=True)))
     return math.prod(ranks) * g.out_channels * g.in_channels//g.groups
 
+def _layer_dimensions(layer):
+    "Dimensions of the parts of one released layer."
+    g = layer.geometry
+    biases = 0 if layer.bias is None else layer.bias.numel()
+    means = g.out_channels*(biases > 0)
+    shared = _rank(g)
+    local = int((g.reads >= 0).sum())*g.out_channels*g.in_channels//g.groups
+    off = math.prod(g.matrix_shape) - local if isinstance(layer, FullyConnected) else 0
+    return dict(convolutional=shared + means, unshared=local - shared + biases - means, off_local=off, other=0)
+
+# %% ../../nbs/instruments/30_subspaces.ipynb #cf0d0e3b
 def dimensions(
     model:nn.Module # an embedded network
 )->pd.DataFrame:    # index: layer names, 'others' and 'all'; columns: `PARTS`
     "Dimensions of the parts of the parameter space. Raises `ValueError` without a released layer."
-    rows, layers = {}, released_layers(model)
-    for name, m in layers.items():
-        g, biases = m.geometry, 0 if m.bias is None else m.bias.numel()
-        shared, local, means = _rank(g), int((g.reads >= 0).sum())*g.out_channels*g.in_channels//g.groups, g.out_channels*(biases > 0)
-        off = math.prod(g.matrix_shape) - local if isinstance(m, FullyConnected) else 0
-        rows[name] = dict(convolutional=shared + means, unshared=local - shared + biases - means, off_local=off, other=0)
+    layers = released_layers(model)
+    rows = {name: _layer_dimensions(m) for name, m in layers.items()}
     own = sum(p.numel() for name, p in model.named_parameters() if name.rpartition('.')[0] not in layers)
     rows['others'] = dict(convolutional=0, unshared=0, off_local=0, other=own)
     table = pd.DataFrame.from_dict(rows, orient='index')
@@ -224,7 +275,9 @@ def keep_parts(
 ):
     "Remove all parts of `weight` but those in `keep`."
     if weight.dim() == 4 or g.groups > 1: pieces = [(weight, g)]
-    else: pieces = [(some.flatten(0, 1), replace(g, out_channels=len(some))) for some in weight.unflatten(0, (g.out_channels, -1)).split(max(1, most*g.out_channels//weight.numel()))]
+    else:
+        channels = weight.unflatten(0, (g.out_channels, -1)).split(max(1, most*g.out_channels//weight.numel()))
+        pieces = [(some.flatten(0, 1), replace(g, out_channels=len(some))) for some in channels]
     for piece, own in pieces:
         parts = split(piece, own)
         piece.copy_(sum((parts[p] for p in keep if p in parts), start=torch.zeros_like(piece)))
@@ -235,7 +288,11 @@ def ablate(
     model:nn.Module, # an embedded network; left untouched
     keep             # one, or several, of 'convolutional', 'unshared', 'off_local'
 )->nn.Module:        # a new network
-    "The network with only some parts of its released weights. Biases keep their mean over positions in any case, and what differs from it with 'unshared'. Raises `ValueError` for unknown parts, or without a released layer."
+    """The network with only some parts of its released weights.
+
+    Biases keep their mean over positions in any case, and what differs from it with 'unshared'. Raises `ValueError`
+    for unknown parts, or without a released layer.
+    """
     keep, ablated = _chosen_parts(keep, PARTS[:3]), copy.deepcopy(model)
     for m in released_layers(ablated).values():
         keep_parts(m.weight, m.geometry, keep)
@@ -249,18 +306,26 @@ def ablation(
     batch_size:int=250,
     precision:str='fp32'
 )->pd.DataFrame:     # kept, accuracy, loss
-    "Accuracy and loss (nats) with each choice of parts of the released weights; BatchNorm keeps its running statistics. Raises `ValueError` without a released layer, or for another type than float32."
+    """Accuracy and loss (nats) with each choice of parts of the released weights.
+
+    BatchNorm keeps its running statistics. Raises `ValueError` without a released layer, or unless all is float32.
+    """
     dense = any(isinstance(m, FullyConnected) for m in released_layers(model).values())
     own = PARTS[:3] if dense else PARTS[:2]
     choices = [keep for n in range(len(own), 0, -1) for keep in itertools.combinations(own, n)]
-    if next(model.parameters()).dtype != torch.float32: raise ValueError('an ablation evaluates float32 networks: call .float() first')
-    return pd.DataFrame([dict(kept=' + '.join(keep)) | evaluate(ablate(model, keep), data, batch_size, precision) for keep in choices])
+    if next(model.parameters()).dtype != torch.float32:
+        raise ValueError('an ablation evaluates float32 networks: call .float() first')
+    return pd.DataFrame([dict(kept=' + '.join(keep)) | evaluate(ablate(model, keep), data, batch_size, precision)
+                         for keep in choices])
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #e2666513
 def window_distances(
     g:ConvGeometry
 )->torch.Tensor: # int64 (output positions, input positions)
-    "Distance of each input position from the window of each output position, the largest over the axes of those to the nearest that a tap reads; 0 in the window; circular padding does not shorten the way round. An output that reads nothing on an axis is infinitely far: 2**31."
+    """Distance of each input position from the window of each output position; 0 in the window.
+
+    Circular padding does not shorten the way round. An output that reads nothing on an axis is infinitely far: 2**31.
+    """
     joint = torch.zeros(1, 1, dtype=torch.long)
     for size, table in zip(g.input_size, g.axes):
         away = (table[:,:,None] - torch.arange(size)).abs().masked_fill((table < 0)[:,:,None], 2**31).amin(1)
@@ -270,39 +335,57 @@ def window_distances(
 # %% ../../nbs/instruments/30_subspaces.ipynb #52300f6a
 @torch.no_grad()
 def _pixel_squares(layer):
-    "Sums of squares over the channels: of the weights between channels of one group, and of all; each (output positions, input positions)."
-    g, positions, pixels = layer.geometry, math.prod(layer.geometry.output_size), math.prod(layer.geometry.input_size)
+    """Sums of squares over the channels, (output positions, input positions): within groups, and of all weights."""
+    g = layer.geometry
+    positions, pixels = math.prod(g.output_size), math.prod(g.input_size)
     same, every = torch.zeros(2, positions, pixels, dtype=torch.float64)
-    for co, rows in enumerate(layer.weight.view(g.out_channels, positions, g.groups, -1, pixels)):    # positions, groups, in channels, pixels
-        by_group = (_real(rows).double().square().sum(-1) if rows.is_complex() else rows.double().square()).sum(2).cpu()
-        same, every = same + by_group[:,co*g.groups//g.out_channels], every + by_group.sum(1)
+    for co, rows in enumerate(layer.weight.view(g.out_channels, positions, g.groups, -1, pixels)):
+        square = _real(rows).double().square().sum(-1) if rows.is_complex() else rows.double().square()
+        by_group = square.sum(2).cpu() # positions, groups, pixels
+        same = same + by_group[:,co*g.groups//g.out_channels]
+        every = every + by_group.sum(1)
     return same, every
 
+# %% ../../nbs/instruments/30_subspaces.ipynb #4533614c
 def radial_profile(
     layer:nn.Module # `FullyConnected`
 )->pd.DataFrame:    # local, distance (pixels), entries, mean_square, share
-    "Weights against distance from the window: how many entries, the mean of their squares, their share of the squared norm. Entries between different groups are off-local, also at distance 0. Raises `ValueError` for another layer."
-    if not isinstance(layer, FullyConnected): raise ValueError(f'a radial profile needs a fully-connected layer, not {type(layer).__name__}')
-    g, (same, every), rows = layer.geometry, _pixel_squares(layer), []
+    """Number, mean square and share of the squared norm of the weights at each distance from the window.
+
+    Entries between different groups are off-local, also at distance 0. Raises `ValueError` for another layer.
+    """
+    if not isinstance(layer, FullyConnected):
+        raise ValueError(f'a radial profile needs a fully-connected layer, not {type(layer).__name__}')
+    g, (same, every) = layer.geometry, _pixel_squares(layer)
     far, pairs, total = window_distances(g), g.out_channels*g.in_channels, every.sum().item()
     inside, own = same*g.window, g.window*(pairs//g.groups)
+    rows = []
     for local, square, count in (True, inside, own), (False, every - inside, pairs - own):
         for distance in far.unique().tolist():
             n, s = count[far == distance].sum().item(), square[far == distance].sum().item()
-            if n: rows.append(dict(local=local, distance=distance, entries=n, mean_square=s/n, share=s/total if total else math.nan))
+            share = s/total if total else math.nan
+            if n: rows.append(dict(local=local, distance=distance, entries=n, mean_square=s/n, share=share))
     return pd.DataFrame(rows)
+
+# %% ../../nbs/instruments/30_subspaces.ipynb #cb7bb83f
+def _root_mean_square(x):
+    "Root of the mean square of real numbers, or of the moduli of complex ones, in double precision."
+    return (_square(x)/len(x))**.5 if x.is_complex() else x.square().mean().item()**.5
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #6b536474
 @torch.no_grad()
 def bias_spread(
     model:nn.Module # an embedded network
 )->pd.DataFrame:    # index: layer names; columns: mean, spread, ratio
-    "Root mean square over the channels of the mean bias, and of the biases' differences from it; layers without bias are left out. Raises `ValueError` without a released layer."
+    """Root mean square over the channels of the mean bias, and of the biases' differences from it.
+
+    Layers without bias are left out. Raises `ValueError` without a released layer.
+    """
     rows = {}
     for name, m in released_layers(model).items():
         if m.bias is None: continue
         parts = _split_bias(_double(m.bias), m.geometry)
-        mean, spread = ((_square(parts[p])/len(m.bias))**.5 if m.bias.is_complex() else parts[p].square().mean().item()**.5 for p in ('convolutional', 'unshared'))
+        mean, spread = (_root_mean_square(parts[p]) for p in ('convolutional', 'unshared'))
         rows[name] = dict(mean=mean, spread=spread, ratio=spread/mean if mean else math.inf if spread else 0.)
     return pd.DataFrame.from_dict(rows, orient='index', columns=['mean', 'spread', 'ratio'])
 
@@ -312,11 +395,17 @@ def off_local_rows(
     layer:nn.Module, # `FullyConnected`, most often the first
     units            # flat indices of output units, int64 (n,)
 )->tuple:            # rows (n, *in_shape) with zeros in the window, and bool (n, *in_shape): True outside it
-    "The off-local parts of some rows of a layer's matrix as images. Raises `ValueError` for units that there are not, or another kind of layer."
-    if not isinstance(layer, FullyConnected): raise ValueError(f'rows outside a window need a fully-connected layer, not {type(layer).__name__}')
+    """The off-local parts of some rows of a layer's matrix as images.
+
+    Raises `ValueError` for units that there are not, or another kind of layer.
+    """
+    if not isinstance(layer, FullyConnected):
+        raise ValueError(f'rows outside a window need a fully-connected layer, not {type(layer).__name__}')
     g, units = layer.geometry, torch.as_tensor(units).cpu()
     n = math.prod(g.out_shape)
-    if units.dim() != 1 or units.dtype != torch.int64 or not len(units) or units.min() < 0 or units.max() >= n: raise ValueError(f'units must be a list of some of 0 to {n-1}, not {units.tolist()}')
+    good = units.dim() == 1 and units.dtype == torch.int64 and len(units) > 0
+    if not good or units.min() < 0 or units.max() >= n:
+        raise ValueError(f'units must be a list of some of 0 to {n-1}, not {units.tolist()}')
     channel, position = units // math.prod(g.output_size), units % math.prod(g.output_size)
     same = (channel*g.groups//g.out_channels)[:,None] == torch.arange(g.in_channels)*g.groups//g.in_channels
     outside = ~(same[:,:,None] & g.window[position][:,None]).view(-1, *g.in_shape)
@@ -324,34 +413,63 @@ def off_local_rows(
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #85e12127
 def _cosines(rows, outside, images):
-    "Cosine of each of `rows` (n, d) with each of `images` (m, d) on the pixels `outside` (n, d); 0 where either vanishes."
+    "Cosine of `rows` (n, d) with `images` (m, d) on the pixels `outside` (n, d); 0 where either vanishes."
     norm = rows.norm(dim=1)[:,None] * (outside @ images.square().T).clamp(min=0).sqrt()
     return (rows @ images.T / norm).where(norm > 0, 0.)
 
-@torch.no_grad()
-def template_similarity(
-    layer:nn.Module, # `FullyConnected` on images
-    data,            # the training `Dataset`
-    units=None,      # flat indices of output units; None for at most 200, evenly spread
-    chunk:int=2000   # images at a time
-)->pd.DataFrame:     # unit, class_name, class_similarity, image, image_similarity
-    "For the off-local part of each row, the class mean and the training image that are most like it, less the mean over all images, with the cosine (its sign shows whether it is the negative); 0 for a row without off-local part. Raises `ValueError` if images do not fit the layer, there are none, or for complex weights."
-    if isinstance(layer, FullyConnected) and layer.weight.is_complex(): raise ValueError('templates are likened to real images, and this layer has complex weights; give a copy with their real or imaginary parts')
-    if layer.geometry.in_shape != data.shape: raise ValueError(f'the layer sees inputs of shape {layer.geometry.in_shape}, the images have {data.shape}; take the first layer')
-    if not len(data): raise ValueError('there must be images to compare with, not none')
-    n = math.prod(layer.geometry.out_shape)
-    units = torch.linspace(0, n-1, min(n, 200), dtype=torch.float64).round().long() if units is None else units
-    rows, outside = (t.flatten(1).float() for t in off_local_rows(layer, units))
-    sums, count = torch.zeros(len(data.classes), rows.shape[1]), torch.bincount(data.y.cpu(), minlength=len(data.classes))
-    for x, y in data.batches(chunk): sums.index_add_(0, y.cpu(), x.flatten(1).cpu())
-    mean, present = sums.sum(0)/len(data), count.nonzero().flatten()
-    by_class = _cosines(rows, outside, sums[present]/count[present,None] - mean)
-    best_class, image, best = by_class.abs().argmax(1), torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows))
-    for i, (x, _) in enumerate(data.batches(chunk)):
+def _class_means(data, batch_size):
+    "Mean over all images, and for each class that has any: its number, its mean."
+    count = torch.bincount(data.y.cpu(), minlength=len(data.classes))
+    sums = torch.zeros(len(data.classes), math.prod(data.shape))
+    for x, y in data.batches(batch_size): sums.index_add_(0, y.cpu(), x.flatten(1).cpu())
+    present = count.nonzero().flatten()
+    return sums.sum(0)/len(data), present, sums[present]/count[present,None]
+
+def _best_images(rows, outside, mean, data, batch_size):
+    "For each row the image with the largest cosine by modulus, and that cosine."
+    image, best = torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows))
+    for i, (x, _) in enumerate(data.batches(batch_size)):
         found = _cosines(rows, outside, x.flatten(1).cpu() - mean)
         at = found.abs().argmax(1)
         value = found.gather(1, at[:,None]).squeeze(1)
         better = value.abs() > best.abs()
-        best, image = best.where(~better, value), image.where(~better, i*chunk + at)
-    return pd.DataFrame(dict(unit=torch.as_tensor(units).tolist(), class_name=[data.classes[c] for c in present[best_class].tolist()],
-        class_similarity=by_class.gather(1, best_class[:,None]).squeeze(1).tolist(), image=image.tolist(), image_similarity=best.tolist()))
+        best = best.where(~better, value)
+        image = image.where(~better, i*batch_size + at)
+    return image, best
+
+# %% ../../nbs/instruments/30_subspaces.ipynb #85319aaf
+def _check_templates(layer, data):
+    "Raise `ValueError` unless rows of `layer` can be compared with the images of `data`."
+    if isinstance(layer, FullyConnected) and layer.weight.is_complex():
+        raise ValueError('templates are likened to real images, and this layer has complex weights; give a copy with '
+                         'their real or imaginary parts')
+    if layer.geometry.in_shape != data.shape:
+        raise ValueError(f'the layer sees inputs of shape {layer.geometry.in_shape}, the images have {data.shape}; '
+                         'take the first layer')
+    if not len(data): raise ValueError('there must be images to compare with, not none')
+
+# %% ../../nbs/instruments/30_subspaces.ipynb #0a00661f
+@torch.no_grad()
+def template_similarity(
+    layer:nn.Module,     # `FullyConnected` on images
+    data,                # the training `Dataset`
+    units=None,          # flat indices of output units; None for at most 200, evenly spread
+    batch_size:int=2000  # images at a time
+)->pd.DataFrame:         # unit, class_name, class_similarity, image, image_similarity
+    """The class mean and the training image that are most similar to the off-local part of each row, with the cosine.
+
+    Its sign shows whether it is the negative; 0 for a row without off-local part. Raises `ValueError` if images do not
+    fit the layer, there are none, or for complex weights.
+    """
+    _check_templates(layer, data)
+    n = math.prod(layer.geometry.out_shape)
+    if units is None: units = torch.linspace(0, n-1, min(n, 200), dtype=torch.float64).round().long()
+    rows, outside = (t.flatten(1).float() for t in off_local_rows(layer, units))
+    mean, present, class_means = _class_means(data, batch_size)
+    by_class = _cosines(rows, outside, class_means - mean)
+    best = by_class.abs().argmax(1)
+    image, similarity = _best_images(rows, outside, mean, data, batch_size)
+    return pd.DataFrame(dict(
+        unit=torch.as_tensor(units).tolist(), class_name=[data.classes[c] for c in present[best].tolist()],
+        class_similarity=by_class.gather(1, best[:,None]).squeeze(1).tolist(),
+        image=image.tolist(), image_similarity=similarity.tolist()))

@@ -14,7 +14,7 @@ from torch import nn
 
 from .geometry import axis_runs, axis_slots, ConvGeometry, CONVOLUTIONS
 from .layers import FullyConnected, LocallyConnected
-from ..service.memory import _zeros
+from ..service.memory import zeros
 
 # %% ../../nbs/ladder/02_matrices.ipynb #9afa39e6
 def _steps(sizes, last):
@@ -72,7 +72,7 @@ def _kernel_blocks(kernel, x, g):
 # %% ../../nbs/ladder/02_matrices.ipynb #eb615d41
 def _copies(kernel, g, shape):
     "A matrix or local weights of `shape` that hold aligned `kernel` at every position."
-    x = _zeros(shape, kernel)
+    x = zeros(shape, kernel)
     add = g.padding_mode != 'zeros'
     for part, block in _kernel_blocks(kernel, x, g): block.add_(part) if add else block.copy_(part)
     return x
@@ -105,7 +105,7 @@ def matrix_from_local(
     g:ConvGeometry
 )->torch.Tensor:     # (output units, input units)
     "The matrix that computes what local weights `L` compute; empty slots are dropped."
-    W = _zeros(g.matrix_shape, L)
+    W = zeros(g.matrix_shape, L)
     for own, block in _slot_blocks(L.contiguous(), W, g): block.copy_(own)
     return W
 
@@ -115,7 +115,7 @@ def local_from_matrix(
     g:ConvGeometry
 )->torch.Tensor:     # (positions, out channels, slots, in channels of a group)
     "The local entries of `W`; empty slots are zero, off-local entries are dropped."
-    L = _zeros(g.local_shape, W)
+    L = zeros(g.local_shape, W)
     for own, block in _slot_blocks(L, W.contiguous(), g): own.copy_(block)
     return L
 

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.autograd.forward_ad import unpack_dual
 
+from ..service.checks import first_line, one_of, whole
+
 # %% ../../nbs/materials/12_models.ipynb #1555e625
 class _MaxPool(torch.autograd.Function):
     "Max-pooling of `x`, whose last axis but two is the fastest in memory, that keeps the places of the maxima alone."
@@ -26,21 +28,30 @@ class _MaxPool(torch.autograd.Function):
     def backward(ctx, grad):
         places = ctx.saved_tensors[0].long()
         if torch.is_grad_enabled(): # to be differentiated again
-            image = grad.new_zeros(*ctx.shape[:2], ctx.shape[2]*ctx.shape[3]).scatter_add(2, places.flatten(2), grad.flatten(2)).view(ctx.shape)
+            zeros = grad.new_zeros(*ctx.shape[:2], ctx.shape[2]*ctx.shape[3])
+            image = zeros.scatter_add(2, places.flatten(2), grad.flatten(2)).view(ctx.shape)
         else: # of the image, only shape and layout are read
-            image = torch.ops.aten.max_pool2d_with_indices_backward(grad, torch.empty(ctx.shape, dtype=grad.dtype, memory_format=torch.channels_last), *ctx.options, places)
+            like = torch.empty(ctx.shape, dtype=grad.dtype, memory_format=torch.channels_last)
+            image = torch.ops.aten.max_pool2d_with_indices_backward(grad, like, *ctx.options, places)
         return image, *[None]*5
 
+# %% ../../nbs/materials/12_models.ipynb #ebb392f5
 class MaxPool2d(nn.MaxPool2d):
-    "PyTorch's max-pooling, faster and with less memory on a CPU, most of all where images of a batch lie side by side in memory."
+    """PyTorch's max-pooling, faster and with less memory on a CPU.
+
+    It gains most where images of a batch lie side by side in memory.
+    """
     def forward(self, x):
-        plain = (x.device.type != 'cpu' or x.dim() != 4 or self.return_indices or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-                 or unpack_dual(x).tangent is not None)
+        plain = (x.device.type != 'cpu' or x.dim() != 4 or self.return_indices or torch.compiler.is_compiling()
+                 or torch._C._are_functorch_transforms_active() or unpack_dual(x).tangent is not None)
         if plain: return super().forward(x)
-        turned, pair = x.transpose(0, 1), lambda n: [n, n] if isinstance(n, int) else list(n)
+        turned = x.transpose(0, 1)
         side_by_side = turned.is_contiguous(memory_format=torch.channels_last)
         if not side_by_side and x.numel() < 2**18: return super().forward(x)   # not worth turning
-        out = _MaxPool.apply(turned.contiguous(memory_format=torch.channels_last), pair(self.kernel_size), pair(self.stride), pair(self.padding), pair(self.dilation), self.ceil_mode).transpose(0, 1)
+        options = [[n, n] if isinstance(n, int) else list(n)
+                   for n in (self.kernel_size, self.stride, self.padding, self.dilation)]
+        turned = turned.contiguous(memory_format=torch.channels_last)
+        out = _MaxPool.apply(turned, *options, self.ceil_mode).transpose(0, 1)
         return out if side_by_side else out.contiguous()
 
 # %% ../../nbs/materials/12_models.ipynb #2a97062f
@@ -53,7 +64,8 @@ def _features(body, input_shape):
     "Number of features that `body` makes of one image; raises `ValueError` if the image does not fit."
     try: return body(torch.zeros(1, *input_shape)).numel()
     except RuntimeError as e:
-        raise ValueError(f'images of shape {tuple(input_shape)} do not fit this network ({str(e).splitlines()[0]}); use larger images or another model') from e
+        raise ValueError(f'images of shape {tuple(input_shape)} do not fit this network ({first_line(e)}); '
+                         'use larger images or another model') from e
 
 # %% ../../nbs/materials/12_models.ipynb #dc1e7299
 def skinny(
@@ -74,7 +86,8 @@ def alexnet(
 )->nn.Sequential:
     "AlexNet adapted to CIFAR, as d'Ascoli et al. 2019 use it; raises `ValueError` for images that are too small."
     body = nn.Sequential(*_block(input_shape[0], width, 4, stride=2, padding=2), *_block(width, 3*width, 5, padding=2),
-                         nn.Conv2d(3*width, 6*width, 3, padding=1), nn.ReLU(), nn.Conv2d(6*width, 4*width, 3, padding=1), nn.ReLU(),
+                         nn.Conv2d(3*width, 6*width, 3, padding=1), nn.ReLU(),
+                         nn.Conv2d(6*width, 4*width, 3, padding=1), nn.ReLU(),
                          *_block(4*width, 4*width, 3, padding=1), nn.Flatten())
     hidden = 8*width
     return nn.Sequential(*body, nn.Dropout(), nn.Linear(_features(body, input_shape), hidden), nn.ReLU(),
@@ -87,7 +100,8 @@ def small(
     width:int=8                  # channels of each convolution
 )->nn.Sequential:
     "Two small convolutions with pooling; raises `ValueError` for images that are too small."
-    body = nn.Sequential(*_block(input_shape[0], width, 5, pool=(4,4), padding=2), *_block(width, width, 3, pool=(2,2), padding=1), nn.Flatten())
+    body = nn.Sequential(*_block(input_shape[0], width, 5, pool=(4,4), padding=2),
+                         *_block(width, width, 3, pool=(2,2), padding=1), nn.Flatten())
     return body.append(nn.Linear(_features(body, input_shape), classes))
 
 # %% ../../nbs/materials/12_models.ipynb #05089f37
@@ -101,11 +115,11 @@ def make_model(
     width:int=None     # None for the model's own
 )->nn.Sequential:
     "The network called `name` with PyTorch's default initial weights; the global random state is left alone."
-    if name not in MODELS: raise ValueError(f'unknown model {name!r}; known are {", ".join(MODELS)}')
-    if width is not None and not 1 <= width <= 100_000: raise ValueError(f'width must be a number of channels from 1 to 100,000, not {width}')
+    one_of('model', name, MODELS)
+    options = {} if width is None else {'width': whole('width', width, 1, 100_000)}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return MODELS[name](input_shape, classes, **({} if width is None else {'width': width}))
+        return MODELS[name](input_shape, classes, **options)
 
 # %% ../../nbs/materials/12_models.ipynb #761358e8
 def count_weights(
@@ -114,6 +128,7 @@ def count_weights(
     "Number of weights and biases."
     return sum(p.numel() for p in model.parameters())
 
+# %% ../../nbs/materials/12_models.ipynb #5e351bf1
 def fit_width(
     make,       # a function of a width (1, 2, ...) that makes a network, the larger the wider
     budget:int, # weights at most
@@ -122,7 +137,8 @@ def fit_width(
     "The largest width, up to `most`, whose network has at most `budget` weights; raises `ValueError` if there is none."
     def count(width):
         with torch.device('meta'): return count_weights(make(width))
-    if count(1) > budget: raise ValueError(f'no width meets a budget of {budget:,} weights: the narrowest network has {count(1):,}')
+    if count(1) > budget:
+        raise ValueError(f'no width meets a budget of {budget:,} weights: the narrowest network has {count(1):,}')
     low, high = 1, 2
     while high <= most and count(high) <= budget: low, high = high, 2*high
     return bisect_right(range(min(high, most + 1)), budget, lo=low, key=count) - 1
