@@ -9,18 +9,26 @@ import torch
 
 import efcn_nb.studies.distillation as study
 from efcn_nb.experiments.runs import run_id
-from efcn_nb.instruments.students import STUDENTS, student
+from efcn_nb.instruments.students import MLPS, STUDENTS, student
 from efcn_nb.instruments.transfer_sets import distil, standardise, standardised, teach, transfer_set
 from efcn_nb.ladder.embedding import embed
 from efcn_nb.materials.data import Data, load_data
 from efcn_nb.materials.models import count_weights
 from efcn_nb.studies.distillation import (
-    MLPS, distillation_claims, distillation_grid, distillation_study, embedded_students, gaps, split_validation,
-    start_or_architecture, tuned)
+    DistillationSettings, distillation_claims, distillation_grid, distillation_study, embedded_students, gaps, split_validation,
+    start_or_architecture)
 from efcn_nb.training.loop import Diverged, evaluate
 from lessons import noise, taught
 
-FAST = dict(lrs=[1e-2], epochs=2, search_epochs=1, seeds=[0, 1])
+FAST = dict(lrs=[1e-2], epochs=2, search_epochs=1, seeds=[0, 1], label_budgets=[])
+
+
+def fast(**more): return DistillationSettings(**(FAST | more))
+
+
+def searching(lrs, seeds=(0,), search_epochs=1, epochs=1):
+    "Settings of a search whose students are made up."
+    return DistillationSettings(lrs=lrs, seeds=seeds, search_epochs=search_epochs, epochs=epochs)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,27 +56,28 @@ def test_validation_is_split_off_the_training_images():
 
 
 # The grid
-def test_training_of_a_broken_last_step(small):
+def test_training_of_a_broken_last_step(small, monkeypatch):
     "Weights that are not finite are no result, though every loss was."
     net = student(0, 1, 2_000, (1, 16, 16), 10)
     with torch.no_grad(): net[-1].weight.fill_(math.nan)
-    assert all(math.isnan(v) for v in study._score(lambda: net, small[0], ["validation", "test"]).values())
+    monkeypatch.setattr(study, "distil", lambda *_: None)
+    assert all(math.isnan(v) for v in study._score(net, small[1], small[0], ["validation", "test"]).values())
 
 
 def test_images_that_differ(small):
     for grid in (distillation_grid, embedded_students):
-        with pytest.raises(ValueError, match=r"images of shape \(1, 8, 8\) and 3 classes, the splits have \(1, 16, 16\) and 10"): grid(small[0], taught(noise(20)), **FAST)
+        with pytest.raises(ValueError, match=r"images of shape \(1, 8, 8\) and 3 classes, the splits have \(1, 16, 16\) and 10"): grid(small[0], taught(noise(20)), fast())
 
 
 def test_grid_where_no_folder_can_be(small, tmp_path):
     (tmp_path/"file").write_text("in the way")
-    with pytest.raises(OSError, match="file cannot be made a folder .*choose another"):
-        distillation_grid(*small[:2], ["mlp1"], [2_000], folder=tmp_path/"file", **FAST)
+    with pytest.raises(OSError, match="nothing can be written to .*choose another folder"):
+        distillation_grid(*small[:2], fast(students=["mlp1"], budgets=[2_000]), tmp_path/"file")
 
 
 def test_grid_is_training_by_hand(small):
     splits, transfer, _ = small
-    table = distillation_grid(splits, transfer, ["conv1", "mlp2"], [2_000], targets=["labels", "teacher"], **FAST)
+    table = distillation_grid(splits, transfer, fast(students=["conv1", "mlp2"], budgets=[2_000], label_budgets=[2_000]))
     assert len(table) == 8 and not table.at_edge.any()
     row = table[(table.student == "conv1") & (table.target == "labels") & (table.seed == 1)].iloc[0]
     net = student(1, 1, 2_000, (1, 16, 16), 10, seed=1)
@@ -84,71 +93,88 @@ def test_learning_rates_are_chosen_without_test_images(small):
     def run(cell, lr, seed, epochs, parts, **_):
         asked.append((epochs, seed, tuple(parts)))
         return [dict.fromkeys(parts, 1 - (math.log10(lr) + 2)**2 + .1*seed*("test" in parts))]
-    table = tuned(run, [dict(cell=1), dict(cell=2)], [1e-3, 1e-2, 1e-1], [0, 1], 3, 7, {})
+    table = study._tuned(run, [dict(cell=1), dict(cell=2)], searching([1e-3, 1e-2, 1e-1], [0, 1], 3, 7), {})
     assert {a for a in asked if a[0] == 3} == {(3, study.SEARCH_SEED, ("validation",))} and sum(a[0] == 3 for a in asked) == 6
     assert {a for a in asked if a[0] == 7} == {(7, s, ("validation", "test")) for s in (0, 1)}
     assert (table.lr == 1e-2).all() and not table.at_edge.any() and list(table.columns) == ["cell", "seed", "lr", "at_edge", "validation", "accuracy"]
     other = splits._replace(test=standardised(noise(50, (1, 16, 16), 10)))
-    rates = [distillation_grid(s, transfer, ["mlp1"], [2_000], **(FAST | dict(lrs=[1e-5, 1e-2]))) for s in (splits, other)]
+    settings = fast(students=["mlp1"], budgets=[2_000], lrs=[1e-5, 1e-2])
+    rates = [distillation_grid(s, transfer, settings) for s in (splits, other)]
     assert rates[0].lr.equals(rates[1].lr) and rates[0].at_edge.all() and not rates[0].accuracy.equals(rates[1].accuracy)
 
 
 def test_divergence_loses_the_search():
     def run(cell, lr, seed, epochs, parts, **_): return [dict.fromkeys(parts, math.nan if lr > limit else lr)]
     limit = .05
-    assert (tuned(run, [dict(cell=1)], [.01, .03, .1], [0], 1, 1, {}).lr == .03).all()
+    assert (study._tuned(run, [dict(cell=1)], searching([.01, .03, .1]), {}).lr == .03).all()
     limit = 0
-    with pytest.raises(Diverged, match="every learning rate diverged; try smaller ones than 0.01"): tuned(run, [dict(cell=1)], [.01, .1], [0], 1, 1, {})
+    with pytest.raises(Diverged, match="cell 1: every learning rate diverged; try smaller ones than 0.01"):
+        study._tuned(run, [dict(cell=1)], searching([.01, .1]), {})
 
 
 def test_rates_and_seeds_go_with_their_cells():
     "Every cell has another best rate, and the rates come in any order."
     best = dict(a=1e-3, b=1e-1, c=1e-2, d=1e-3)
     def run(cell, lr, seed, epochs, parts, **_): return [{part: -abs(math.log10(lr/best[cell])) + (seed if part == "test" else 0) for part in parts}]
-    table = tuned(run, [dict(cell=c) for c in "abcd"], [1e-1, 1e-3, 1e-2], np.arange(2), 3, 7, {})
+    table = study._tuned(run, [dict(cell=c) for c in "abcd"], searching([1e-1, 1e-3, 1e-2], np.arange(2), 3, 7), {})
     assert [*table.cell] == [*"aabbccdd"] and [*table.seed] == [0, 1]*4 and [*table.lr] == [best[c] for c in table.cell]
     assert [*table.at_edge] == [c != "c" for c in table.cell] and (table.validation == 0).all() and (table.accuracy == table.seed).all()
     level = lambda cell, lr, seed, epochs, parts, **_: [dict.fromkeys(parts, .5)]
-    assert (tuned(level, [dict(cell=1)], [.1, .01, .03], [0], 1, 1, {}).lr == .01).all(), "of equal rates, the smallest"
-    for cells, seeds in ([[], [0]], [[dict(cell=1)]*2, [0]], [[dict(cell=1)], []]):
-        with pytest.raises(ValueError, match="is empty|twice"): tuned(level, cells, [.1], seeds, 1, 1, {})
+    assert (study._tuned(level, [dict(cell=1)], searching([.1, .01, .03]), {}).lr == .01).all(), "of equals, the smallest"
 
 
 def test_cells_are_known_by_all_that_determines_them(small):
     splits, transfer, _ = small
-    common = lambda s=splits, t=transfer, b=100, p="fp32": run_id(study._common(s, t, b, p))
+    def common(s=splits, t=transfer, **more): return run_id(study._common(s, t, fast(**more)))
     other = replace(splits.test, x=splits.test.x + 1)
-    assert len({common(), common(splits._replace(test=other)), common(splits._replace(validation=other)), common(t=replace(transfer, seed=7)), common(b=7), common(p="bf16")}) == 6
+    assert len({common(), common(splits._replace(test=other)), common(splits._replace(validation=other)), common(t=replace(transfer, seed=7)),
+                common(batch_size=7), common(precision="bf16")}) == 6
 
 
 def test_diverged_seed_is_missing(small, monkeypatch):
     def broken(model, *rest): raise Diverged("the loss was not finite")
     monkeypatch.setattr(study, "distil", broken)
-    table = distillation_grid(*small[:2], ["mlp1"], [2_000], **FAST)
+    table = distillation_grid(*small[:2], fast(students=["mlp1"], budgets=[2_000]))
     assert table.accuracy.isna().all() and len(table) == 2
 
 
 def test_grid_resumes(small, tmp_path, monkeypatch):
     splits, transfer, _ = small
-    grid = lambda **more: distillation_grid(splits, transfer, ["mlp1"], [2_000], folder=tmp_path, **(FAST | more))
+    one = dict(students=["mlp1"], budgets=[2_000])
+    def grid(**more): return distillation_grid(splits, transfer, fast(**one, **more), tmp_path)
     first, trained, real = grid(), [], study.distil
     monkeypatch.setattr(study, "distil", lambda *a: (trained.append(a), real(*a)))
     assert grid().equals(first) and not trained
     assert grid(seeds=[0, 1, 2]).iloc[:2].equals(first) and len(trained) == 1
     logits = transfer.logits.clone()
     logits[0, 0] += 1
-    distillation_grid(splits, replace(transfer, logits=logits), ["mlp1"], [2_000], folder=tmp_path, **FAST)
+    distillation_grid(splits, replace(transfer, logits=logits), fast(**one), tmp_path)
     assert len(trained) == 3, "another teacher is another cell"
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(students=["mlp1", "mlp6"]), "unknown student 'mlp6'"), (dict(students=[]), "students is empty"), (dict(seeds=[]), "seeds is empty"), (dict(targets=[]), "targets is empty"), (dict(students="mlp1"), r"must be a list, such as \['mlp1'\]"),
-    (dict(students=["mlp1", "conv1", "mlp1"]), "students holds 'mlp1' twice"), (dict(budgets=[2_000, 2_000]), "budgets holds 2000 twice"), (dict(seeds=[1, 1]), "seeds holds 1 twice"),
-    (dict(seeds=[study.SEARCH_SEED]), "which the search uses"), (dict(seeds=[.5]), "seeds must be whole numbers"), (dict(lrs=.1), "learning rates to try are a list"), (dict(lrs=["a"]), "must be positive numbers, not a"),
-    (dict(epochs=1.5), "must be whole numbers, not 1.5"), (dict(batch_size=2.5), "must be whole numbers"), (dict(budgets=[10]), "no width meets a budget of 10 weights"),
-    (dict(lrs=[]), "at least one learning rate"), (dict(lrs=[.1, 0]), "learning rates must be positive"), (dict(epochs=0), "at least one epoch"), (dict(targets=["soft"]), "'teacher' or 'labels'")])
-def test_impossible_grids_cost_nothing(small, settings, words, tmp_path):
-    with pytest.raises(ValueError, match=words): distillation_grid(*small[:2], **(FAST | dict(folder=tmp_path) | settings))
+    (dict(students=["mlp1", "mlp6"]), "unknown student 'mlp6'"), (dict(students=[]), "students must hold at least one"),
+    (dict(students="mlp1"), r"must be a list, such as \['mlp1'\]"),
+    (dict(students=["mlp1", "conv1", "mlp1"]), "students must differ .* 'mlp1' is there twice"),
+    (dict(budgets=[]), "budgets must hold at least one"), (dict(budgets=[2_000, 2_000]), "2000 is there twice"),
+    (dict(budgets=[2_000.5]), "each of budgets must be a whole number"),
+    (dict(larger_mlps=[10_000]), "budgets and larger_mlps must differ from each other, but 10000"),
+    (dict(seeds=[]), "seeds must hold at least one"), (dict(seeds=[1, 1]), "1 is there twice"),
+    (dict(seeds=[study.SEARCH_SEED]), "from 0 to 12344"), (dict(seeds=[.5]), "each of seeds must be a whole number"),
+    (dict(lrs=.1), "learning rates must be a list"), (dict(lrs=[]), "learning rates must hold at least one"),
+    (dict(lrs=["a"]), "must be a positive number, not 'a'"), (dict(lrs=[.1, 0]), "must be a positive number, not 0"),
+    (dict(epochs=0), "epochs must be a whole number, 1 or more"), (dict(epochs=1.5), "whole number, 1 or more, not 1.5"),
+    (dict(batch_size=2.5), "batch_size must be a whole number"), (dict(precision="fp8"), "unknown precision 'fp8'"),
+    (dict(embedded="mlp3"), "unknown convolutional student 'mlp3'; known are conv1"),
+    (dict(relax_times=[-2]), "each of relax_times must be a whole number, 0 or more"),
+    (dict(networks=["conv", "vit"]), "unknown network 'vit'"), (dict(networks=["fcn"]*2), "'fcn' is there twice")])
+def test_impossible_settings(settings, words):
+    with pytest.raises(ValueError, match=words): DistillationSettings(**settings)
+
+
+def test_budgets_that_are_too_small_cost_nothing(small, tmp_path):
+    for make, settings in ((distillation_grid, dict(budgets=[10])), (embedded_students, dict(embedded_budget=5))):
+        with pytest.raises(ValueError, match="no width meets a budget"): make(*small[:2], fast(**settings), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -156,7 +182,7 @@ def test_impossible_grids_cost_nothing(small, settings, words, tmp_path):
 
 def test_embedded_students(small, tmp_path):
     splits, transfer, _ = small
-    run = lambda: embedded_students(splits, transfer, budget=1_200, relax_times=[1], folder=tmp_path, **FAST)
+    run = lambda: embedded_students(splits, transfer, fast(embedded_budget=1_200, relax_times=[1]), tmp_path)
     table = run()
     assert run().equals(table) and table.groupby(["network", "relax"]).size().to_dict() == {
         (n, t): 2 for n, t in [("conv", 0), ("conv", 1), ("efcn", 0), ("efcn", 1), ("elcn", 0), ("elcn", 1), ("fcn", 0), ("lcn", 0), ("mlp", 0)]}
@@ -170,10 +196,10 @@ def test_embedded_students(small, tmp_path):
     assert at.accuracy["efcn", 1, 1] == evaluate(net, splits.test)["accuracy"]
 
 
-def test_relax_times_in_other_forms(small):
-    run = lambda **more: embedded_students(*small[:2], **(FAST | dict(budget=900, networks=["fcn"]) | more))
-    first = run(relax_times=1)
-    assert first.equals(run(relax_times=np.array([1]))) and set(zip(first.network, first.relax)) == {("conv", 0), ("fcn", 0)}
+def test_relax_times_of_fresh_networks(small):
+    def run(**more): return embedded_students(*small[:2], fast(embedded_budget=900, **more))
+    table = run(relax_times=np.array([1]), networks=["fcn"])
+    assert set(zip(table.network, table.relax)) == {("conv", 0), ("fcn", 0)}
     assert [*run(networks=["conv"], relax_times=[0]).network] == ["conv"]*2
 
 
@@ -185,18 +211,13 @@ def test_diverged_convolution_is_missing(small, monkeypatch):
         return real(model, transfer, epochs, *rest)
     second = student(2, 1, 900, (1, 16, 16), 10, seed=1)[0].weight.detach().clone()
     monkeypatch.setattr(study, "distil", broken)
-    table = embedded_students(*small[:2], budget=900, relax_times=[3], networks=["conv", "efcn", "fcn"], **FAST)
+    settings = fast(embedded_budget=900, relax_times=[3], networks=["conv", "efcn", "fcn"])
+    table = embedded_students(*small[:2], settings)
     lost = (table.relax == 3) & (table.seed == 1)
     assert table.accuracy.isna().equals(lost) and table.start.isna().equals(lost) and (table.weights > 0).all()
     parts = start_or_architecture(table).set_index(["relax", "part"])
     assert [*parts.n[0]] == [2]*3 and [*parts.n[3]] == [1]*3
     assert abs(parts.gap[3, "whole"] - parts.gap[3, "start"] - parts.gap[3, "constraint"]) < 1e-12
-
-
-@pytest.mark.parametrize("settings, words", [(dict(name="mlp3"), "mlp3 has no convolution to embed; choose one of conv1"), (dict(relax_times=[-2]), "whole numbers of epochs"), (dict(relax_times=[.5]), "whole numbers"),
-                                             (dict(networks=["conv", "vit"]), "unknown networks vit"), (dict(networks=["fcn", "fcn"]), "networks holds 'fcn' twice"), (dict(seeds=[]), "seeds is empty"), (dict(name="conv9"), "unknown student"), (dict(lrs=[]), "at least one learning rate"), (dict(budget=5), "no width meets")])
-def test_impossible_embedded_students(small, settings, words):
-    with pytest.raises(ValueError, match=words): embedded_students(*small[:2], **(FAST | settings))
 
 
 # Tables
@@ -310,19 +331,25 @@ def test_parts_add_up():
 def test_study(tmp_path):
     data = load_data("digits")
     data = Data(data.train.thinned(200), data.test.thinned(50))
-    settings = dict(transfer=dict(copies=2), teacher=dict(teachers=1, width=2, epochs=1), students=["mlp1", "conv1"], budgets=[1_500], larger_mlps=[3_000], label_budgets=[1_500],
-                    embedded=dict(budget=1_000, name="conv1"), **(FAST | dict(epochs=1)))
-    tables = distillation_study(data, tmp_path, **settings)
-    assert set(tables) == {"teachers", "grid", "gaps", "claims", "embedded", "parts"} == {p.stem for p in tmp_path.glob("*.csv")}
-    assert tables["grid"].groupby(["student", "target", "budget"]).size().to_dict() == {
-        (s, t, b): 2 for s, t, b in [("conv1", "labels", 1_500), ("conv1", "teacher", 1_500), ("mlp1", "labels", 1_500), ("mlp1", "teacher", 1_500), ("mlp1", "teacher", 3_000)]}
+    settings = fast(transfer=dict(copies=2), teacher=dict(teachers=1, width=2, epochs=1), students=["mlp1", "conv1"],
+                    budgets=[1_500], larger_mlps=[3_000], label_budgets=[1_500], embedded="conv1",
+                    embedded_budget=1_000, epochs=1)
+    tables = distillation_study(data, tmp_path, settings)
+    names = {"teachers", "grid", "gaps", "claims", "embedded", "parts"}
+    assert set(tables) == names == {p.stem for p in tmp_path.glob("*.csv")}
+    cells = [("conv1", "labels", 1_500), ("conv1", "teacher", 1_500), ("mlp1", "labels", 1_500),
+             ("mlp1", "teacher", 1_500), ("mlp1", "teacher", 3_000)]
+    assert tables["grid"].groupby(["student", "target", "budget"]).size().to_dict() == dict.fromkeys(cells, 2)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path/"grid.csv"), tables["grid"], check_dtype=False)
-    assert set(distillation_study(data, tmp_path, **(settings | dict(embedded=False)))) == {"teachers", "grid", "gaps", "claims"}
-    rate = distillation_study(data, tmp_path, **(settings | dict(students=["mlp1"], embedded=dict(budget=1_000, name="conv1", networks=["fcn"], lrs=[5e-3], seeds=[4]))))["embedded"]
-    assert set(rate.lr) == {5e-3} and set(rate.seed) == {4}, "what is said of the embedded ones goes before what is said of all"
-    for wrong, words in [(dict(budgets=[9]), "no width meets"), (dict(budgets=[]), "budgets is empty"), (dict(students=[]), "students is empty"), (dict(larger_mlps=[1_500]), "budgets and larger_mlps holds 1500 twice"),
-                         (dict(larger_mlps=[9]), "no width meets"), (dict(lrs=[]), "at least one learning rate"), (dict(seeds=[]), "seeds is empty"), (dict(epochs=0), "at least one epoch"), (dict(device="nope"), "no device 'nope'"),
-                         (dict(embedded=dict(name="mlp1")), "no convolution to embed"), (dict(embedded=dict(networks=["vit"])), "unknown networks vit"), (dict(embedded=dict(budget=2)), "no width meets"), (dict(label_budgets=[9]), "no width meets")]:
-        with pytest.raises(ValueError, match=words): distillation_study(data, tmp_path/"new", **(settings | wrong))
-    with pytest.raises(TypeError, match="unexpected keyword argument 'nam'"): distillation_study(data, tmp_path/"new", **(settings | dict(embedded=dict(nam="conv1"))))
+    without = distillation_study(data, tmp_path, replace(settings, embedded=None))
+    assert set(without) == {"teachers", "grid", "gaps", "claims"}
+
+
+@pytest.mark.parametrize("settings, device, words", [
+    (dict(budgets=[9]), "cpu", "no width meets"), (dict(larger_mlps=[9]), "cpu", "no width meets"),
+    (dict(label_budgets=[9]), "cpu", "no width meets"), (dict(embedded_budget=2), "cpu", "no width meets"),
+    (dict(), "nope", "no device 'nope'"), (dict(precision="tf32"), "cpu", "tf32 products need a GPU")])
+def test_impossible_studies_cost_nothing(tmp_path, settings, device, words):
+    with pytest.raises(ValueError, match=words):
+        distillation_study(load_data("digits"), tmp_path/"new", fast(**settings), device)
     assert not (tmp_path/"new").exists()

@@ -1,6 +1,7 @@
 "Images, transfer sets, teaching and stored logits, against numpy and least squares written out."
 import copy
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import efcn_nb.instruments.transfer_sets as room
+import efcn_nb.training.loop as loop
 from efcn_nb.instruments.students import make_teacher, student
 from efcn_nb.instruments.transfer_sets import (
     Splits, TransferSet, augment, distil, load_logits, standardise, standardised, store_logits, teach, teacher_logits,
@@ -102,8 +104,8 @@ def test_mirror_and_nothing():
     assert augment(x, torch.Generator()).equal(x)
 
 
-@pytest.mark.parametrize("settings, words", [(dict(shift=8), "a shift of 8 pixels does not go with images of shape"), (dict(shift=-1), "a shift of -1 pixels"),
-                                             (dict(fill="wrap"), "'reflect' or 'constant', not 'wrap'"), (dict(copies=0), "at least one copy")])
+@pytest.mark.parametrize("settings, words", [(dict(shift=8), "shift must be a whole number from 0 to 7, not 8"), (dict(shift=-1), "from 0 to 7, not -1"),
+                                             (dict(fill="wrap"), "unknown fill 'wrap'; known are reflect, constant"), (dict(copies=0), "copies must be a whole number, 1 or more, not 0")])
 def test_impossible_changes(settings, words):
     with pytest.raises(ValueError, match=words): transfer_set(noise(9), **settings)
 
@@ -136,7 +138,7 @@ def test_logits_that_do_not_fit():
     with pytest.raises(ValueError, match="not finite"): TransferSet(images, logits=torch.full((12, 3), math.inf))
     with pytest.raises(ValueError, match="12 images cannot be 5 copies"): TransferSet(images, 5)
     for copies in (0, -1):
-        with pytest.raises(ValueError, match=f"at least one copy of the images, not {copies}"): TransferSet(images, copies)
+        with pytest.raises(ValueError, match=f"1 or more, not {copies}"): TransferSet(images, copies)
     with pytest.raises(ValueError, match="not finite"): TransferSet(images, logits=torch.full((12, 3), math.nan))
 
 
@@ -191,7 +193,7 @@ def test_teachers_answer_once(small, tmp_path, monkeypatch):
     monkeypatch.undo()
     next(tmp_path.glob("teacher-*")).write_bytes(b"broken")
     with pytest.raises(ValueError, match="is damaged .*delete it, and the teacher is asked again"): teach(splits, bare, **settings)
-    with pytest.raises(ValueError, match="at least one teacher, not 0"): teach(splits, bare, teachers=0)
+    with pytest.raises(ValueError, match="teachers must be a whole number, 1 or more, not 0"): teach(splits, bare, teachers=0)
 
 
 def test_stored_logits(tmp_path):
@@ -210,7 +212,7 @@ def test_logits_where_no_file_can_be(small, tmp_path):
     (tmp_path/"file").write_text("in the way")
     for write in (lambda: store_logits(tmp_path/"file"/"z", dict(a=torch.zeros(2, 2)), "mine"), lambda: teach(splits, replace(transfer, logits=None), folder=tmp_path/"file")):
         with pytest.raises(OSError, match="file cannot be made a folder .*choose another"): write()
-    with pytest.raises(ValueError, match="is a folder, no file of logits"): load_logits(tmp_path, "mine")
+    with pytest.raises(ValueError, match="is a folder, not a file of logits"): load_logits(tmp_path, "mine")
 
 
 def test_teachers_are_known_by_all_that_determines_them(small, tmp_path):
@@ -242,14 +244,13 @@ def test_precision_reaches_the_products():
 
 def test_products_of_the_backward_pass(monkeypatch):
     "They have the precision of the forward pass: a GPU would use its own otherwise."
-    open_now, real = [], room.products
-    from contextlib import contextmanager
+    open_now, real = [], loop._switched
     @contextmanager
     def watched(*args):
         open_now.append(args[0])
         with real(*args): yield
         open_now.pop()
-    monkeypatch.setattr(room, "products", watched)
+    monkeypatch.setattr(loop, "_switched", watched)
     net, seen = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), []
     net[1].weight.register_hook(lambda g: seen.append([*open_now]))
     distil(net, taught(noise(20)), 1, .01)
@@ -290,9 +291,12 @@ def test_labels_are_learned_without_a_teacher():
     with pytest.raises(ValueError, match="holds no logits yet"): distil(net, bare, 1, .01)
 
 
-@pytest.mark.parametrize("settings, words", [(dict(lr=0), "learning rates must be positive numbers, not 0"), (dict(lr=-.1), "not -0.1"), (dict(lr=math.nan), "not nan"), (dict(lr=math.inf), "not inf"),
-                                             (dict(epochs=0), "at least one epoch, not 0"), (dict(batch_size=0), "batch_size must be 1 or more, not 0"),
-                                             (dict(precision="fp8"), "precision must be one of"), (dict(target="soft"), "'teacher' or 'labels', not 'soft'")])
+@pytest.mark.parametrize("settings, words", [
+    (dict(lr=0), "lr must be a positive number, not 0"), (dict(lr=-.1), "not -0.1"), (dict(lr=math.nan), "not nan"),
+    (dict(lr=math.inf), "not inf"), (dict(epochs=0), "epochs must be a whole number, 1 or more, not 0"),
+    (dict(batch_size=0), "batch_size must be a whole number, 1 or more, not 0"),
+    (dict(precision="fp8"), "precision must be one of"),
+    (dict(target="soft"), "unknown target 'soft'; known are teacher, labels")])
 def test_impossible_training(settings, words):
     net = student(0, 1, 4_000, (1, 8, 8), 3)
     before = copy.deepcopy(net.state_dict())
