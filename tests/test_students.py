@@ -59,7 +59,9 @@ def test_budget_is_met_and_used(name, budget):
 
 def test_weights_depend_on_the_seed_alone():
     state = torch.get_rng_state()
-    a, b, c = (nn.utils.parameters_to_vector(student(2, 1, 2_000, (1, 8, 8), 3, seed=s).parameters()) for s in (0, 0, 1))
+    a, b, c = (
+        nn.utils.parameters_to_vector(student(2, 1, 2_000, (1, 8, 8), 3, seed=s).parameters()) for s in (0, 0, 1)
+    )
     assert a.equal(b) and not a.equal(c) and torch.get_rng_state().equal(state)
 
 
@@ -70,23 +72,32 @@ def test_bottleneck_can_be_asked_for():
     assert {build(name, True) for name in STUDENTS} == {1} and {build(name, False) for name in STUDENTS} == {0}
 
 
-@pytest.mark.parametrize("convs, hidden, shape, words", [
-    (-1, 1, (1, 16, 16), "convs must be a whole number from 0 to 4, not -1"), (5, 1, (1, 16, 16), "from 0 to 4, not 5"),
-    (0, 0, (1, 16, 16), "hidden must be a whole number from 1 to 5, not 0"), (2, 6, (1, 16, 16), "from 1 to 5, not 6"),
-    (1, 1, (1, 2, 9), "with 1 convolutional layers take images .* of at least 3x3 pixels, not"), (4, 1, (1, 16, 7), "at least 8x8 pixels"),
-    (0, 1, (64,), r"\(channels, height, width\) of at least 1x1 pixels, not \(64,\)")])
+@pytest.mark.parametrize(
+    "convs, hidden, shape, words",
+    [
+        (-1, 1, (1, 16, 16), "convs must be a whole number from 0 to 4, not -1"),
+        (5, 1, (1, 16, 16), "from 0 to 4, not 5"),
+        (0, 0, (1, 16, 16), "hidden must be a whole number from 1 to 5, not 0"),
+        (2, 6, (1, 16, 16), "from 1 to 5, not 6"),
+        (1, 1, (1, 2, 9), "with 1 convolutional layers take images .* of at least 3x3 pixels, not"),
+        (4, 1, (1, 16, 7), "at least 8x8 pixels"),
+        (0, 1, (64,), r"\(channels, height, width\) of at least 1x1 pixels, not \(64,\)"),
+    ],
+)
 def test_impossible_students(convs, hidden, shape, words):
     for build in (lambda: make_student(convs, hidden, 4, shape, 10), lambda: student(convs, hidden, 10_000, shape, 10)):
         with pytest.raises(ValueError, match=words): build()
 
 
 def test_budget_that_no_width_meets():
-    with pytest.raises(ValueError, match="no width meets a budget of 60 weights: the narrowest network has "): student(0, 1, 60, (1, 8, 8), 10)
+    with pytest.raises(ValueError, match="no width meets a budget of 60 weights: the narrowest network has "):
+        student(0, 1, 60, (1, 8, 8), 10)
 
 
 def test_unknown_names():
     with pytest.raises(ValueError, match="unknown student 'resnet'; known are mlp1, mlp2"): find_student("resnet")
-    with pytest.raises(ValueError, match="unknown network 'cnn'; known are conv, efcn"): starting_network("cnn", student(1, 1, 900, (1, 8, 8), 3), (1, 8, 8), 3)
+    with pytest.raises(ValueError, match="unknown network 'cnn'; known are conv, efcn"):
+        starting_network("cnn", student(1, 1, 900, (1, 8, 8), 3), (1, 8, 8), 3)
 
 
 # The bottleneck
@@ -103,7 +114,9 @@ def test_merging_keeps_the_function(convs, hidden):
 
 @pytest.mark.parametrize("biases", [(True, True), (True, False), (False, True), (False, False)])
 def test_merging_chains_and_biases(biases):
-    net = nn.Sequential(nn.Linear(7, 2, bias=biases[0]), nn.Linear(2, 6, bias=biases[1]), nn.Linear(6, 4, bias=biases[0])).double()
+    net = nn.Sequential(
+        nn.Linear(7, 2, bias=biases[0]), nn.Linear(2, 6, bias=biases[1]), nn.Linear(6, 4, bias=biases[0])
+    ).double()
     x = torch.randn(9, 7, dtype=torch.double)
     merged = merge_bottleneck(net)
     assert len(merged) == 1 and torch.linalg.matrix_rank(merged[0].weight) == 2
@@ -112,7 +125,8 @@ def test_merging_chains_and_biases(biases):
 
 
 def test_nothing_to_merge():
-    with pytest.raises(ValueError, match="no bottleneck to merge"): merge_bottleneck(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="no bottleneck to merge"):
+        merge_bottleneck(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)))
 
 
 # Embedded students
@@ -124,13 +138,19 @@ def test_starts():
     for name in ("conv", "efcn", "elcn"): torch.testing.assert_close(made[name](x), conv(x), atol=1e-5, rtol=1e-4)
     kinds = dict(efcn=FullyConnected, fcn=FullyConnected, elcn=LocallyConnected, lcn=LocallyConnected)
     for name, kind in kinds.items(): assert sum(isinstance(m, kind) for m in made[name].modules()) == 2
-    assert count_weights(made["fcn"]) == count_weights(embed(conv, shape)) and count_weights(made["lcn"]) == count_weights(embed(conv, shape, to="lcn"))
+    assert count_weights(made["fcn"]) == count_weights(embed(conv, shape)) and count_weights(
+        made["lcn"]
+    ) == count_weights(embed(conv, shape, to="lcn"))
     assert (made["fcn"][0].weight != 0).float().mean() > .99 and (made["efcn"][0].weight != 0).float().mean() < .15
-    for p in conv.parameters(): assert all(p.data_ptr() != q.data_ptr() for net in made.values() for q in net.parameters())
+    for p in conv.parameters():
+        assert all(p.data_ptr() != q.data_ptr() for net in made.values() for q in net.parameters())
 
 
 def test_fresh_weights_are_the_seeds():
     conv = student(2, 1, 900, (1, 16, 16), 10)
-    vector = lambda name, seed: nn.utils.parameters_to_vector(starting_network(name, conv, (1, 16, 16), 10, seed).parameters())
-    for name in ("fcn", "lcn", "mlp"): assert vector(name, 3).equal(vector(name, 3)) and not vector(name, 3).equal(vector(name, 4))
+    vector = lambda name, seed: nn.utils.parameters_to_vector(
+        starting_network(name, conv, (1, 16, 16), 10, seed).parameters()
+    )
+    for name in ("fcn", "lcn", "mlp"):
+        assert vector(name, 3).equal(vector(name, 3)) and not vector(name, 3).equal(vector(name, 4))
     for name in ("conv", "efcn", "elcn"): assert vector(name, 3).equal(vector(name, 4))

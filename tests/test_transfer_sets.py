@@ -41,7 +41,8 @@ def test_standardise_is_numpys():
 
 
 @pytest.mark.parametrize("value", [0, 3, 77, 255])
-def test_even_images_become_zero(value): assert not standardise(torch.full((2, 3, 5, 7), value, dtype=torch.uint8)).any()
+def test_even_images_become_zero(value):
+    assert not standardise(torch.full((2, 3, 5, 7), value, dtype=torch.uint8)).any()
 
 
 def test_standardise_forgets_brightness_and_contrast():
@@ -84,7 +85,9 @@ def test_augmentation_image_by_image(fill):
 def test_copies_keep_their_labels():
     images = noise(30)
     transfer = transfer_set(images, 3, 1, seed=2)
-    assert transfer.images.y.equal(torch.cat([images.y]*3)) and transfer_set(images, 2).images.x.equal(torch.cat([images.x]*2))
+    assert transfer.images.y.equal(torch.cat([images.y] * 3)) and transfer_set(images, 2).images.x.equal(
+        torch.cat([images.x] * 2)
+    )
     draw = torch.Generator().manual_seed(2)
     assert transfer.images.x.equal(torch.cat([augment(images.x, draw, 1) for _ in range(3)]))
 
@@ -104,8 +107,15 @@ def test_mirror_and_nothing():
     assert augment(x, torch.Generator()).equal(x)
 
 
-@pytest.mark.parametrize("settings, words", [(dict(shift=8), "shift must be a whole number from 0 to 7, not 8"), (dict(shift=-1), "from 0 to 7, not -1"),
-                                             (dict(fill="wrap"), "unknown fill 'wrap'; known are reflect, constant"), (dict(copies=0), "copies must be a whole number, 1 or more, not 0")])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(shift=8), "shift must be a whole number from 0 to 7, not 8"),
+        (dict(shift=-1), "from 0 to 7, not -1"),
+        (dict(fill="wrap"), "unknown fill 'wrap'; known are reflect, constant"),
+        (dict(copies=0), "copies must be a whole number, 1 or more, not 0"),
+    ],
+)
 def test_impossible_changes(settings, words):
     with pytest.raises(ValueError, match=words): transfer_set(noise(9), **settings)
 
@@ -125,7 +135,10 @@ def test_same_images_in_the_same_order():
 
 @pytest.mark.parametrize("scale, offset", [(1, 0), (50, -300), (1e-3, 7)])
 def test_targets_forget_scale_and_offset_of_logits(scale, offset):
-    targets = [torch.cat([z for _, z in transfer_batches(taught(noise(50), scale=s, offset=o), 1)]) for s, o in ((1, 0), (scale, offset))]
+    targets = [
+        torch.cat([z for _, z in transfer_batches(taught(noise(50), scale=s, offset=o), 1)])
+        for s, o in ((1, 0), (scale, offset))
+    ]
     torch.testing.assert_close(*targets, atol=1e-3, rtol=0)
     assert abs(targets[0].mean()) < 1e-5 and abs(targets[0].std() - 1) < 1e-5
     assert targets[1].argmax(1).equal(targets[0].argmax(1))
@@ -134,7 +147,8 @@ def test_targets_forget_scale_and_offset_of_logits(scale, offset):
 def test_logits_that_do_not_fit():
     images = noise(12)
     for shape in [(11, 3), (12, 4), (12,)]:
-        with pytest.raises(ValueError, match="do not fit a transfer set of 12 images and 3 classes"): TransferSet(images, logits=torch.zeros(shape))
+        with pytest.raises(ValueError, match="do not fit a transfer set of 12 images and 3 classes"):
+            TransferSet(images, logits=torch.zeros(shape))
     with pytest.raises(ValueError, match="not finite"): TransferSet(images, logits=torch.full((12, 3), math.inf))
     with pytest.raises(ValueError, match="12 images cannot be 5 copies"): TransferSet(images, 5)
     for copies in (0, -1):
@@ -147,7 +161,14 @@ def test_digest_tells_everything():
     logits, x = t.logits.clone(), t.images.x.clone()
     logits[3, 1] += 1e-5
     x[0, 0, 0, 0] ^= 1
-    others = [replace(t, copies=3), replace(t, seed=1), replace(t, logits=None), replace(t, logits=logits), replace(t, images=replace(t.images, x=x)), t]
+    others = [
+        replace(t, copies=3),
+        replace(t, seed=1),
+        replace(t, logits=None),
+        replace(t, logits=logits),
+        replace(t, images=replace(t.images, x=x)),
+        t,
+    ]
     assert len({o.digest for o in others}) == 6 and replace(t).digest == t.digest
 
 
@@ -163,7 +184,8 @@ def test_average_of_logits(small):
     nets[1].train()
     torch.testing.assert_close(teacher_logits(nets, images, batch_size=7), want.detach(), atol=1e-5, rtol=0)
     assert nets[1].training and not nets[0].training
-    with pytest.raises(ValueError, match="the same classes, not 10 and 4"): teacher_logits([nets[0], make_teacher((1, 16, 16), 4, 2)], images)
+    with pytest.raises(ValueError, match="the same classes, not 10 and 4"):
+        teacher_logits([nets[0], make_teacher((1, 16, 16), 4, 2)], images)
     with pytest.raises(ValueError, match="at least 8x8 pixels"): make_teacher((1, 16, 7), 10)
 
 
@@ -179,7 +201,14 @@ def test_teachers_by_hand(small):
         want = [(a.argmax(1) == part.y).double().mean().item() for a in (*z, z[0] + z[1])]
         np.testing.assert_allclose(table[column], want, atol=1e-9)
     names = "".join(type(m).__name__[0] for m in nets[0])
-    assert names == "CBRCMBR"*3 + "FL" and [m.out_channels for m in nets[0] if isinstance(m, nn.Conv2d)] == [4, 4, 8, 8, 16, 16]
+    assert names == "CBRCMBR" * 3 + "FL" and [m.out_channels for m in nets[0] if isinstance(m, nn.Conv2d)] == [
+        4,
+        4,
+        8,
+        8,
+        16,
+        16,
+    ]
 
 
 def test_teachers_answer_once(small, tmp_path, monkeypatch):
@@ -192,8 +221,10 @@ def test_teachers_answer_once(small, tmp_path, monkeypatch):
     assert teach(splits, bare, **settings)[0].logits.equal(transfer.logits)
     monkeypatch.undo()
     next(tmp_path.glob("teacher-*")).write_bytes(b"broken")
-    with pytest.raises(ValueError, match="is damaged .*delete it, and the teacher is asked again"): teach(splits, bare, **settings)
-    with pytest.raises(ValueError, match="teachers must be a whole number, 1 or more, not 0"): teach(splits, bare, teachers=0)
+    with pytest.raises(ValueError, match="is damaged .*delete it, and the teacher is asked again"):
+        teach(splits, bare, **settings)
+    with pytest.raises(ValueError, match="teachers must be a whole number, 1 or more, not 0"):
+        teach(splits, bare, teachers=0)
 
 
 def test_stored_logits(tmp_path):
@@ -210,7 +241,10 @@ def test_stored_logits(tmp_path):
 def test_logits_where_no_file_can_be(small, tmp_path):
     splits, transfer, _ = small
     (tmp_path/"file").write_text("in the way")
-    for write in (lambda: store_logits(tmp_path/"file"/"z", dict(a=torch.zeros(2, 2)), "mine"), lambda: teach(splits, replace(transfer, logits=None), folder=tmp_path/"file")):
+    for write in (
+        lambda: store_logits(tmp_path / "file" / "z", dict(a=torch.zeros(2, 2)), "mine"),
+        lambda: teach(splits, replace(transfer, logits=None), folder=tmp_path / "file"),
+    ):
         with pytest.raises(OSError, match="file cannot be made a folder .*choose another"): write()
     with pytest.raises(ValueError, match="is a folder, not a file of logits"): load_logits(tmp_path, "mine")
 
@@ -218,7 +252,14 @@ def test_logits_where_no_file_can_be(small, tmp_path):
 def test_teachers_are_known_by_all_that_determines_them(small, tmp_path):
     splits, bare = small[0], replace(small[1], logits=None)
     other = replace(splits.test, x=splits.test.x + 1)
-    for s, t, more in [(splits, bare, {}), (splits._replace(test=other), bare, {}), (splits._replace(validation=other), bare, {}), (splits, replace(bare, seed=7), {}), (splits, bare, dict(batch_size=50)), (splits, bare, dict(lr=.02))]:
+    for s, t, more in [
+        (splits, bare, {}),
+        (splits._replace(test=other), bare, {}),
+        (splits._replace(validation=other), bare, {}),
+        (splits, replace(bare, seed=7), {}),
+        (splits, bare, dict(batch_size=50)),
+        (splits, bare, dict(lr=0.02)),
+    ]:
         teach(s, t, **(dict(teachers=1, width=1, epochs=1, folder=tmp_path) | more))
     assert len([*tmp_path.glob("teacher-*")]) == 6
 
@@ -305,8 +346,10 @@ def test_impossible_training(settings, words):
 
 
 def test_classes_that_differ():
-    with pytest.raises(ValueError, match="the student answers 4 classes, teacher and transfer set have 3"): distil(student(0, 1, 4_000, (1, 8, 8), 4), taught(noise(20)), 1, .1)
+    with pytest.raises(ValueError, match="the student answers 4 classes, teacher and transfer set have 3"):
+        distil(student(0, 1, 4_000, (1, 8, 8), 4), taught(noise(20)), 1, 0.1)
 
 
 def test_images_that_differ(small):
-    with pytest.raises(ValueError, match=r"does not take images of shape \(1, 8, 8\)"): distil(student(0, 1, 4_000, (1, 16, 16), 3).eval(), taught(noise(20)), 1, .1)
+    with pytest.raises(ValueError, match=r"does not take images of shape \(1, 8, 8\)"):
+        distil(student(0, 1, 4_000, (1, 16, 16), 3).eval(), taught(noise(20)), 1, 0.1)
