@@ -1,5 +1,4 @@
-"Patterns, networks, gradients at the start and rows of digits, against products, loops, autograd and closed forms."
-import itertools
+"Patterns, networks, runs, rows of digits and claims, against products, loops and closed forms."
 import math
 from functools import partial
 
@@ -8,18 +7,17 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from efcn_nb.ladder.layers import FullyConnected, LocallyConnected
 from efcn_nb.materials.models import count_weights
 from efcn_nb.experiments.sweeps import sweep
+from efcn_nb.instruments.fourier import KPattern, sign_accuracy
 from efcn_nb.studies import separation
 from efcn_nb.studies.separation import (
-    BITS, DIGIT_KINDS, KINDS, KPattern, Reorder, all_inputs, by_seed, claim_above, consecutive_bits, degree_masses,
-    digit_rows, digit_scans, digit_slots, final_rows, follow, gradient_bounds, gradient_law, hinge, learn_digits,
-    learn_pattern, make_digit_net, make_local_net, make_pattern, mean_gradient, parity_table, pattern_batches,
-    pattern_gradient, random_order, scattered_bits, sign_accuracy, sure_interval, walsh_hadamard, width_within)
+    BITS, DIGIT_KINDS, KINDS, Reorder, by_seed, claim_above, consecutive_bits, digit_rows, digit_scans, digit_slots,
+    final_rows, follow, learn_digits, learn_pattern, make_digit_net, make_local_net, make_pattern, pattern_batches,
+    random_order, sample_complexity_claims, scattered_bits, sure_interval, width_within)
 from efcn_nb.training.loop import Diverged
 
 
@@ -37,42 +35,8 @@ def with_readout(net, seed=0):
 
 # Patterns
 
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_labels_are_looked_up_where_the_bits_say(data):
-    n = data.draw(st.integers(1, 9))
-    bits = data.draw(st.permutations(range(n)))[:data.draw(st.integers(1, min(n, 5)))]
-    table = data.draw(st.lists(st.sampled_from([-1, 1]), min_size=2**len(bits), max_size=2**len(bits)))
-    x = all_inputs(n)
-    expected = [table[sum(2**u for u, b in enumerate(bits) if row[b] > 0)] for row in x[:, 0]]
-    assert KPattern(n, bits, table).labels(x).tolist() == expected
-    assert torch.equal(KPattern(n, bits).labels(x), x[:, 0, bits].prod(1))
-
-
-def test_labels_take_inputs_without_channel():
-    x, pattern = signs(50, 7), KPattern(7, (2, 3))
-    assert torch.equal(pattern.labels(x), pattern.labels(x[:, 0]))
-
-
-def test_pattern_of_all_bits():
-    assert KPattern(3, range(3)).labels(-torch.ones(1, 1, 3)).item() == -1
-
-
 @pytest.mark.parametrize("make, said", [
-    (lambda: KPattern(4, range(5)), r"k = 5 bits does not fit into n = 4; take k from 1 to 4"),
-    (lambda: KPattern(4, ()), r"k = 0 bits does not fit"),
-    (lambda: KPattern(4, (0, 0)), r"different positions from 0 to 3, not \(0, 0\)"),
-    (lambda: KPattern(4, (-1, 0)), r"different positions from 0 to 3"),
-    (lambda: KPattern(4, (0, 1.5)), r"different positions from 0 to 3, not \(0, 1.5\)"),
     (lambda: make_pattern(4, 5, "anywhere"), r"k = 5 bits does not fit into n = 4"),
-    (lambda: KPattern(4, (0, 1)).labels(torch.ones(4)), r"inputs \(N, 1, n\) or \(N, n\) of n = 4 signs, not \(4,\)"),
-    (lambda: KPattern(4, (0, 1)).labels(torch.ones(3, 2, 4)), r"not \(3, 2, 4\)"),
-    (lambda: KPattern(4, (0, 1), [1, 1, -1, -1, 1]), r"2\^2 = 4 labels, not 5"),
-    (lambda: KPattern(4, (0, 1), torch.ones(2, 2)), r"2\^2 = 4 labels"),
-    (lambda: KPattern(4, (0, 1), [1, 1, -1, 2]), r"\+1 or -1, not 2"),
-    (lambda: KPattern(4, (0, 1), [1, 1, -1, math.nan]), r"\+1 or -1, not nan"),
-    (lambda: KPattern(64, range(30)), r"take k from 1 to 20"),
-    (lambda: parity_table(0), r"take k from 1 to 20"),
     (lambda: consecutive_bits(64, 5, 60), r"5 neighbours that start at 60 do not fit into n = 64; start from 0 to 59"),
     (lambda: consecutive_bits(64, 5, -1), r"start from 0 to 59"),
     (lambda: consecutive_bits(4, 5), r"k = 5 bits does not fit into n = 4"),
@@ -209,12 +173,6 @@ def test_impossible_networks_and_runs(call, said):
 
 # Training
 
-def test_hinge_and_accuracy():
-    scores, y = torch.randn(30, 1, generator=torch.Generator().manual_seed(0)), signs(30, 1)[:, 0, 0]
-    assert hinge(scores, y).item() == pytest.approx(np.mean([max(0, 1 - a*b) for a, b in zip(scores[:, 0].tolist(), y.tolist())]), rel=1e-5)
-    assert sign_accuracy(nn.Identity(), scores, y) == pytest.approx(np.mean([a*b > 0 for a, b in zip(scores[:, 0].tolist(), y.tolist())]))
-
-
 def test_follow_equals_a_plain_loop():
     pattern = KPattern(8, (3, 4))
     test = next(pattern_batches(pattern, 200, 1, 9))
@@ -316,88 +274,6 @@ def test_a_table_is_used():
     with pytest.raises(ValueError, match="8 labels, not 4"): learn_pattern("fcn", 12, 3, table=[1, 1, 1, -1])
 
 
-# Gradients at the start
-
-def test_walsh_hadamard_against_products():
-    f, x = torch.randn(3, 2**5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), all_inputs(5)[:, 0].double()
-    characters = torch.stack([x[:, [u for u in range(5) if T >> u & 1]].prod(1) for T in range(2**5)], 1)
-    torch.testing.assert_close(walsh_hadamard(f), f @ characters/2**5)
-    torch.testing.assert_close(walsh_hadamard(f) @ characters.T, f)                   # and back
-
-
-@pytest.mark.parametrize("n, k", [(6, 2), (7, 3), (6, 6), (6, 1)])
-def test_mean_gradient_is_the_mean_over_all_sets(n, k):
-    net = make_local_net("fcn", n, 2, width=1, seed=n)
-    masses = degree_masses(net[0].weight.detach(), net[0].bias.detach())
-    squares = [pattern_gradient(net, KPattern(n, S)).square().sum(1) for S in itertools.combinations(range(n), k)]
-    torch.testing.assert_close(torch.stack(squares).mean(0), mean_gradient(masses, k), rtol=1e-9, atol=1e-12)
-
-
-def test_gradient_is_that_of_the_hinge_loss():
-    "With readouts +1/units and |h| < 1, autograd of the hinge loss on all inputs is the correlation's gradient."
-    n, pattern = 7, KPattern(7, (2, 3, 4))
-    net = make_local_net("fcn", n, 3, width=2, seed=4).double()
-    units = net[-1].in_features
-    with torch.no_grad():
-        nn.init.constant_(net[-1].weight, 1/units)
-        assert net(all_inputs(n).double()).abs().max() < 1
-    grad, = torch.autograd.grad(hinge(net(all_inputs(n).double()), pattern.labels(all_inputs(n)).double()), net[0].weight)
-    torch.testing.assert_close(grad*units, pattern_gradient(net, pattern), rtol=1e-9, atol=1e-12)
-
-
-def test_pattern_gradient_leaves_the_network_alone():
-    net = make_local_net("cnn", 6, 2)
-    pattern_gradient(net, KPattern(6, (2, 3)))
-    assert net[0].weight.dtype == torch.float32 and net[0].weight.grad is None and not net[-1].weight.any()
-    still = make_local_net("cnn", 6, 2).requires_grad_(False)
-    assert torch.equal(pattern_gradient(still, KPattern(6, (2, 3))), pattern_gradient(net, KPattern(6, (2, 3)))) and not still[0].weight.requires_grad
-
-
-def test_local_gradient_does_not_know_n():
-    norms = [pattern_gradient(make_local_net("cnn", n, 3, seed=0), KPattern(n, consecutive_bits(n, 3))).square().sum().item() for n in (5, 8, 11)]
-    assert norms == pytest.approx([norms[0]]*3, rel=1e-9)
-
-
-def test_local_gradient_vanishes_on_scattered_bits():
-    for kind in ("cnn", "lcn", "elcn"):
-        assert pattern_gradient(make_local_net(kind, 10, 3), KPattern(10, scattered_bits(10, 3))).abs().max() < 1e-12
-    assert pattern_gradient(make_local_net("fcn", 10, 3), KPattern(10, scattered_bits(10, 3))).abs().max() > 1e-6
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(2, 8), st.integers(0, 10**6), st.floats(.1, 30))
-def test_bounds_hold_for_any_unit(n, seed, scale):
-    draw = torch.Generator().manual_seed(seed)
-    masses = degree_masses(torch.randn(2, n, generator=draw), scale*torch.randn(2, generator=draw))
-    for k in range(1, n):
-        bounds = gradient_bounds(n, k)
-        assert mean_gradient(masses, k).max() <= bounds["sharper"] + 1e-12 and bounds["sharper"] <= bounds["restated"]
-
-
-def test_sharper_bound_is_nearly_met():
-    "The largest possible: a step function that is one parity, all of its mass at one degree, meets the bound up to (n-k+1)/n."
-    n, k = 6, 3
-    masses = torch.zeros(1, n+1).double()
-    masses[0, k-1] = 1
-    assert mean_gradient(masses, k).item() == pytest.approx((n-k+1)/math.comb(n, k)) and mean_gradient(masses, k) < gradient_bounds(n, k)["sharper"]
-
-
-@pytest.mark.parametrize("call, said", [
-    (lambda: all_inputs(21), r"take n from 1 to 20"), (lambda: all_inputs(0), r"take n from 1 to 20"),
-    (lambda: pattern_gradient(make_local_net("cnn", 24, 3), KPattern(24, (0, 1, 2))), r"too many to enumerate"),
-    (lambda: mean_gradient(torch.zeros(1, 5), 5), r"k = 5 signs does not fit into n = 4"), (lambda: mean_gradient(torch.zeros(1, 5), 0), r"k = 0"),
-    (lambda: gradient_bounds(4, 4), r"from 1 to n-1 = 3, not 4"), (lambda: gradient_bounds(4, 0), r"not 0"),
-])
-def test_impossible_enumerations(call, said):
-    with pytest.raises(ValueError, match=said): call()
-
-
-def test_law_leaves_out_what_does_not_fit():
-    law = gradient_law([3, 5], [2, 4], units=4)
-    assert sorted({(row.n, row.k) for row in law.itertuples()}) == [(3, 2), (5, 2), (5, 4)]
-    assert law[law.net == "fcn"].restated.notna().all() and law.gradient.gt(0).all()
-
-
 # Rows of digits
 
 def test_scans_are_normalised_and_disjoint():
@@ -489,3 +365,40 @@ def test_claims():
     for gains in ({"a": unknown, "b": wide}, {"b": wide, "a": unknown}): assert claim_above("c", gains)["verdict"] == "undecided"
     assert claim_above("c", {"b": -wide, "a": unknown})["verdict"] == claim_above("c", {"a": unknown, "b": -wide})["verdict"] == "fails" and claim_above("c", {"a": unknown})["verdict"] == "undecided"
     with pytest.raises(ValueError, match="there is no case to judge"): claim_above("c", {})
+
+
+# Samples: claims about growth
+
+def power(exponents, sizes=(8, 16, 32), seeds=range(4), noise=.03):
+    "A table of samples needed that grow as size**exponent, with some noise."
+    draw = np.random.default_rng(0)
+    return pd.DataFrame([dict(architecture=a, size=s, seed=seed, samples=5*s**p*draw.uniform(1, 1 + noise)) for a, p in exponents.items() for s in sizes for seed in seeds])
+
+
+def test_claims_about_samples():
+    verdicts = lambda **exponents: sample_complexity_claims(power(exponents)).verdict.tolist()
+    assert verdicts(cnn=0., fcn=2.) == ["holds"]*3
+    assert verdicts(cnn=0., fcn=1.) == ["holds", "fails", "holds"]
+    assert verdicts(cnn=1., fcn=2.) == ["holds", "holds", "fails"]
+    assert verdicts(cnn=2., fcn=0.) == ["fails"]*3
+    one = sample_complexity_claims(power(dict(cnn=0., fcn=2.), seeds=[0]))
+    assert one.verdict.tolist() == ["undecided"]*3, "one seed has no spread"
+    for p, found in [(1., "holds"), (2.5, "fails"), (-.5, "fails"), (2., "undecided")]:
+        assert sample_complexity_claims(power(dict(cnn=0., lcn=p, fcn=2.))).verdict[3] == found
+    table = sample_complexity_claims(power(dict(cnn=0., lcn=1., fcn=2.)))
+    assert table.n.eq(4).all() and table.effect[1] == "exponent 1.99 ± 0.02"
+
+
+@pytest.mark.parametrize("holes", [[("cnn", 32, 0)], [("cnn", 32, seed) for seed in range(4)], [("fcn", 8, 1)], [("fcn", 8, seed) for seed in range(4)], [("lcn", 16, 2)]])
+def test_claims_wait_for_seeds_that_did_not_get_there(holes):
+    "Seeds that reach the target are the better ones: a verdict on them alone would flatter."
+    needed = power(dict(cnn=0., lcn=1., fcn=2.))
+    for a, size, seed in holes: needed.loc[(needed.architecture == a) & (needed["size"] == size) & (needed.seed == seed), "samples"] = math.nan
+    claims, (name, _, _) = sample_complexity_claims(needed), holes[0]
+    touched = {"cnn": [0, 2, 3], "fcn": [0, 1, 3], "lcn": [3]}[name]
+    assert claims.verdict.tolist() == ["undecided" if i in touched else "holds" for i in range(4)]
+    assert all(claims.n[i] == 4 - len(holes) for i in touched if i != 0)
+
+
+def test_claims_need_both():
+    with pytest.raises(ValueError, match="both must be in the table"): sample_complexity_claims(power(dict(cnn=0., lcn=2.)))
