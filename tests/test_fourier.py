@@ -44,19 +44,19 @@ def test_pattern_of_all_bits():
 
 
 @pytest.mark.parametrize("make, said", [
-    (lambda: KPattern(4, range(5)), r"k = 5 bits does not fit into n = 4; take k from 1 to 4"),
-    (lambda: KPattern(4, ()), r"k = 0 bits does not fit"),
-    (lambda: KPattern(4, (0, 0)), r"different positions from 0 to 3, not \(0, 0\)"),
-    (lambda: KPattern(4, (-1, 0)), r"different positions from 0 to 3"),
-    (lambda: KPattern(4, (0, 1.5)), r"different positions from 0 to 3, not \(0, 1.5\)"),
-    (lambda: KPattern(4, (0, 1)).labels(torch.ones(4)), r"inputs \(N, 1, n\) or \(N, n\) of n = 4 signs, not \(4,\)"),
+    (lambda: KPattern(4, range(5)), r"each of bits must be a whole number from 0 to 3, not 4"),
+    (lambda: KPattern(4, ()), r"bits must hold at least one value"),
+    (lambda: KPattern(4, (0, 0)), r"bits must differ from each other, but 0 is there twice"),
+    (lambda: KPattern(4, (-1, 0)), r"from 0 to 3, not -1"),
+    (lambda: KPattern(4, (0, 1.5)), r"from 0 to 3, not 1.5"),
+    (lambda: KPattern(4, (0, 1)).labels(torch.ones(4)), r"inputs must be \(N, 1, n\) or \(N, n\) with n = 4 signs, not \(4,\)"),
     (lambda: KPattern(4, (0, 1)).labels(torch.ones(3, 2, 4)), r"not \(3, 2, 4\)"),
-    (lambda: KPattern(4, (0, 1), [1, 1, -1, -1, 1]), r"2\^2 = 4 labels, not 5"),
-    (lambda: KPattern(4, (0, 1), torch.ones(2, 2)), r"2\^2 = 4 labels"),
+    (lambda: KPattern(4, (0, 1), [1, 1, -1, -1, 1]), r"k = 2 bits has 4 labels, not 5"),
+    (lambda: KPattern(4, (0, 1), torch.ones(2, 2)), r"k = 2 bits has 4 labels"),
     (lambda: KPattern(4, (0, 1), [1, 1, -1, 2]), r"\+1 or -1, not 2"),
     (lambda: KPattern(4, (0, 1), [1, 1, -1, math.nan]), r"\+1 or -1, not nan"),
-    (lambda: KPattern(64, range(30)), r"take k from 1 to 20"),
-    (lambda: parity_table(0), r"take k from 1 to 20"),
+    (lambda: KPattern(64, range(30)), r"the number of signs must be a whole number from 1 to 20, not 30"),
+    (lambda: parity_table(0), r"from 1 to 20, not 0"),
 ])
 def test_impossible_patterns(make, said):
     with pytest.raises(ValueError, match=said): make()
@@ -137,10 +137,10 @@ def test_sharper_bound_is_nearly_met():
 
 
 @pytest.mark.parametrize("call, said", [
-    (lambda: all_inputs(21), r"take n from 1 to 20"), (lambda: all_inputs(0), r"take n from 1 to 20"),
-    (lambda: pattern_gradient(make_local_net("cnn", 24, 3), KPattern(24, (0, 1, 2))), r"too many to enumerate"),
-    (lambda: mean_gradient(torch.zeros(1, 5), 5), r"k = 5 signs does not fit into n = 4"), (lambda: mean_gradient(torch.zeros(1, 5), 0), r"k = 0"),
-    (lambda: gradient_bounds(4, 4), r"from 1 to n-1 = 3, not 4"), (lambda: gradient_bounds(4, 0), r"not 0"),
+    (lambda: all_inputs(21), r"number of signs must be a whole number from 1 to 20, not 21"), (lambda: all_inputs(0), r"from 1 to 20, not 0"),
+    (lambda: pattern_gradient(make_local_net("cnn", 24, 3), KPattern(24, (0, 1, 2))), r"from 1 to 20, not 24"),
+    (lambda: mean_gradient(torch.zeros(1, 5), 5), r"k must be a whole number from 1 to 4, not 5"), (lambda: mean_gradient(torch.zeros(1, 5), 0), r"not 0"),
+    (lambda: gradient_bounds(4, 4), r"k must be a whole number from 1 to 3, not 4"), (lambda: gradient_bounds(4, 0), r"not 0"),
 ])
 def test_impossible_enumerations(call, said):
     with pytest.raises(ValueError, match=said): call()
