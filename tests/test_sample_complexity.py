@@ -233,20 +233,20 @@ def test_the_trace_is_that_of_plain_steps():
 
 def test_bad_tasks():
     for samples in (0, -1):
-        with pytest.raises(ValueError, match=f"{samples} samples: there must be one or more"): norm_difference(samples, 4)
-        with pytest.raises(ValueError, match="there must be one or more"): sample_complexity("cnn", 4, samples)
-    for option, message in [(dict(steps=0), "steps: 0;"), (dict(batch_size=0), "batch_size: 0;"), (dict(test=-1), "test samples: -1;")]:
-        with pytest.raises(ValueError, match=f"{message} there must be one or more"): sample_complexity("cnn", 4, 10, **option)
-    for size in (0, 7, -2):
-        with pytest.raises(ValueError, match=f"size is {size}: it must be an even number, two blocks of one length"): norm_difference(5, size)
-        with pytest.raises(ValueError, match="it must be an even number"): norm_network("cnn", size)
+        with pytest.raises(ValueError, match=f"samples must be a whole number, 1 or more, not {samples}"): norm_difference(samples, 4)
+        with pytest.raises(ValueError, match="samples must be a whole number"): sample_complexity("cnn", 4, samples)
+    for option, message in [(dict(steps=0), "steps"), (dict(batch_size=0), "batch_size"), (dict(test=-1), "test")]:
+        with pytest.raises(ValueError, match=f"{message} must be a whole number, 1 or more"): sample_complexity("cnn", 4, 10, **option)
+    for size, message in [(0, "a whole number, 2 or more, not 0"), (7, "an even number, two blocks of one length, not 7"), (-2, "not -2")]:
+        with pytest.raises(ValueError, match=f"size must be .*{message}"): norm_difference(5, size)
+        with pytest.raises(ValueError, match=f"size must be .*{message}"): norm_network("cnn", size)
     with pytest.raises(ValueError, match="unknown turn 'shear'; known are rotation, permutation, signs"): norm_difference(5, 4, turned="shear")
     with pytest.raises(ValueError, match="unknown architecture 'rnn'; known are cnn, one_channel, lcn, fcn"): sample_complexity("rnn", 4, 10)
 
 
 def test_bad_tables():
     for target in (.5, .3, 1.2, math.nan):
-        with pytest.raises(ValueError, match=f"target is {target}: it must lie above chance"): samples_needed(curve([4, 8], [.5, .9]), target)
+        with pytest.raises(ValueError, match=f"target must lie above chance, 0.5, and not above 1, not be {target}"): samples_needed(curve([4, 8], [.5, .9]), target)
     with pytest.raises(ValueError, match="growth needs two sizes or more"): growth_exponents(power(dict(cnn=0., fcn=2.), sizes=(8,)))
     with pytest.raises(ValueError, match="growth needs two sizes or more, fcn has one"): growth_exponents(pd.concat([power(dict(cnn=0.)), power(dict(fcn=2.), sizes=(8,))]))
     with pytest.raises(ValueError, match="several rows have one architecture, size, seed and number of samples.*such as turned"): samples_needed(pd.concat([curve([4, 8], [.5, .9], turned=t) for t in ("a", "b")]))
