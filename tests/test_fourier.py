@@ -9,9 +9,10 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from efcn_nb.instruments.fourier import (
-    KPattern, all_inputs, degree_masses, gradient_bounds, gradient_law, hinge, mean_gradient, parity_table,
-    pattern_gradient, sign_accuracy, walsh_hadamard)
-from efcn_nb.studies.separation import consecutive_bits, make_local_net, scattered_bits
+    KPattern, all_inputs, degree_masses, gradient_bounds, gradient_law, hinge, make_pattern, mean_gradient, parity_table,
+    pattern_batches, pattern_gradient, sign_accuracy, walsh_hadamard)
+from efcn_nb.materials.controls import pixel_order
+from efcn_nb.studies.separation import make_local_net
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,9 +58,54 @@ def test_pattern_of_all_bits():
     (lambda: KPattern(4, (0, 1), [1, 1, -1, math.nan]), r"\+1 or -1, not nan"),
     (lambda: KPattern(64, range(30)), r"the number of signs must be a whole number from 1 to 20, not 30"),
     (lambda: parity_table(0), r"from 1 to 20, not 0"),
+    (lambda: make_pattern(4, 5), r"k must be a whole number from 1 to 4, not 5"),
+    (lambda: make_pattern(4, 5, "anywhere"), r"k must be a whole number from 1 to 4, not 5"),
+    (lambda: make_pattern(9, 5, "scattered"), r"k must be a whole number from 2 to 4, not 5"),
+    (lambda: make_pattern(9, 1, "scattered"), r"from 2 to 4, not 1"),
+    (lambda: make_pattern(9, 2, "far"), r"unknown bits 'far'; known are consecutive, scattered, ordered, anywhere"),
+    (lambda: make_pattern(9, 2, "ordered"), r"set it, or reorder"),
 ])
 def test_impossible_patterns(make, said):
     with pytest.raises(ValueError, match=said): make()
+
+
+@pytest.mark.parametrize("n, k", [(10, 5), (11, 5), (64, 5), (7, 2), (100, 3)])
+def test_scattered_bits_share_no_window(n, k):
+    bits = make_pattern(n, k, "scattered").bits
+    assert len(bits) == k and 0 <= min(bits) and max(bits) < n and min(np.diff(bits)) >= 2
+    assert max(bits) - min(bits) >= k
+
+
+def test_scattered_bits_are_in_the_middle_of_equal_parts():
+    assert make_pattern(10, 5, "scattered").bits == (1, 3, 5, 7, 9)
+    assert make_pattern(64, 5, "scattered").bits == (6, 18, 30, 42, 54)
+    assert make_pattern(100, 3, "scattered").bits == (16, 49, 82)
+
+
+def test_inputs_are_uniform():
+    "Each of 16 inputs of four signs as often as the others: a chi-square test with 15 degrees of freedom."
+    from scipy.stats import chisquare
+    x = torch.cat([x for x, _ in pattern_batches(KPattern(4, (0,)), 1000, 4, seed=1)])
+    assert chisquare(np.bincount(((x[:, 0] > 0).long() @ 2**torch.arange(4)).numpy(), minlength=16)).pvalue > .001
+
+
+def test_ordered_bits_come_to_the_middle():
+    order = pixel_order((1, 12), 4).tolist()
+    x, pattern = signs(100, 12), make_pattern(12, 3, "ordered", order)
+    assert torch.equal(pattern.labels(x), make_pattern(12, 3).labels(x[..., order]))
+
+
+def test_bits_anywhere_are_neighbours_from_everywhere():
+    found = [make_pattern(7, 3, "anywhere", seed=seed).bits for seed in range(60)]
+    assert {*found} == {(0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (4, 5, 6)} and make_pattern(7, 3, "anywhere", seed=5).bits == found[5]
+    assert make_pattern(3, 3, "anywhere").bits == (0, 1, 2)
+
+
+def test_batches_are_fresh_and_repeatable():
+    pattern = KPattern(6, (1, 2))
+    first, again = (list(pattern_batches(pattern, 8, 3, seed=5)) for _ in range(2))
+    assert all(torch.equal(x, z) and torch.equal(y, w) for (x, y), (z, w) in zip(first, again, strict=True))
+    assert len(first) == 3 and not torch.equal(first[0][0], first[1][0]) and not torch.equal(first[0][0], next(pattern_batches(pattern, 8, 1, seed=6))[0])
 
 
 # Loss
@@ -108,14 +154,14 @@ def test_pattern_gradient_leaves_the_network_alone():
 
 
 def test_local_gradient_does_not_know_n():
-    norms = [pattern_gradient(make_local_net("cnn", n, 3, seed=0), KPattern(n, consecutive_bits(n, 3))).square().sum().item() for n in (5, 8, 11)]
+    norms = [pattern_gradient(make_local_net("cnn", n, 3, seed=0), make_pattern(n, 3)).square().sum().item() for n in (5, 8, 11)]
     assert norms == pytest.approx([norms[0]]*3, rel=1e-9)
 
 
 def test_local_gradient_vanishes_on_scattered_bits():
     for kind in ("cnn", "lcn", "elcn"):
-        assert pattern_gradient(make_local_net(kind, 10, 3), KPattern(10, scattered_bits(10, 3))).abs().max() < 1e-12
-    assert pattern_gradient(make_local_net("fcn", 10, 3), KPattern(10, scattered_bits(10, 3))).abs().max() > 1e-6
+        assert pattern_gradient(make_local_net(kind, 10, 3), make_pattern(10, 3, "scattered")).abs().max() < 1e-12
+    assert pattern_gradient(make_local_net("fcn", 10, 3), make_pattern(10, 3, "scattered")).abs().max() > 1e-6
 
 
 @settings(max_examples=30, deadline=None)
