@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SHUFFLES', 'largest_rank', 'core_shapes', 'count_cores', 'compose', 'fit_rank', 'decompose', 'entry_order',
-           'LowRank', 'hold_to_rank', 'release_rank']
+           'LowRank', 'hold_to_rank', 'release_rank', 'held_layers', 'tensor_shape', 'largest_ratio', 'compress']
 
 # %% ../../nbs/ladder/04_tensor_formats.ipynb #a5d29603
 import gc, math
@@ -214,3 +214,43 @@ def release_rank(
     held = parametrize.is_parametrized(conv, 'weight') and conv.parametrizations.weight[0]
     if not isinstance(held, LowRank): raise ValueError(f'{type(conv).__name__} has no kernel that is held to a rank')
     _make_plain(conv)
+
+# %% ../../nbs/ladder/04_tensor_formats.ipynb #83e46794
+def held_layers(
+    model:nn.Module
+)->dict: # name: convolution
+    "All convolutions but the first. Raises `ValueError` if there is none to hold."
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    if len(convs) < 2: raise ValueError(f'{type(model).__name__} has no convolution to hold: it takes two or more, and the first stays dense')
+    return dict(list(convs.items())[1:])
+
+def tensor_shape(
+    conv:nn.Module
+)->tuple: # (out channels, taps, in channels)
+    "Shape of a kernel as a tensor with three axes."
+    co, ci, *taps = conv.weight.shape
+    return co, math.prod(taps), ci
+
+# %% ../../nbs/ladder/04_tensor_formats.ipynb #d051f4f9
+def largest_ratio(
+    model:nn.Module, format:str # one of `FORMATS`
+)->float:
+    "The ratio that all held layers can be compressed by: that of rank 1."
+    shapes = [tensor_shape(conv) for conv in held_layers(model).values()]
+    return min(math.prod(shape)/count_cores(format, shape, 1) for shape in shapes)
+
+def compress(
+    model:nn.Module,    # changed in place
+    format:str,         # one of `FORMATS`
+    ratio:float,        # entries for each number, at least
+    shuffle:str='none', # one of `SHUFFLES`
+    seed:int=0          # of orders and cores: another for each layer
+)->nn.Module:           # the same
+    "Hold all convolutions but the first to a tensor format. Raises `ValueError`, before anything is changed, for a ratio that cannot be reached, unknown words, or a model with no convolutions to hold or with some that are held."
+    if format not in FORMATS: raise ValueError(f'unknown tensor format {format!r}; known are {", ".join(FORMATS)}')
+    if shuffle not in SHUFFLES: raise ValueError(f'unknown shuffle {shuffle!r}; known are {", ".join(SHUFFLES)}')
+    layers = held_layers(model)
+    if held := [name for name, conv in layers.items() if parametrize.is_parametrized(conv, 'weight')]: raise ValueError(f'layer {held[0]!r} is parametrized already: compress a network whose kernels are plain')
+    ranks = [fit_rank(format, tensor_shape(conv), ratio) for conv in layers.values()]
+    for k, (conv, rank) in enumerate(zip(layers.values(), ranks)): hold_to_rank(conv, format, rank, shuffle, seed=1_000*seed + k)
+    return model

@@ -8,8 +8,8 @@ from torch import nn
 
 from efcn_nb.service.timing import take_turns
 from efcn_nb.materials.data import Data, load_folder
-from efcn_nb.ladder.tensor_formats import FORMATS, fit_rank, hold_to_rank
-from efcn_nb.studies.low_rank import low_rank_grid, post_hoc_study, tensor_shape
+from efcn_nb.ladder.tensor_formats import FORMATS, fit_rank, hold_to_rank, tensor_shape
+from efcn_nb.studies.low_rank import low_rank_grid, post_hoc_study
 
 torch.set_num_threads(1)
 folder, out = sys.argv[1], Path(sys.argv[2] if len(sys.argv) > 2 else ".")
