@@ -13,7 +13,7 @@ from efcn_nb.ladder.tensor_formats import (
     FORMATS, SHUFFLES, compose, core_shapes, entry_order, held_layers, hold_to_rank)
 from efcn_nb.instruments.kernel_ranks import (
     AXES, CUTS, composed_kernel, cut_kernel, cut_model, cut_rank, effective_rank, format_ranks, kernel_ranks,
-    measure_batchnorms, operator_rank, stable_rank, truncation_errors, unfoldings)
+    operator_rank, stable_rank, truncation_errors, unfoldings)
 from efcn_nb.studies.low_rank import compressed_model, held_network, train_held
 from test_low_rank import noise
 
@@ -155,17 +155,6 @@ def test_cuts_in_another_order(format, shuffle):
                                          (lambda K: cut_rank("svd", (4, 9, 3), 9), "has 31 numbers at rank 1"), (lambda K: cut_rank("qr", (4, 9, 3), 2), "unknown format"), (lambda K: cut_rank("cp", (4, 9, 3), .1), "from 1 on"), (lambda K: unfoldings(K[0,0]), "a kernel has axes")])
 def test_impossible_cuts(call, words):
     with pytest.raises(ValueError, match=words): call(torch.randn(4, 3, 3, 3))
-
-
-def test_batchnorms_are_measured(data):
-    model = held_network((1, 8, 8), 2, 4, 3)
-    train_held(model, data.train, 1, .01, 20)
-    weights = [p.clone() for p in model.parameters()]
-    measure_batchnorms(model, data.train, 20)
-    x = torch.stack([model[0](data.train.batch(range(k, k + 20))[0]).detach() for k in (0, 20)]).double()
-    np.testing.assert_allclose(model[1].running_mean, x.mean((0, 1, 3, 4)), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(model[1].running_var, np.mean([b.transpose(0, 1).flatten(1).var(1) for b in x], axis=0), rtol=1e-4)
-    assert model[1].momentum == .1 and not model.training and all(a.equal(b) for a, b in zip(weights, model.parameters()))
 
 
 def test_cut_model_leaves_the_model(data):

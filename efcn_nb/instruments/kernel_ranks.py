@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['AXES', 'CUTS', 'unfoldings', 'stable_rank', 'effective_rank', 'format_ranks', 'kernel_ranks', 'composed_kernel',
-           'operator_rank', 'compression', 'truncation_errors', 'cut_rank', 'cut_kernel', 'measure_batchnorms',
-           'cut_model']
+           'operator_rank', 'compression', 'truncation_errors', 'cut_rank', 'cut_kernel', 'cut_model']
 
 # %% ../../nbs/instruments/38_kernel_ranks.ipynb #bf762c79
 import copy, math
@@ -18,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..ladder.tensor_formats import (
     compose, core_shapes, decompose, entry_order, fit_rank, FORMATS, held_layers, tensor_shape)
+from ..training.loop import recount_batchnorm
 
 # %% ../../nbs/instruments/38_kernel_ranks.ipynb #93707ad7
 AXES = ('out', 'taps', 'in')
@@ -136,26 +136,9 @@ def cut_kernel(
     return near.transpose(1, 2).flatten()[order].view_as(kernel)
 
 # %% ../../nbs/instruments/38_kernel_ranks.ipynb #bd84145f
-@torch.no_grad()
-def measure_batchnorms(
-    model:nn.Module, # changed in place
-    data,            # a `Dataset`
-    batch_size:int=250
-)->nn.Module:        # the same
-    "Give each BatchNorm the mean and variance that its inputs have on `data`, averaged over batches."
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [m.momentum for m in norms]
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None # a plain average
-    model.train()
-    for x, _ in data.batches(batch_size): model(x)
-    for m, momentum in zip(norms, kept): m.momentum = momentum
-    return model.eval()
-
 def cut_model(
     model:nn.Module,   # left untouched
-    data,              # a `Dataset`, for `measure_batchnorms`
+    data,              # a `Dataset` of training images, for the statistics of BatchNorm
     format:str, ratio:float, shuffle:str='none', seed:int=0, steps:int=50 # see `cut_rank`, `cut_kernel`
 )->tuple:              # a copy whose held kernels are replaced, and the mean error of these, in shares of their norms
     "Replace the kernels of all convolutions but the first by approximations. Raises what its parts raise."
@@ -164,4 +147,5 @@ def cut_model(
         near = cut_kernel(conv.weight, format, cut_rank(format, tensor_shape(conv), ratio), shuffle, seed=1_000*seed + k, steps=steps)
         errors.append(float((near - conv.weight.detach()).norm()/conv.weight.detach().norm()))
         conv.weight.data.copy_(near)
-    return measure_batchnorms(model, data), sum(errors)/len(errors)
+    inputs = (x for x, _ in data.batches(250))
+    return recount_batchnorm(model.eval(), inputs), sum(errors)/len(errors)

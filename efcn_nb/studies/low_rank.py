@@ -21,9 +21,9 @@ from ..ladder.tensor_formats import compress, FORMATS, held_layers, largest_rati
 from ..materials.data import Data, stratified_split
 from ..materials.controls import make_variant
 from ..materials.models import MaxPool2d
-from ..training.loop import check_precision, Diverged, evaluate, train_steps
+from ..training.loop import check_precision, Diverged, evaluate, recount_batchnorm, train_steps
 from ..instruments.kernel_ranks import (
-    AXES, composed_kernel, compression, cut_model, cut_rank, CUTS, kernel_ranks, measure_batchnorms, operator_rank)
+    AXES, composed_kernel, compression, cut_model, cut_rank, CUTS, kernel_ranks, operator_rank)
 from ..experiments.sweeps import sweep
 from ..experiments.effects import claim_row, judge, judged, not_judged
 
@@ -302,7 +302,7 @@ def post_hoc(
     pixels:bool=False,      # permute the pixels of all images before anything is learned
     formats=CUTS, shuffles=('none', 'everything'),
     seed:int=0, lr:float=.01, epochs:int=3, batch_size:int=100, width:int=52, kernel:int=5, precision:str='fp32', steps:int=50,
-    measured:int=2_000      # training images for `measure_batchnorms`
+    measured:int=2_000      # training images for the statistics of BatchNorm
 )->list:                    # dicts: format, shuffled, ratio, error, accuracy, and `whole`, the accuracy of the dense network; `note` where rank 1 does not reach the ratio
     "Train a dense network, then replace its kernels by approximations. Raises `ValueError` for impossible settings."
     check_cuts(ratios, formats, shuffles, steps, measured)
@@ -310,7 +310,8 @@ def post_hoc(
     model = held_network(data.train.shape, len(data.train.classes), width, kernel, seed)
     train_held(model, data.train, epochs, lr, batch_size, seed, precision)
     some = data.train.thinned(measured)
-    rows, whole = [], evaluate(measure_batchnorms(copy.deepcopy(model), some), data.test, precision=precision)['accuracy']
+    recounted = recount_batchnorm(copy.deepcopy(model), (x for x, _ in some.batches(250)))
+    rows, whole = [], evaluate(recounted, data.test, precision=precision)['accuracy']
     shapes = [tensor_shape(conv) for conv in held_layers(model).values()]
     for format in formats:
         for ratio in ratios:
