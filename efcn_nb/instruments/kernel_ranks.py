@@ -8,7 +8,6 @@ __all__ = ['AXES', 'CUTS', 'unfoldings', 'stable_rank', 'effective_rank', 'forma
 
 # %% ../../nbs/instruments/38_kernel_ranks.ipynb #bf762c79
 import copy, math
-from numbers import Integral
 
 import pandas as pd
 import torch
@@ -16,8 +15,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..ladder.tensor_formats import (
-    compose, core_shapes, decompose, entry_order, fit_rank, FORMATS, held_layers, tensor_shape)
+    compose, core_shapes, decompose, entry_order, fit_rank, FORMATS, held_layers, kernel_parameters, tensor_shape)
 from ..training.loop import recount_batchnorm
+from ..service.checks import one_of, whole
 
 # %% ../../nbs/instruments/38_kernel_ranks.ipynb #93707ad7
 AXES = ('out', 'taps', 'in')
@@ -28,8 +28,9 @@ def unfoldings(
     "The three matrices of a kernel. Raises `ValueError` for a tensor without taps."
     if kernel.dim() < 3: raise ValueError(f'a kernel has axes (out, in, *taps), not the shape {tuple(kernel.shape)}')
     K = kernel.flatten(2)
-    return dict(out=K.flatten(1), taps=K.permute(2, 0, 1).flatten(1), **{'in': K.transpose(0, 1).flatten(1)})
+    return dict(zip(AXES, (K.flatten(1), K.permute(2, 0, 1).flatten(1), K.transpose(0, 1).flatten(1))))
 
+# %% ../../nbs/instruments/38_kernel_ranks.ipynb #c2c3acb2
 def stable_rank(
     matrix:torch.Tensor # (m, n)
 )->float:
@@ -40,16 +41,17 @@ def stable_rank(
 def effective_rank(
     matrix:torch.Tensor # (m, n)
 )->float:
-    "Exponential of the entropy of the singular values, taken as shares of their sum (Roy & Vetterli 2007): how many there are, if they were equal."
+    "Exponential of the entropy of the singular values, as shares of their sum: their number, if they were equal."
     p = torch.linalg.svdvals(matrix.double())
     p = p/p.sum()
     return float(torch.special.entr(p).sum().exp())
 
 # %% ../../nbs/instruments/38_kernel_ranks.ipynb #283e9de4
 def format_ranks(
-    format:str, shape:tuple, rank:int # see `parametrizations.core_shapes`
+    format:str, shape:tuple, rank:int # see `core_shapes`
 )->dict:                              # name of the axis: rank
-    "Ranks of the three matrices of a tensor (out, taps, in) whose cores are in general position. Raises `ValueError` for a rank that the tensor does not allow."
+    "Ranks of the three matrices of a tensor (out, taps, in) whose cores are in general position. Raises `ValueError` "\
+    "for a rank that the tensor does not allow."
     shapes, most = core_shapes(format, shape, rank), [min(n, math.prod(shape)//n) for n in shape]
     if format == 'cp': free = [rank]*3
     elif format == 'tucker': free = shapes[0]
@@ -62,12 +64,13 @@ def kernel_ranks(
 )->dict:
     "Rank of each matrix, to the precision of the kernel's type, and stable and effective rank of the first."
     matrices = unfoldings(kernel.detach())
-    return {axis: int(torch.linalg.matrix_rank(m)) for axis, m in matrices.items()} | dict(stable=stable_rank(matrices['out']), effective=effective_rank(matrices['out']))
+    ranks, first = {axis: int(torch.linalg.matrix_rank(m)) for axis, m in matrices.items()}, matrices['out']
+    return ranks | dict(stable=stable_rank(first), effective=effective_rank(first))
 
 def composed_kernel(
     conv:nn.Module
 )->torch.Tensor: # float64 (out, in, *taps)
-    "The kernel of a convolution, composed in double precision if it is held, so that its rank is not hidden by rounding."
+    "The kernel of a convolution, composed in double precision if it is held: rounding does not hide its rank."
     with torch.no_grad(): return copy.deepcopy(conv).double().weight.detach().clone()
 
 # %% ../../nbs/instruments/38_kernel_ranks.ipynb #bd5532ac
@@ -75,22 +78,23 @@ def operator_rank(
     kernel:torch.Tensor, # (out, in, *taps)
     size:tuple           # of the image, at least as large as the kernel
 )->int:
-    "Rank of the circular convolution as a linear map of images. Raises `ValueError` for an image smaller than the kernel."
+    "Rank of the circular convolution as a linear map of images. Raises `ValueError` for too small an image."
     taps = kernel.shape[2:]
-    if len(size) != len(taps) or any(n < k for n, k in zip(size, taps)): raise ValueError(f'the image must be at least as large as the kernel, {tuple(taps)}, not {tuple(size)}')
+    if len(size) != len(taps) or any(n < k for n, k in zip(size, taps)):
+        raise ValueError(f'the image must be at least as large as the kernel, {tuple(taps)}, not {tuple(size)}')
     hat = torch.fft.fftn(kernel.detach(), s=tuple(size), dim=tuple(range(2, kernel.dim())))
     return int(torch.linalg.matrix_rank(hat.flatten(2).permute(2, 0, 1)).sum())
 
-# %% ../../nbs/instruments/38_kernel_ranks.ipynb #61eb68df
+# %% ../../nbs/instruments/38_kernel_ranks.ipynb #eb41d7e1
 def compression(
     model:nn.Module
 )->pd.DataFrame: # index: name of the layer, and 'all'; entries, numbers, ratio, rank (0: dense)
     "What the held layers store, counted."
     rows = {}
     for name, conv in held_layers(model).items():
-        held = parametrize.is_parametrized(conv, 'weight')
-        stored = conv.parametrizations.weight.parameters() if held else [conv.weight]
-        rows[name] = dict(entries=conv.weight.numel(), numbers=sum(p.numel() for p in stored), rank=conv.parametrizations.weight[0].rank if held else 0)
+        rank = conv.parametrizations.weight[0].rank if parametrize.is_parametrized(conv, 'weight') else 0
+        numbers = sum(p.numel() for p in kernel_parameters(conv))
+        rows[name] = dict(entries=conv.weight.numel(), numbers=numbers, rank=rank)
     table = pd.DataFrame(rows).T
     table.loc['all'] = [table.entries.sum(), table.numbers.sum(), table['rank'].max()]
     return table.assign(ratio=table.entries/table.numbers)
@@ -101,7 +105,7 @@ def truncation_errors(
     ranks                # whole numbers, 0 or more
 )->list:                 # shares of the norm
     "Error of the best approximation of each rank, by singular values. Raises `ValueError` for a rank below 0."
-    if any(not isinstance(r, Integral) or r < 0 for r in ranks): raise ValueError(f'ranks are whole numbers, 0 or more, not {", ".join(map(str, ranks))}')
+    for rank in ranks: whole('a rank', rank, 0)
     s2 = torch.linalg.svdvals(matrix.detach().double()).square()
     tails = torch.cat([s2.flip(0).cumsum(0).flip(0), s2.new_zeros(1)])
     return [float((tails[min(r, len(s2))]/tails[0]).sqrt()) for r in ranks]
@@ -114,10 +118,12 @@ def cut_rank(
     shape:tuple,   # (out, taps, in)
     ratio:float
 )->int:
-    "The largest rank that compresses a kernel at least `ratio` times. Raises `ValueError` for an unknown format, or a ratio that rank 1 does not reach."
-    if format not in CUTS: raise ValueError(f'unknown format {format!r}; known are {", ".join(CUTS)}')
-    return fit_rank('tt', (shape[0], math.prod(shape[1:])), ratio) if format == 'svd' else fit_rank(format, shape, ratio)
+    "The largest rank that compresses a kernel at least `ratio` times. Raises `ValueError` for an unknown format, or "\
+    "a ratio that rank 1 does not reach."
+    if one_of('format', format, CUTS) != 'svd': return fit_rank(format, shape, ratio)
+    return fit_rank('tt', (shape[0], math.prod(shape[1:])), ratio)
 
+# %% ../../nbs/instruments/38_kernel_ranks.ipynb #736ab0b4
 @torch.no_grad()
 def cut_kernel(
     kernel:torch.Tensor, # (out, in, *taps)
@@ -128,24 +134,26 @@ def cut_kernel(
     steps:int=50         # of least squares
 )->torch.Tensor:         # a kernel of the same shape
     "An approximation of the kernel of that rank. Raises `ValueError` for a rank that it does not allow."
-    if format not in CUTS: raise ValueError(f'unknown format {format!r}; known are {", ".join(CUTS)}')
+    one_of('format', format, CUTS)
     order = entry_order(kernel.shape, shuffle, torch.Generator().manual_seed(seed)).to(kernel.device)
-    tensor = kernel.flatten()[order.argsort()].view(*kernel.shape[:2], -1).transpose(1, 2) # `order` puts the composed tensor into the kernel's places
+    unshuffled = kernel.flatten()[order.argsort()]                   # `order` puts it into the kernel's places
+    tensor = unshuffled.view(*kernel.shape[:2], -1).transpose(1, 2)
     if format == 'svd': near = compose('tt', decompose('tt', tensor.flatten(1), rank)).view_as(tensor)
     else: near = compose(format, decompose(format, tensor, rank, seed, steps))
     return near.transpose(1, 2).flatten()[order].view_as(kernel)
 
 # %% ../../nbs/instruments/38_kernel_ranks.ipynb #bd84145f
 def cut_model(
-    model:nn.Module,   # left untouched
-    data,              # a `Dataset` of training images, for the statistics of BatchNorm
+    model:nn.Module, # left untouched
+    data,            # a `Dataset` of training images, for the statistics of BatchNorm
     format:str, ratio:float, shuffle:str='none', seed:int=0, steps:int=50 # see `cut_rank`, `cut_kernel`
-)->tuple:              # a copy whose held kernels are replaced, and the mean error of these, in shares of their norms
+)->tuple:            # a copy whose held kernels are replaced, and the mean error of these, as shares of their norms
     "Replace the kernels of all convolutions but the first by approximations. Raises what its parts raise."
     model, errors = copy.deepcopy(model), []
     for k, conv in enumerate(held_layers(model).values()):
-        near = cut_kernel(conv.weight, format, cut_rank(format, tensor_shape(conv), ratio), shuffle, seed=1_000*seed + k, steps=steps)
-        errors.append(float((near - conv.weight.detach()).norm()/conv.weight.detach().norm()))
+        rank, kernel = cut_rank(format, tensor_shape(conv), ratio), conv.weight.detach()
+        near = cut_kernel(conv.weight, format, rank, shuffle, seed=1_000*seed + k, steps=steps)
+        errors.append(float((near - kernel).norm()/kernel.norm()))
         conv.weight.data.copy_(near)
     inputs = (x for x, _ in data.batches(250))
     return recount_batchnorm(model.eval(), inputs), sum(errors)/len(errors)
