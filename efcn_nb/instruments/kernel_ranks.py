@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['AXES', 'CUTS', 'unfoldings', 'stable_rank', 'effective_rank', 'format_ranks', 'kernel_ranks', 'composed_kernel',
-           'operator_rank', 'compression', 'truncation_errors', 'cut_rank', 'cut_kernel', 'cut_model']
+           'operator_rank', 'model_ranks', 'compression', 'truncation_errors', 'cut_rank', 'cut_kernel', 'cut_model',
+           'check_cuts', 'cut_accuracies']
 
 # %% ../../nbs/instruments/38_kernel_ranks.ipynb #bf762c79
-import copy, math
+import copy, itertools, math
 
 import pandas as pd
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..ladder.tensor_formats import (
-    compose, core_shapes, decompose, entry_order, fit_rank, FORMATS, held_layers, kernel_parameters, tensor_shape)
-from ..training.loop import recount_batchnorm
-from ..service.checks import one_of, whole
+from efcn_nb.ladder.tensor_formats import (
+    compose, core_shapes, decompose, entry_order, fit_rank, FORMATS, held_layers, kernel_parameters, SHUFFLES,
+    tensor_shape)
+from ..training.loop import evaluate, recount_batchnorm
+from ..service.checks import distinct, one_of, real, whole
 
 # %% ../../nbs/instruments/38_kernel_ranks.ipynb #93707ad7
 AXES = ('out', 'taps', 'in')
@@ -84,6 +86,20 @@ def operator_rank(
         raise ValueError(f'the image must be at least as large as the kernel, {tuple(taps)}, not {tuple(size)}')
     hat = torch.fft.fftn(kernel.detach(), s=tuple(size), dim=tuple(range(2, kernel.dim())))
     return int(torch.linalg.matrix_rank(hat.flatten(2).permute(2, 0, 1)).sum())
+
+# %% ../../nbs/instruments/38_kernel_ranks.ipynb #0965b89c
+def model_ranks(
+    model:nn.Module
+)->dict: # rank_out, rank_taps, rank_in, stable, effective, operator
+    "Means over the held layers of `kernel_ranks`, and of `operator_rank` as a share."
+    rows = []
+    for conv in held_layers(model).values():
+        K = composed_kernel(conv)
+        size = (max(8, *K.shape[2:]),)*(K.dim() - 2)
+        share = operator_rank(K, size)/(math.prod(size)*min(K.shape[:2]))
+        rows.append(kernel_ranks(K) | dict(operator=share))
+    mean = pd.DataFrame(rows).mean()
+    return {f'rank_{name}' if name in AXES else name: value for name, value in mean.items()}
 
 # %% ../../nbs/instruments/38_kernel_ranks.ipynb #eb41d7e1
 def compression(
@@ -157,3 +173,37 @@ def cut_model(
         conv.weight.data.copy_(near)
     inputs = (x for x, _ in data.batches(250))
     return recount_batchnorm(model.eval(), inputs), sum(errors)/len(errors)
+
+# %% ../../nbs/instruments/38_kernel_ranks.ipynb #17a2a37c
+def check_cuts(ratios, formats, shuffles):
+    "Raise `ValueError` for approximations that cannot be made; a ratio that rank 1 does not reach is none of them."
+    distinct('ratios', ratios, real, least=1)
+    for format in distinct('formats', formats): one_of('format', format, CUTS)
+    for shuffle in distinct('shuffles', shuffles): one_of('shuffle', shuffle, SHUFFLES)
+
+def _beyond(model, format, ratio):
+    "Why no rank compresses the held kernels as asked, in words; None if one does."
+    try:
+        for conv in held_layers(model).values(): cut_rank(format, tensor_shape(conv), ratio)
+    except ValueError as error: return str(error)
+
+# %% ../../nbs/instruments/38_kernel_ranks.ipynb #ab0f72ae
+def cut_accuracies(
+    model:nn.Module, # left untouched
+    data,            # `Data`: train for the statistics of BatchNorm, test for accuracy
+    ratios, formats=CUTS, shuffles=('none', 'everything'), seed:int=0, steps:int=50, # see `cut_model`
+    precision:str='fp32'
+)->list: # dicts: format, shuffled, ratio, whole (accuracy of `model`); error and accuracy; `note` if out of reach
+    "Accuracies that approximations of `model` leave. Raises `ValueError` for unknown words."
+    check_cuts(ratios, formats, shuffles)
+    def accuracy(network): return evaluate(network, data.test, precision=precision)['accuracy']
+    inputs, rows = (x for x, _ in data.train.batches(250)), []
+    whole = accuracy(recount_batchnorm(copy.deepcopy(model), inputs))
+    for format, ratio, shuffle in itertools.product(formats, ratios, shuffles):
+        row = dict(format=format, shuffled=shuffle, ratio=float(ratio), whole=whole)
+        if note := _beyond(model, format, ratio): found = dict(note=note)
+        else:
+            near, error = cut_model(model, data.train, format, ratio, shuffle, seed, steps)
+            found = dict(error=error, accuracy=accuracy(near))
+        rows.append(row | found)
+    return rows

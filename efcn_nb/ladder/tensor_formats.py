@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'SHUFFLES', 'largest_rank', 'core_shapes', 'count_cores', 'compose', 'fit_rank', 'decompose',
            'tensor_shape', 'entry_order', 'LowRank', 'hold_to_rank', 'release_rank', 'held_layers', 'kernel_parameters',
-           'largest_ratio', 'compress']
+           'freeze_kernels', 'largest_ratio', 'compress']
 
 # %% ../../nbs/ladder/04_tensor_formats.ipynb #a5d29603
 import gc, math
@@ -263,7 +263,7 @@ def release_rank(
         raise ValueError(f'{type(conv).__name__} has no kernel that is held to a rank')
     _make_plain(conv)
 
-# %% ../../nbs/ladder/04_tensor_formats.ipynb #644ed4bf
+# %% ../../nbs/ladder/04_tensor_formats.ipynb #8e7f57a0
 def held_layers(
     model:nn.Module
 )->dict: # name: convolution
@@ -280,6 +280,14 @@ def kernel_parameters(
     "What is trained of a kernel: its cores, or the kernel itself."
     held = parametrize.is_parametrized(conv, 'weight')
     return list(conv.parametrizations.weight.parameters()) if held else [conv.weight]
+
+def freeze_kernels(
+    model:nn.Module # changed in place
+)->nn.Module:       # the same
+    "Leave the kernels of all convolutions but the first as they are: all other weights go on learning."
+    for conv in held_layers(model).values():
+        for p in kernel_parameters(conv): p.requires_grad_(False)
+    return model
 
 # %% ../../nbs/ladder/04_tensor_formats.ipynb #29209054
 def largest_ratio(
