@@ -22,9 +22,9 @@ from torch.nn.utils import parametrize
 from ..service.checks import first_line, one_of, whole
 from ..ladder.geometry import CONVOLUTIONS
 from ..ladder.layers import LocallyConnected
-from ..ladder.folding import BATCHNORMS
 from ..ladder.embedding import convert, embed
-from ..training.loop import Diverged, evaluate, evaluated, modes_kept, start_training
+from ..training.loop import (
+    batchnorms, Diverged, evaluate, modes_kept, recount_batchnorm, start_training)
 
 # %% ../../nbs/instruments/31_paths.ipynb #0d449a61
 def _tensors(model):
@@ -370,41 +370,23 @@ class OutputAverage(nn.Module):
         if self.t in (0, 1): return q if self.t else p
         return (1-self.t)*p + self.t*q
 
-# %% ../../nbs/instruments/31_paths.ipynb #3bbbbf62
-def _norms(model):
-    "The BatchNorm layers that keep running statistics."
-    return [m for m in model.modules() if isinstance(m, BATCHNORMS) and m.running_mean is not None]
-
-def _refresh(model, norms, data, batch_size):
-    "One pass over `data` with `norms` alone in training mode, counting from zero; the others are in evaluation mode already."
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.training, norm.momentum = True, None
-    for index in torch.arange(len(data)).tensor_split(math.ceil(len(data)/batch_size)): model(data.batch(index)[0])
-
 # %% ../../nbs/instruments/31_paths.ipynb #118f2437
-@torch.no_grad()
 def refresh_batchnorm(
     model:nn.Module,   # its running statistics change in place
     data,              # a `Dataset` of training images
     batch_size:int=250 # images at a time
 )->nn.Module:          # `model`
     "Running statistics of BatchNorm as averages over one pass of `data`; modes and momenta stay. Does nothing without BatchNorm. Raises `ValueError` without images."
-    norms = _norms(model)
-    if not norms: return model
+    if not batchnorms(model): return model
     if batch_size < 1 or not len(data): raise ValueError(f'running statistics need images, in batches of at least one: not {len(data)} in batches of {batch_size}')
-    momenta = [norm.momentum for norm in norms]
-    try:
-        with evaluated(model): _refresh(model, norms, data, batch_size)
-    finally:
-        for norm, momentum in zip(norms, momenta): norm.momentum = momentum
-    return model
+    parts = torch.arange(len(data)).tensor_split(math.ceil(len(data)/batch_size)) # equally large up to one image
+    return recount_batchnorm(model, (data.batch(index)[0] for index in parts))
 
 # %% ../../nbs/instruments/31_paths.ipynb #4f229dad
 def _refreshed(models, train, batch_size, own=False):
     "The networks of an iterable, one at a time, with statistics of `train` if they have BatchNorm; in copies if they are not our `own`."
     for model in models:
-        if not _norms(model): yield model
+        if not batchnorms(model): yield model
         elif train is None:
             raise ValueError('these networks have BatchNorm, whose running statistics belong to no network between the ends; give train=, the images to compute them from')
         else: yield refresh_batchnorm(model if own else _copy(model), train, batch_size)

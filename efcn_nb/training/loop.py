@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'find_device', 'check_precision', 'products', 'modes_kept', 'evaluated', 'start_training', 'evaluate',
-           'Diverged', 'train_steps', 'fit', 'train_epoch', 'train']
+           'batchnorms', 'recount_batchnorm', 'Diverged', 'train_steps', 'fit', 'train_epoch', 'train']
 
 # %% ../../nbs/training/22_loop.ipynb #e265975f
 import math
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from ..ladder.folding import BATCHNORMS
 from .fused import FusedSGD
 
 # %% ../../nbs/training/22_loop.ipynb #8ba4ccf6
@@ -103,6 +104,31 @@ def evaluate(
             loss += F.cross_entropy(logits.float(), y, reduction='sum')
             right += (logits.argmax(1) == y).sum()
     return dict(accuracy=float(right)/len(data), loss=float(loss)/len(data))
+
+# %% ../../nbs/training/22_loop.ipynb #37bba791
+def batchnorms(
+    model:torch.nn.Module
+)->list:
+    "The BatchNorm layers of `model` that keep running statistics."
+    return [m for m in model.modules() if isinstance(m, BATCHNORMS) and m.running_mean is not None]
+
+@torch.no_grad()
+def recount_batchnorm(
+    model:torch.nn.Module, # its running statistics change in place
+    inputs                 # an iterable of batches, which count alike
+)->torch.nn.Module:        # `model`
+    "Running statistics of BatchNorm as averages over `inputs`; modes and momenta stay."
+    norms = batchnorms(model)
+    momenta = [norm.momentum for norm in norms]
+    try:
+        with evaluated(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.training, norm.momentum = True, None
+            for x in inputs: model(x)
+    finally:
+        for norm, momentum in zip(norms, momenta): norm.momentum = momentum
+    return model
 
 # %% ../../nbs/training/22_loop.ipynb #d8e1351a
 def _epoch_seed(seed, epoch):
