@@ -1336,7 +1336,7 @@ def test_odd_networks_are_embedded(to, name):
     for m in model, released, near:
         with torch.random.fork_rng():
             torch.manual_seed(3), np.random.seed(3), random.seed(3)
-            answers.append(inspection._leaves(m.eval()(x.clone())))
+            answers.append(inspection.tensors_in(m.eval()(x.clone())))
     for y, *others in zip(*answers, strict=True):
         if y.isfinite().any(): assert all(close(o.to_dense().double(), y.to_dense().double(), 1e-2 if name == "autocast" else 1e-6) for o in others)
 
@@ -1498,8 +1498,8 @@ def test_many_channels_and_positions_are_proved_in_part():
         good = embed(model, (2, 12, 12), to)
         assert good[1].weight.numel() > proof.SAMPLE or to == "lcn"
         with torch.no_grad(): good[1].weight.mul_(1.001)
-        trace = inspection._geometries(model, (2, 12, 12))[1]
-        with pytest.raises(ValueError, match="first part at 1"): proof._prove(trace, good, "embedded", trace.calls)
+        trace = inspection.traced_geometries(model, (2, 12, 12))[1]
+        with pytest.raises(ValueError, match="first part at 1"): proof.prove(trace, good, "embedded", trace.calls)
 
 
 @BOTH
@@ -1559,11 +1559,11 @@ def test_weights_beyond_what_numbers_hold_are_not_refused(to, name):
 def test_wrong_weights_beside_huge_or_broken_ones_are_noticed(to):
     for change in (lambda p: p.mul_(1e19), lambda p: p.mul_(1e15), one_entry(math.nan)):
         model = spoilt(change, "0.weight")
-        trace, good = inspection._geometries(model, SHAPE)[1], embed(model, SHAPE, to)
+        trace, good = inspection.traced_geometries(model, SHAPE)[1], embed(model, SHAPE, to)
         for spoil in (lambda w: w.mul_(1.1), lambda w: w.fill_(math.nan), lambda w: w.fill_(math.inf)):
             wrong = copy.deepcopy(good)
             with torch.no_grad(): spoil(wrong[0].weight)
-            with pytest.raises(ValueError, match="first part at 0"): proof._prove(trace, wrong, "embedded", trace.calls)
+            with pytest.raises(ValueError, match="first part at 0"): proof.prove(trace, wrong, "embedded", trace.calls)
 
 
 READS = {  # reads of a released weight that move the outputs by little
@@ -1600,7 +1600,7 @@ def test_networks_that_differentiate_are_embedded(to, both, dtype):
     model, x = made(lambda: Energy(both)).to(dtype), rand(2, *SHAPE, dtype=dtype)
     released = embed(model, SHAPE, to)
     for m in released, nearest_cnn(released), convert(released, "fcn"), convert(released, "lcn"):
-        assert all(close(a, b, .1 if dtype == torch.bfloat16 else 1e-5) for a, b in zip(inspection._leaves(m(x)), inspection._leaves(model(x))))
+        assert all(close(a, b, .1 if dtype == torch.bfloat16 else 1e-5) for a, b in zip(inspection.tensors_in(m(x)), inspection.tensors_in(model(x))))
     reinitialize(released, 0)
     with pytest.raises(ValueError, match="another function"): embed(made(lambda: Energy(both, wrong=True)).to(dtype), SHAPE, to)
 
