@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from efcn_nb.ladder import geometry, matrices
 from efcn_nb.ladder.matrices import (

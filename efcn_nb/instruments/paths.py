@@ -21,9 +21,10 @@ from torch.nn.utils import parametrize
 
 from ..ladder.geometry import CONVOLUTIONS
 from ..ladder.layers import LocallyConnected
+from ..ladder.inspection import evaluated, modes_kept
 from ..ladder.folding import BATCHNORMS
 from ..ladder.embedding import convert, embed
-from ..training.loop import Diverged, evaluate, evaluated, modes_kept, start_training
+from ..training.loop import Diverged, evaluate, start_training
 
 # %% ../../nbs/instruments/31_paths.ipynb #0d449a61
 def _tensors(model):
