@@ -16,9 +16,8 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn.utils import parametrize
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from efcn_nb.ladder.layers import (
-    backward_in_chunks, chunks_of, forward_in_chunks, FullyConnected, is_batched, LocallyConnected, plain_gradients,
-    RELEASED)
+from ..ladder.layers import FullyConnected, LocallyConnected, RELEASED
+from ..ladder.layers import backward_in_chunks, chunks_of, forward_in_chunks, is_batched, plain_gradients
 from ..ladder.inspection import memory_of
 
 # %% ../../nbs/training/20_fused.ipynb #5d0e3c17
