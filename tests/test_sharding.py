@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +159,13 @@ def test_fused_training_of_replicas_averages_gradients(found):
 
 def test_a_mesh_is_needed():
     with pytest.raises(ValueError, match="must be a DeviceMesh of one dimension"): shard(fcn(), None)
+
+
+@pytest.mark.parametrize("make, options, says", [
+    (fcn, dict(by="diagonals"), "by must be 'rows' or 'columns'"), (fcn, dict(layers=["nowhere"]), "no released layer is called 'nowhere'"),
+    (lambda: nn.Linear(2, 2), {}, "embed a CNN first")])
+def test_what_cannot_be_spread_is_refused(make, options, says):
+    with pytest.raises(ValueError, match=says): shard(make(), SimpleNamespace(ndim=1), **options)
 
 
 if __name__ == "__main__": main(int(sys.argv[1]), sys.argv[2])

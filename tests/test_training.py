@@ -12,11 +12,11 @@ import keep
 from efcn_nb.experiments.bench import noise
 from efcn_nb.materials.data import Data, Dataset
 from efcn_nb.ladder.embedding import embed
+from efcn_nb.ladder.inspection import evaluated, modes_kept
 from efcn_nb.training.fused import FusedSGD
 from efcn_nb.materials.models import make_model
 from efcn_nb.training.loop import (
-    PRECISIONS, Diverged, evaluate, evaluated, modes_kept, products, recount_batchnorm, start_training, train,
-    train_epoch, train_steps)
+    PRECISIONS, Diverged, evaluate, products, recount_batchnorm, start_training, train, train_epoch, train_steps)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

@@ -24,7 +24,8 @@ from torch.nn.attention import sdpa_kernel, SDPBackend
 
 from ..ladder.layers import FullyConnected
 from ..service.checks import first_line, positive, whole
-from ..training.loop import evaluated, products
+from ..ladder.inspection import evaluated
+from ..training.loop import products
 from .subspaces import dimensions, keep_parts, PARTS, project, released_layers, shares
 
 # %% ../../nbs/instruments/32_curvature.ipynb #49f7ae6b

@@ -22,9 +22,9 @@ from torch.nn.utils import parametrize
 from ..service.checks import first_line, one_of, whole
 from ..ladder.geometry import CONVOLUTIONS
 from ..ladder.layers import LocallyConnected
+from ..ladder.inspection import modes_kept
 from ..ladder.embedding import convert, embed
-from ..training.loop import (
-    batchnorms, Diverged, evaluate, modes_kept, recount_batchnorm, start_training)
+from ..training.loop import batchnorms, Diverged, evaluate, recount_batchnorm, start_training
 
 # %% ../../nbs/instruments/31_paths.ipynb #0d449a61
 def _tensors(model):

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from .geometry import CONVOLUTIONS
-from .layers import FullyConnected, LocallyConnected
-from .matrices import _as_in, local_from_matrix, matrix_from_local, nearest_conv, _put, release, _RELEASED
-from .inspection import conv_geometries, _copy, _geometries, _place, _Trace
-from .proof import _anything, _called, _INPUTS, _NOTHING, _PRODUCTS, _prove, _reads_original
+from .layers import FullyConnected, LocallyConnected, RELEASED
+from .matrices import (
+    local_from_matrix, matrix_from_local, nearest_conv, put_tensor, release, tensor_as_in)
+from .inspection import conv_geometries, copy_model, memory_of, Trace, traced_geometries
+from .proof import called, INPUTS, noise_output, NOTHING, PRODUCTS, prove, reads_original
 from .folding import merge_batchnorm
 from ..service.memory import require_memory
 from ..service.checks import warn_caller
@@ -31,18 +32,7 @@ def released_weights(
     size = {'fcn': lambda g: math.prod(g.matrix_shape), 'lcn': lambda g: math.prod(g.local_shape)}[to]
     return sum(size(g) for g in geometries.values())
 
-# %% ../../nbs/ladder/08_embedding.ipynb #4db0eff9
-def _warn_of_unreleased(trace, verb):
-    "Warn of convolutions that the traced pass computed outside of modules that could be released."
-    found = {}
-    for where, operation in trace.watch.convolutions:
-        m = trace.model.get_submodule(where)
-        if not isinstance(m, (*CONVOLUTIONS, *_RELEASED)): found.setdefault(_called(trace.model, where), operation)
-    if not found: return
-    listed = '; '.join(f'in {where}, by {operation}' for where, operation in found.items())
-    warn_caller(f'not {verb}, because a function computes them and no module of torch.nn (nn.Conv1d to nn.ConvTranspose3d): '
-          f'convolutions {listed}; they stay as they are; give each a module of its own to release it too')
-
+# %% ../../nbs/ladder/08_embedding.ipynb #19c1cf9a
 def _require_memory(model, geometries, to, slack=1):
     "`require_memory` for the released convolutions of `model`, on each device."
     need = Counter()
@@ -51,61 +41,94 @@ def _require_memory(model, geometries, to, slack=1):
         need[weight.device] += released_weights({name: g}, to) * weight.element_size()
     for device, size in need.items(): require_memory(size, device, slack)
 
+# %% ../../nbs/ladder/08_embedding.ipynb #57deef96
+def _warn_of_unreleased(trace, verb):
+    "Warn of convolutions that the traced pass computed outside of modules that could be released."
+    found = {}
+    for where, operation in trace.watch.convolutions:
+        if isinstance(trace.model.get_submodule(where), (*CONVOLUTIONS, *RELEASED)): continue
+        found.setdefault(called(trace.model, where), operation)
+    if not found: return
+    listed = '; '.join(f'in {where}, by {operation}' for where, operation in found.items())
+    warn_caller(f'not {verb}, because a function computes them and no module of torch.nn (nn.Conv1d to '
+                f'nn.ConvTranspose3d): convolutions {listed}; they stay as they are; '
+                'give each a module of its own to release it too')
+
+# %% ../../nbs/ladder/08_embedding.ipynb #0bc13013
+def _released_copy(model, geometries, input_shape, to):
+    "A copy of `model` with the convolutions that `geometries` names released."
+    made, released = {}, {}
+    for name, g in geometries.items():
+        conv = model.get_submodule(name)
+        released[id(conv)] = release(conv, g, to, made)
+    for layer in released.values(): layer.image_shape = tuple(input_shape)
+    return copy_model(model, released)
+
+# %% ../../nbs/ladder/08_embedding.ipynb #4db0eff9
 def embed(
-    model:nn.Module,    # any network with convolutions; left untouched
-    input_shape:tuple,  # (channels, *size) of one input, without batch axis
-    to:str='fcn',       # 'fcn' releases sharing and locality, 'lcn' sharing alone
-    layers=None,        # which convolutions: names, or a predicate of name and module; None for all
+    model:nn.Module,     # any network with convolutions; left untouched
+    input_shape:tuple,   # (channels, *size) of one input, without batch axis
+    to:str='fcn',        # 'fcn' releases sharing and locality, 'lcn' sharing alone
+    layers=None,         # which convolutions: names, or a predicate of name and module; None for all
     fold_batchnorm=False,# merge every BatchNorm that follows a released convolution into it first
-    trim=False,         # leave out rows of outputs that nothing reads, as far as images of many kinds show
-    check=True,         # prove on two images that the function is the same, and warn of convolutions that stay
-    images=None         # (N, *input_shape): images to look at; None for noise. All, where some call what others do not
-)->nn.Module:           # a new network, on the same device and of the same dtype
-    "The network's equivalent fully- or locally-connected network: same function, released weights. "\
-    "Raises `ValueError` or `MemoryError` before any work, and `ValueError` if the result does not compute the same in evaluation mode. "\
-    "`trim` tries noise of several sizes and means, constant images and `images`: outputs that a network reads only for images "\
-    "unlike all of these are lost."
-    if trim: _require_memory(model, conv_geometries(model, input_shape, layers, images=images), to, slack=16)  # before the probing
-    geometries, trace = _geometries(model, input_shape, layers, trim, images, keep=check and not fold_batchnorm)
-    convs = {name: model.get_submodule(name) for name in geometries}
+    trim=False,          # leave out rows of outputs that nothing reads, as far as images of many kinds show
+    check=True,          # prove on two images that the function is the same, and warn of convolutions that stay
+    images=None          # (N, *input_shape): images to look at, None for noise; all, where some call what others do not
+)->nn.Module:            # a new network, on the same device and of the same dtype
+    """The network's equivalent fully- or locally-connected network: same function, released weights.
+
+    Raises `ValueError` or `MemoryError` before any work, and `ValueError` if the result does not compute the same in
+    evaluation mode. `trim` tries noise of several sizes and means, constant images and `images`: outputs that a network
+    reads only for images unlike all of these are lost."""
+    if trim: _require_memory(model, conv_geometries(model, input_shape, layers, images=images), to, slack=16)
+    geometries, trace = traced_geometries(model, input_shape, layers, trim, images, keep=check and not fold_batchnorm)
     _require_memory(model, geometries, to)
     if fold_batchnorm:
         merged = merge_batchnorm(model, input_shape, list(geometries), check, images)
         return embed(merged, input_shape, to, list(geometries), trim=trim, check=check, images=images)
-    made = {}
-    released = {id(conv): release(conv, geometries[name], to, made) for name, conv in convs.items()}
-    for layer in released.values(): layer.image_shape = tuple(input_shape)
-    result = _copy(model, released)
+    result = _released_copy(model, geometries, input_shape, to)
     if check:
-        for t in (trace, *trace.more): _prove(t, result, 'embedded', t.calls)
+        for t in (trace, *trace.more): prove(t, result, 'embedded', t.calls)
         _warn_of_unreleased(trace, 'released')
     return result
 
 # %% ../../nbs/ladder/08_embedding.ipynb #76fafc35
 @torch.no_grad()
 def _moved(layer, to):
-    "The released `layer` as convolution, locally- or fully-connected layer: exact if that is larger, nearest if it is smaller."
-    kind = {'cnn': None, 'lcn': LocallyConnected, 'fcn': FullyConnected}[to]
-    if kind is None: return nearest_conv(layer)
+    "The released `layer` as convolution, locally- or fully-connected layer: exact on the way up, nearest down."
+    if to == 'cnn': return nearest_conv(layer)
+    kind = {'lcn': LocallyConnected, 'fcn': FullyConnected}[to]
     if type(layer) is kind: return copy.deepcopy(layer)
-    g, weight = layer.geometry, (matrix_from_local if to == 'fcn' else local_from_matrix)(layer.weight, layer.geometry)
-    moved = kind(g, bias=layer.bias is not None, device='meta', dtype=weight.dtype)
-    for name, value in dict(weight=weight, bias=None if layer.bias is None else layer.bias.clone()).items():
-        if value is None: continue
-        _put(moved, name, _as_in(layer, name, value), layer)
+    weight = (matrix_from_local if to == 'fcn' else local_from_matrix)(layer.weight, layer.geometry)
+    moved = kind(layer.geometry, bias=layer.bias is not None, device='meta', dtype=weight.dtype)
+    put_tensor(moved, 'weight', tensor_as_in(layer, 'weight', weight), layer)
+    if layer.bias is not None: put_tensor(moved, 'bias', tensor_as_in(layer, 'bias', layer.bias.clone()), layer)
     moved.given, moved.image_shape = layer.given, layer.image_shape
-    if to == 'lcn': moved._place_pixels(weight.device)
+    if to == 'lcn': moved.place_pixels(weight.device)
     return moved.train(layer.training)
 
+def _all_moved(layers, to):
+    "Each of `layers` moved, by id; what was tied stays tied."
+    moved, made = {id(layer): _moved(layer, to) for layer in layers}, {}
+    for layer in layers:
+        new = moved[id(layer)]
+        for name, p in layer.named_parameters(): setattr(new, name, made.setdefault(id(p), getattr(new, name)))
+    return moved
+
+# %% ../../nbs/ladder/08_embedding.ipynb #116b5a49
 def _traced_around(model, products=True):
-    "The trace of a network with released layers, which make noise unless `products`; None if the network does not take the images "\
-    "for which `embed` made them."
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, _RELEASED)}
+    """The trace of a network with released layers, which make noise unless `products`.
+
+    None if the network does not take the images for which `embed` made them."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, RELEASED)}
     shape = next((m.image_shape for m in layers.values() if m.image_shape), None)
     def prepare(blank):
-        for name in layers: blank.get_submodule(name).forward = functools.partial(_anything, blank.get_submodule(name))
+        if products: return
+        for name in layers:
+            layer = blank.get_submodule(name)
+            layer.forward = functools.partial(noise_output, layer)
     if shape is None: return None
-    try: return _Trace(model, shape, layers, prepare=(lambda blank: None) if products else prepare)
+    try: return Trace(model, shape, layers, prepare=prepare)
     except ValueError: return None
 
 # %% ../../nbs/ladder/08_embedding.ipynb #be413fe9
@@ -114,57 +137,80 @@ def convert(
     to:str='cnn',    # 'cnn', 'lcn' or 'fcn'
     check=True       # prove on noise that the rest of the network, and after a step up all of it, computes the same
 )->nn.Module:        # a new network
-    "The network with all its released layers as convolutions, locally- or fully-connected layers: exactly if that is a step up, the nearest in each layer's Frobenius norm if it is a step down. "\
-    "Raises `ValueError` without a released layer, or if the rest of the network does not compute the same."
+    """The network with all its released layers as convolutions, locally- or fully-connected layers.
+
+    Exactly if that is a step up, the nearest in each layer's Frobenius norm if it is a step down. Raises `ValueError`
+    without a released layer, or if the rest of the network does not compute the same."""
     if to not in ('cnn', 'lcn', 'fcn'): raise ValueError(f"to must be 'cnn', 'lcn' or 'fcn', not {to!r}")
-    layers = [m for m in model.modules() if isinstance(m, _RELEASED)]
+    layers = [m for m in model.modules() if isinstance(m, RELEASED)]
     if not layers: raise ValueError(f'{type(model).__name__} has no released layer; embed a CNN first')
     if to != 'cnn':
         geometries = {i: m.geometry for i, m in enumerate(layers) if isinstance(m, FullyConnected) != (to == 'fcn')}
-        require_memory(released_weights(geometries, to) * layers[0].weight.element_size(), layers[0].weight.device)
-    moved, made = {id(layer): _moved(layer, to) for layer in layers}, {}
-    for layer in layers:                                             # what was tied stays tied
-        for name, p in layer.named_parameters(): setattr(moved[id(layer)], name, made.setdefault(id(p), getattr(moved[id(layer)], name)))
-    result = _copy(model, moved)
+        weight = layers[0].weight
+        require_memory(released_weights(geometries, to) * weight.element_size(), weight.device)
+    result = copy_model(model, _all_moved(layers, to))
     trace = _traced_around(model, products=to == 'fcn') if check else None
-    if trace: _prove(trace, result, 'converted', trace.calls, _PRODUCTS if to == 'fcn' else _INPUTS)
+    if trace: prove(trace, result, 'converted', trace.calls, PRODUCTS if to == 'fcn' else INPUTS)
     return result
 
+# %% ../../nbs/ladder/08_embedding.ipynb #761a55c8
 def nearest_cnn(
     model:nn.Module, # an embedded network; left untouched
     check=True       # prove on two images of noise that the rest of the network computes the same
 )->nn.Module:        # a new network with convolutions
-    "The CNN nearest to an eFCN or eLCN, in the Frobenius norm of each layer; a tap that never reads a pixel becomes 0. "\
-    "Raises `ValueError` without a released layer, or if the rest of the network does not compute the same."
+    """The CNN nearest to an eFCN or eLCN, in the Frobenius norm of each layer.
+
+    A tap that never reads a pixel becomes 0. Raises `ValueError` without a released layer, or if the rest of the
+    network does not compute the same."""
     return convert(model, 'cnn', check)
 
 # %% ../../nbs/ladder/08_embedding.ipynb #5242ffae
+def _reach(f):
+    "What the function `f`, or a weak reference, refers to."
+    if isinstance(f, weakref.ref): return [f()]
+    if not isinstance(f, types.FunctionType): return []
+    cells = [c.cell_contents for c in f.__closure__ or () if c != types.CellType()]
+    return [*cells, *(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()]
+
 def _holds_on_to(model):
-    "Name of a function in `model`, or a weak reference, by which a copy would go on using a module or parameter of it, or None."
+    """Name of a function in `model`, or a weak reference, by which a copy would go on using a part of it, or None.
+
+    Parts are modules and parameters."""
     parts = {id(x) for x in (*model.modules(), *model.parameters())}
-    def reach(f):
-        if isinstance(f, weakref.ref): return [f()]
-        if not isinstance(f, types.FunctionType): return []
-        cells = [c.cell_contents for c in f.__closure__ or () if c != types.CellType()]
-        return [*cells, *(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()]
     for name, m in model.named_modules():
         for key, value in vars(m).items():
-            if any(id(x) in parts for x in reach(value)): return f'{name}.{key}'.strip('.')
+            if any(id(x) in parts for x in _reach(value)): return f'{name}.{key}'.strip('.')
 
 # %% ../../nbs/ladder/08_embedding.ipynb #7d20c1ea
 def _marks(model):
-    "For each parameter, marks by which one sees that it was drawn anew: which tensor, how often written, where, and its first values."
-    known = lambda p: not (p.is_meta or nn.parameter.is_lazy(p)) and p.layout == torch.strided
-    few = lambda p: str(p.detach().flatten()[:16].tolist()) if known(p) else ''                    # NaN equals NaN
-    version = lambda p: None if p.is_inference() else p._version
-    return {name: (id(p), version(p), _place(p), few(p)) for name, p in model.named_parameters()}
+    """For each parameter, marks by which one sees that it was drawn anew.
+
+    Which tensor, how often written, where, and its first values."""
+    marks = {}
+    for name, p in model.named_parameters():
+        known = not (p.is_meta or nn.parameter.is_lazy(p)) and p.layout == torch.strided
+        few = str(p.detach().flatten()[:16].tolist()) if known else ''                             # NaN equals NaN
+        marks[name] = id(p), None if p.is_inference() else p._version, memory_of(p), few
+    return marks
 
 def _warn_of_undrawn(model, before):
     "Warn of the parameters that are as they were."
     kept = [name for name, mark in _marks(model).items() if mark == before.get(name) and mark[3] != '[]']
     if not kept: return
     listed = ', '.join(kept[:8]) + (f' and {len(kept) - 8} more' if len(kept) > 8 else '')
-    warn_caller(f'not drawn anew, because no module has a reset_parameters that draws them: {listed}; they keep their values')
+    warn_caller('not drawn anew, because no module has a reset_parameters that draws them: '
+                f'{listed}; they keep their values')
+
+# %% ../../nbs/ladder/08_embedding.ipynb #c8d707af
+def _draw(model, seed, fan_in):
+    "Draw the weights of all modules of `model` that know how to."
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None: torch.manual_seed(seed)
+        for m in model.modules():
+            if isinstance(m, FullyConnected): m.reset_parameters(fan_in)
+            elif hasattr(m, 'reset_parameters'): m.reset_parameters()
+        for m in model.modules():
+            if isinstance(m, nn.MultiheadAttention): m._reset_parameters() # its own, and zeros for biases
 
 # %% ../../nbs/ladder/08_embedding.ipynb #c3f9a2d8
 def reinitialize(
@@ -174,21 +220,16 @@ def reinitialize(
     inplace:bool=False, # draw the weights of `model` itself, without a copy
     check=True          # prove that a copy does not read the weights of `model`, and warn of what is not drawn
 )->nn.Module:
-    "A copy of `model`, or `model` itself, with the weights of every module that has a `reset_parameters` freshly drawn, as PyTorch draws them. "\
-    "Parameters that no module draws (raw ones, and those behind a parametrization, weight norm or pruning) keep their values, with a warning. "\
-    "Raises `ValueError` if a copy would go on reading weights of `model`."
-    original, model = model, model if inplace else _copy(model)
+    """A copy of `model`, or `model` itself, with the weights of every module freshly drawn, as PyTorch draws them.
+
+    Parameters that no `reset_parameters` draws (raw ones, and those behind a parametrization, weight norm or pruning)
+    keep their values, with a warning. Raises `ValueError` if a copy would go on reading weights of `model`."""
+    original, model = model, model if inplace else copy_model(model)
     before = _marks(model)
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None: torch.manual_seed(seed)
-        for m in model.modules():
-            if isinstance(m, FullyConnected): m.reset_parameters(fan_in)
-            elif hasattr(m, 'reset_parameters'): m.reset_parameters()
-        for m in model.modules():
-            if isinstance(m, nn.MultiheadAttention): m._reset_parameters()                         # its own, and zeros for biases
+    _draw(model, seed, fan_in)
     if check: _warn_of_undrawn(model, before)
     if inplace or not check: return model
     trace = _traced_around(original, products=False)
-    if trace: _prove(trace, model, 'reinitialized', trace.calls, _NOTHING)
-    elif held := _holds_on_to(original): raise ValueError(_reads_original(original, 'reinitialized', held, None))
+    if trace: prove(trace, model, 'reinitialized', trace.calls, NOTHING)
+    elif held := _holds_on_to(original): raise ValueError(reads_original(original, 'reinitialized', held, None))
     return model

@@ -21,8 +21,8 @@ def _steps(sizes, last):
     "Elements from one index to the next on each axis of a packed tensor of `sizes` whose last step is `last`."
     return [last * math.prod(sizes[axis+1:]) for axis in range(len(sizes))]
 
-def _block(x, g, runs, sources):
-    "View of the entries of `x`, a matrix or local weights, that `runs` reach at `sources` (pixels or slots): (groups, co, *outputs, ci, *taps)."
+def _strides(x, g, runs):
+    "Elements of memory in `x`, a matrix or local weights, per group, out channel, output, in channel and source."
     co, ci, pixels = g.out_channels//g.groups, g.in_channels//g.groups, math.prod(g.input_size)
     if x.dim() == 2:
         per_ci, per_source, per_position = pixels, _steps(g.input_size, 1), g.in_channels*pixels
@@ -31,39 +31,56 @@ def _block(x, g, runs, sources):
     else:
         per_ci, per_source, per_co = 1, _steps([r.reads for r in runs], ci), x[0,0].numel()
         per_group, per_position = co*per_co, g.out_channels*per_co
-    per_output = _steps(g.output_size, per_position)
+    return per_group, per_co, _steps(g.output_size, per_position), per_ci, per_source
+
+# %% ../../nbs/ladder/02_matrices.ipynb #ae1e7106
+def _block(x, g, runs, sources):
+    """View of the entries of `x`, a matrix or local weights, that `runs` reach at `sources` (pixels or slots).
+
+    Its axes are (groups, co, *outputs, ci, *taps)."""
+    per_group, per_co, per_output, per_ci, per_source = _strides(x, g, runs)
     start = sum(o*r.outputs[0] + s*source[0] for o, s, r, source in zip(per_output, per_source, runs, sources))
     outputs = [o*r.outputs[2] + s*source[1] for o, s, r, source in zip(per_output, per_source, runs, sources)]
     taps = [s*source[2] for s, source in zip(per_source, sources)]
+    co, ci = g.out_channels//g.groups, g.in_channels//g.groups
     size = g.groups, co, *(r.outputs[1] for r in runs), ci, *(r.taps[1] for r in runs)
     return x.as_strided(size, (per_group, per_co, *outputs, per_ci, *taps), x.storage_offset() + start)
+
+# %% ../../nbs/ladder/02_matrices.ipynb #1659b954
+def _single_taps(run):
+    "A run for each tap of `run`."
+    first, count, step = run.taps
+    start, per_output, per_tap = run.sources
+    return [run._replace(taps=(first + i*step, 1, 1), sources=(start + i*per_tap, per_output, 1)) for i in range(count)]
 
 def _combined(tables, single=False):
     "Every combination of the runs of each axis; `single` takes the taps of the first axis one at a time."
     first, *others = map(axis_runs, tables)
-    if single: first = [r._replace(taps=(r.taps[0] + i*r.taps[2], 1, 1), sources=(r.sources[0] + i*r.sources[2], r.sources[1], 1))
-                        for r in first for i in range(r.taps[1])]
+    if single: first = [one for run in first for one in _single_taps(run)]
     return list(itertools.product(first, *others))
 
-# %% ../../nbs/ladder/02_matrices.ipynb #7e6f828e
-def _aligned(kernel, g):
+# %% ../../nbs/ladder/02_matrices.ipynb #7122996c
+def aligned(kernel, g):
     "`kernel` with output channels first and taps in the order of their pixels; or back."
     if not g.transposed: return kernel
     return kernel.unflatten(0, (g.groups, -1)).transpose(1, 2).flatten(0, 1).flip(*range(2, kernel.dim()))
 
+# %% ../../nbs/ladder/02_matrices.ipynb #7e6f828e
 def _tap_tables(g, of=None):
-    "For each axis, the pixel (or with `of='slots'` the slot) that each tap reads, in the order of `_aligned`."
+    "For each axis, the pixel (or with `of='slots'` the slot) that each tap reads, in the order of `aligned`."
     tables = [table.flip(1) if g.transposed else table for table in g.axes]
     return [axis_slots(table)[1] for table in tables] if of == 'slots' else tables
 
 @functools.lru_cache(256)
 def _runs(g, of):
-    "The runs that join taps and pixels, taps and slots, or ('slots and pixels') those two; remembered, because a network is measured after every epoch."
+    "The runs that join taps and pixels, taps and slots, or ('slots and pixels') those two."
     if of == 'slots and pixels': return _combined([axis_slots(table)[0] for table in g.axes])
-    return _combined(_tap_tables(g, of), single=of == 'pixels')                                    # single taps: longer inner loops
+    return _combined(_tap_tables(g, of), single=of == 'pixels')
 
 def _kernel_blocks(kernel, x, g):
-    "Pairs of views of aligned `kernel`, and of `x`, a matrix or local weights, at its copies; together they cover all local entries."
+    """Pairs of views of aligned `kernel`, and of `x`, a matrix or local weights, at its copies.
+
+    Together they cover all local entries."""
     kernel = kernel.view(g.groups, -1, *[1]*len(g.axes), *kernel.shape[1:])
     for runs in _runs(g, 'slots' if x.dim() == 4 else 'pixels'):
         taps = tuple(slice(first, first + (n-1)*step + 1, step) for first, n, step in (r.taps for r in runs))
@@ -73,8 +90,9 @@ def _kernel_blocks(kernel, x, g):
 def _copies(kernel, g, shape):
     "A matrix or local weights of `shape` that hold aligned `kernel` at every position."
     x = zeros(shape, kernel)
-    add = g.padding_mode != 'zeros'
-    for part, block in _kernel_blocks(kernel, x, g): block.add_(part) if add else block.copy_(part)
+    for part, block in _kernel_blocks(kernel, x, g):
+        if g.padding_mode == 'zeros': block.copy_(part)
+        else: block.add_(part)
     return x
 
 @torch.no_grad()
@@ -83,7 +101,7 @@ def matrix_from_kernel(
     g:ConvGeometry
 )->torch.Tensor:         # (output units, input units)
     "The matrix of the convolution with `kernel`."
-    return _copies(_aligned(kernel, g).contiguous(), g, g.matrix_shape)
+    return _copies(aligned(kernel, g).contiguous(), g, g.matrix_shape)
 
 @torch.no_grad()
 def local_from_kernel(
@@ -91,13 +109,14 @@ def local_from_kernel(
     g:ConvGeometry
 )->torch.Tensor:         # (positions, out channels, slots, in channels of a group)
     "The kernel at every position, as weights of the pixels that it reads there; empty slots are zero."
-    return _copies(_aligned(kernel, g).contiguous(), g, g.local_shape)
+    return _copies(aligned(kernel, g).contiguous(), g, g.local_shape)
 
 # %% ../../nbs/ladder/02_matrices.ipynb #4d64788b
 def _slot_blocks(L, W, g):
     "Pairs of views of local weights `L` and of matrix `W` at the same entries."
     for runs in _runs(g, 'slots and pixels'):
-        yield _block(L, g, runs, [(r.taps[0], 0, r.taps[2]) for r in runs]), _block(W, g, runs, [r.sources for r in runs])
+        slots = [(r.taps[0], 0, r.taps[2]) for r in runs]
+        yield _block(L, g, runs, slots), _block(W, g, runs, [r.sources for r in runs])
 
 @torch.no_grad()
 def matrix_from_local(
@@ -122,7 +141,9 @@ def local_from_matrix(
 # %% ../../nbs/ladder/02_matrices.ipynb #9d259742
 @functools.lru_cache(128)
 def _lone_places(g):
-    "For each tap, position and slot of its first copy where no other tap reads the same pixel, and whether there is one."
+    """For each tap, position and slot of its first copy where no other tap reads the same pixel.
+
+    And whether there is one."""
     positions = slots = torch.zeros(1, dtype=torch.long)
     found = torch.ones(1, dtype=torch.bool)
     for size, table, of_tap in zip(g.output_size, _tap_tables(g), _tap_tables(g, of='slots')):
@@ -134,11 +155,12 @@ def _lone_places(g):
     return positions, slots, found
 
 def _lone_copies(L, g):
-    "For each tap of the aligned kernel, its weight at the first position where no other tap reads the same pixel; 0 if there is none."
+    "For each tap of the aligned kernel, its weight at its lone place; 0 if there is none."
     positions, slots, found = _lone_places(g)
     copies = L[positions.to(L.device),:,slots.clamp(min=0).to(L.device)]             # taps, co, ci
     return torch.where(found[:,None,None].to(L.device), copies, 0).permute(1, 2, 0).unflatten(2, g.kernel_size)
 
+# %% ../../nbs/ladder/02_matrices.ipynb #57119da2
 @functools.lru_cache(128)
 def _inverse_counts(g):
     "For each axis, the pseudo-inverse of the matrix that counts how often two taps read the same pixel."
@@ -146,28 +168,33 @@ def _inverse_counts(g):
     return [torch.linalg.pinv(together.double(), hermitian=True) for together in counts]
 
 def _solve_for_taps(total, g):
-    "The kernel of which `total` (co, ci, *kernel) is the sum over copies, in the sense of least squares; taps that read nothing become 0."
+    """The kernel of which `total` (co, ci, *kernel) is the sum over copies, in the sense of least squares.
+
+    Taps that read nothing become 0."""
     for axis, inverse in enumerate(_inverse_counts(g), 2):
         total = (total.movedim(axis, -1) @ inverse.to(total.dtype).to(total.device)).movedim(-1, axis)
     return total
 
-# %% ../../nbs/ladder/02_matrices.ipynb #19880d1c
 def _sum_of_copies(x, g):
     "The aligned kernel of the sums of a matrix or local weights over the copies of each tap."
-    total = x.new_zeros(g.out_channels, g.in_channels//g.groups, *g.kernel_size, dtype=torch.promote_types(x.dtype, torch.float32))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    total = x.new_zeros(g.out_channels, g.in_channels//g.groups, *g.kernel_size, dtype=dtype)
     outputs = tuple(range(2, 2 + len(g.axes)))
-    for part, block in _kernel_blocks(total, x, g): part.add_(block.sum(outputs, keepdim=True, dtype=total.dtype))
+    for part, block in _kernel_blocks(total, x, g): part.add_(block.sum(outputs, keepdim=True, dtype=dtype))
     return total
 
+# %% ../../nbs/ladder/02_matrices.ipynb #19880d1c
 @torch.no_grad()
 def kernel_from_local(
     L:torch.Tensor, # (positions, out channels, slots, in channels of a group)
     g:ConvGeometry
 )->torch.Tensor:    # of `g.kernel_shape`
-    "The kernel whose copies are nearest to `L` in the Frobenius norm, the smallest such; 0 for a tap that never reads a pixel."
+    """The kernel whose copies are nearest to `L` in the Frobenius norm, the smallest such.
+
+    0 for a tap that never reads a pixel."""
     first = _lone_copies(L, g).contiguous()
     apart = _copies(first, g, g.local_shape).neg_().add_(L)
-    return _aligned((first + _solve_for_taps(_sum_of_copies(apart, g), g)).to(L.dtype), g).contiguous()
+    return aligned((first + _solve_for_taps(_sum_of_copies(apart, g), g)).to(L.dtype), g).contiguous()
 
 def kernel_from_matrix(
     W:torch.Tensor, # (output units, input units)
@@ -182,48 +209,60 @@ def tied_sum(
     W:torch.Tensor, # (output units, input units), or local weights: most often a gradient
     g:ConvGeometry
 )->torch.Tensor:    # of `g.kernel_shape`
-    "For each tap of the kernel, the sum of `W` over its copies: the adjoint of `matrix_from_kernel` and `local_from_kernel`."
-    return _aligned(_sum_of_copies(W.contiguous(), g).to(W.dtype), g).contiguous()
+    """For each tap of the kernel, the sum of `W` over its copies.
+
+    The adjoint of `matrix_from_kernel` and `local_from_kernel`."""
+    return aligned(_sum_of_copies(W.contiguous(), g).to(W.dtype), g).contiguous()
 
 @torch.no_grad()
 def kernel_from_tied_sum(
     total:torch.Tensor, # of `g.kernel_shape`
     g:ConvGeometry
 )->torch.Tensor:        # of `g.kernel_shape`
-    "The kernel nearest to any matrix whose `tied_sum` is `total`: for zero padding, each tap's sum over its number of copies."
-    return _aligned(_solve_for_taps(_aligned(total, g), g), g).contiguous()
+    """The kernel nearest to any matrix whose `tied_sum` is `total`.
 
-# %% ../../nbs/ladder/02_matrices.ipynb #de16751a
-_RELEASED = (FullyConnected, LocallyConnected)
+    For zero padding, each tap's sum over its number of copies."""
+    return aligned(_solve_for_taps(aligned(total, g), g), g).contiguous()
 
-def _put(module, name, value, like):
-    "Give `module` the tensor `value` under `name`: as a buffer if `like` holds one there, or else as the parameter that it is."
+# %% ../../nbs/ladder/02_matrices.ipynb #00d63ca8
+def put_tensor(module, name, value, like):
+    "Give `module` the tensor `value` under `name`: as a buffer if `like` holds one there, or else as it is."
     if name not in like._buffers: return setattr(module, name, value)
     module._parameters.pop(name, None)
     module.register_buffer(name, value, persistent=name not in like._non_persistent_buffers_set)
 
-def _as_in(layer, name, value):
+def tensor_as_in(layer, name, value):
     "`value` as a parameter if `layer` holds one under `name`, frozen if that is frozen."
-    return nn.Parameter(value, requires_grad=getattr(layer, name).requires_grad) if name in layer._parameters else value
+    if name not in layer._parameters: return value
+    return nn.Parameter(value, requires_grad=getattr(layer, name).requires_grad)
 
+# %% ../../nbs/ladder/02_matrices.ipynb #de16751a
+def _released_tensor(conv, name, p, g, to):
+    "The weight or bias (`name`) of the released layer, from `p` of `conv`."
+    if name == 'bias': value = p.repeat_interleave(math.prod(g.output_size))
+    else: value = matrix_from_kernel(p, g) if to == 'fcn' else local_from_kernel(p, g)
+    return tensor_as_in(conv, name, value)
+
+# %% ../../nbs/ladder/02_matrices.ipynb #3066a0a2
 @torch.no_grad()
 def release(
     conv:nn.Module,   # a convolution
     g:ConvGeometry,   # its geometry on the inputs it will see
     to:str='fcn',     # 'fcn' or 'lcn'
-    made:dict=None    # released tensors by (id of the convolution's, geometry); those of tied convolutions are taken from here, new ones added
+    made:dict=None    # tensors made for (id of a convolution's tensor, geometry): tied ones are taken, new ones added
 )->nn.Module:
-    "The `FullyConnected` or `LocallyConnected` layer that computes what `conv` computes on inputs of shape `g.in_shape`. "\
-    "A kernel that is a buffer, and so is never trained, stays one."
+    """The `FullyConnected` or `LocallyConnected` layer that computes what `conv` computes on inputs of `g.in_shape`.
+
+    A kernel that is a buffer, and so is never trained, stays one."""
     kind, made = {'fcn': FullyConnected, 'lcn': LocallyConnected}[to], {} if made is None else made
     layer = kind(g, bias=conv.bias is not None, device='meta', dtype=conv.weight.dtype)
     for name in ('weight', 'bias'):
         p = getattr(conv, name)
-        if p is not None and (id(p), g) not in made:
-            value = p.repeat_interleave(math.prod(g.output_size)) if name == 'bias' else (matrix_from_kernel if to == 'fcn' else local_from_kernel)(p, g)
-            made[id(p), g] = _as_in(conv, name, value)
-        if p is not None: _put(layer, name, made[id(p), g], conv)
-    if to == 'lcn': layer._place_pixels(conv.weight.device)
+        if p is None: continue
+        key = id(p), g
+        if key not in made: made[key] = _released_tensor(conv, name, p, g, to)
+        put_tensor(layer, name, made[key], conv)
+    if to == 'lcn': layer.place_pixels(conv.weight.device)
     layer.given = {k: getattr(conv, k) for k in ('padding', 'output_padding') if getattr(layer, k) != getattr(conv, k)}
     return layer.train(conv.training)
 
@@ -231,21 +270,22 @@ def release(
 def _blank_conv(layer):
     "A convolution of the geometry of `layer` without memory for its weights."
     g = layer.geometry
-    kind, more = CONVOLUTIONS[3*g.transposed + len(g.input_size) - 1], dict(padding_mode=g.padding_mode)
-    if g.transposed: more = dict(output_padding=g.output_padding)
-    return kind(g.in_channels, g.out_channels, g.kernel_size, stride=g.stride, padding=layer.padding, dilation=g.dilation, groups=g.groups,
-                bias=layer.bias is not None, device='meta', dtype=layer.weight.dtype, **more)
+    kind = CONVOLUTIONS[3*g.transposed + len(g.input_size) - 1]
+    more = dict(output_padding=g.output_padding) if g.transposed else dict(padding_mode=g.padding_mode)
+    return kind(g.in_channels, g.out_channels, g.kernel_size, stride=g.stride, padding=layer.padding,
+                dilation=g.dilation, groups=g.groups, bias=layer.bias is not None, device='meta',
+                dtype=layer.weight.dtype, **more)
 
 @torch.no_grad()
 def nearest_conv(
     layer:nn.Module # `FullyConnected` or `LocallyConnected`
 )->nn.Module:
     "The convolution nearest to `layer`: the nearest kernel, and the mean bias of each channel."
-    g = layer.geometry
-    conv = _blank_conv(layer)
-    kernel = (kernel_from_matrix if isinstance(layer, FullyConnected) else kernel_from_local)(layer.weight, g)
-    _put(conv, 'weight', _as_in(layer, 'weight', kernel), layer)
+    g, conv = layer.geometry, _blank_conv(layer)
+    nearest = kernel_from_matrix if isinstance(layer, FullyConnected) else kernel_from_local
+    put_tensor(conv, 'weight', tensor_as_in(layer, 'weight', nearest(layer.weight, g)), layer)
     if layer.bias is not None:
         units = layer.bias.view(g.out_channels, -1)
-        _put(conv, 'bias', _as_in(layer, 'bias', units[:,0] + (units - units[:,:1]).mean(1)), layer)
+        mean = units[:,0] + (units - units[:,:1]).mean(1)             # exact where all are equal
+        put_tensor(conv, 'bias', tensor_as_in(layer, 'bias', mean), layer)
     return conv.train(layer.training)

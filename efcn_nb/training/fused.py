@@ -16,16 +16,12 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn.utils import parametrize
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..ladder.layers import (
-    backward_in_chunks, chunks_of, forward_in_chunks, FullyConnected, is_batched, LocallyConnected, position_product)
+from ..ladder.layers import FullyConnected, LocallyConnected, RELEASED
+from ..ladder.layers import backward_in_chunks, chunks_of, forward_in_chunks, is_batched, plain_gradients
+from ..ladder.inspection import memory_of
 
 # %% ../../nbs/training/20_fused.ipynb #5d0e3c17
 def _version(t): return None if t.is_inference() else t._version
-
-def _storage(t):
-    "Address of the storage of `t`; None if it has none of its own, as sparse and distributed tensors."
-    try: return t.untyped_storage().data_ptr() or None
-    except (RuntimeError, NotImplementedError): return None
 
 class _Factors:
     """The gradient of the weights of the layer `name`: inputs `x` and gradients `grad` of outputs.
@@ -60,15 +56,17 @@ def product(self:_Factors, weight):
     self.in_chunks(whole, take)
     return whole.to(weight)
 
+# %% ../../nbs/training/20_fused.ipynb #30986861
 @patch
 def empty(self:_Factors):
     "A gradient of zeros."
-    return _Factors(self.name, *(t.new_empty(0, *t.shape[1:]) for t in (self.x, self.grad)), self.place)
+    x, grad = self.x.new_empty(0, *self.x.shape[1:]), self.grad.new_empty(0, *self.grad.shape[1:])
+    return _Factors(self.name, x, grad, self.place)
 
 @patch
 def apart(self:_Factors, places):
     "The same factors, none of them in a storage whose address is in `places`."
-    x, grad = (t.clone() if _storage(t) in places else t for t in (self.x, self.grad))
+    x, grad = (t.clone() if memory_of(t) in places else t for t in (self.x, self.grad))
     return self if x is self.x and grad is self.grad else _Factors(self.name, x, grad, self.place)
 
 @patch
@@ -276,8 +274,19 @@ def descend_matrix(self:_Fused, grad, x):
 # %% ../../nbs/training/20_fused.ipynb #02c64f1d
 def _product(weight, x, bias, out=None):
     "Outputs of a dense layer, unit by unit: (units, N)."
-    return torch.mm(weight, x.t(), out=out) if bias is None else torch.addmm(bias[:,None], weight, x.t(), out=out)
+    if bias is None: return torch.mm(weight, x.t(), out=out)
+    return torch.addmm(bias[:,None], weight, x.t(), out=out)
 
+def _lowered_product(weight, x, bias):
+    "`_product` in the precision of `x`, with weights that are converted piece by piece."
+    out, pieces = x.new_empty(len(weight), len(x)), _rows(weight)
+    low = torch.empty_like(weight[pieces[0]], dtype=x.dtype)
+    for rows in pieces:
+        part = low[:rows.stop - rows.start].copy_(weight[rows])
+        _product(part, x, None if bias is None else bias[rows], out[rows])
+    return out
+
+# %% ../../nbs/training/20_fused.ipynb #4b550f89
 class _Matrix(torch.autograd.Function):
     """`F.linear` that leaves the gradient of the weights in factors. Results lie unit by unit in memory.
 
@@ -287,13 +296,8 @@ class _Matrix(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.has_bias, ctx.leaf = bias is not None, leaf
         fused.remember(ctx)
-        if not once or x.dtype == weight.dtype: return _product(fused.lowered(x.dtype), x, bias).t()
-        out, pieces = x.new_empty(len(weight), len(x)), _rows(weight)
-        low = torch.empty_like(weight[pieces[0]], dtype=x.dtype)
-        for rows in pieces:
-            part, b = low[:rows.stop - rows.start].copy_(weight[rows]), None if bias is None else bias[rows]
-            _product(part, x, b, out[rows])
-        return out.t()
+        if once and x.dtype != weight.dtype: return _lowered_product(weight, x, bias).t()
+        return _product(fused.lowered(x.dtype), x, bias).t()
 
     @staticmethod
     def backward(ctx, grad):
@@ -314,21 +318,15 @@ def descend_positions(self:_Fused, factors):
         if decays and n < slots: self.descend((slice(a, b), slice(None), slice(n, None)), part.new_zeros(()))
     factors.in_chunks(self.weight, take)
 
-# %% ../../nbs/training/20_fused.ipynb #49fc76bc
-def _plain_gradients(x, weight, pixels, ctx, grad):
-    "Gradients of the product with respect to `x` and `weight`, for many `grad` at once, or to be differentiated again."
-    wanted, again = [t for t, need in zip((x, weight), ctx.needs_input_grad) if need], torch.is_grad_enabled()
-    with torch.enable_grad(): out = position_product(x, weight, pixels, ctx.geometry)
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
-    return [next(found) if need else None for need in ctx.needs_input_grad[:2]]
-
 # %% ../../nbs/training/20_fused.ipynb #e2a94c70
 def _input_gradient(x, grad, weight, pixels, chunks, g):
     "The gradient of the product with respect to `x` (N, in channels, pixels), which need not be gathered for it."
-    dx, many = grad.new_zeros(len(x)*x.shape[2], g.in_channels), x.shape[2]*torch.arange(len(x))[:,None]
+    dx = grad.new_zeros(len(x)*x.shape[2], g.in_channels)
+    image = x.shape[2]*torch.arange(len(x))[:,None]                   # first row of each image
     grad = grad.unflatten(1, (g.groups, -1)).permute(3, 1, 0, 2).contiguous()
     for a, b, n in chunks:
-        rows, w = pixels[a:b,None,:n] + many, weight[a:b,:,:n].unflatten(1, (g.groups, -1)).flatten(0, 1).flatten(2)
+        rows = pixels[a:b,None,:n] + image
+        w = weight[a:b,:,:n].unflatten(1, (g.groups, -1)).flatten(0, 1).flatten(2)
         part = torch.bmm(grad[a:b].flatten(0, 1), w).view(b-a, g.groups, len(x), n, weight.shape[3])
         part = part.permute(0, 2, 3, 1, 4).reshape(-1, g.in_channels)
         dx.scatter_add_(0, rows.flatten()[:,None].expand_as(part), part)
@@ -340,6 +338,16 @@ def _laid_out(x, grad, groups):
     return x, grad.permute(2, 0, 1).contiguous().permute(1, 2, 0) if groups == 1 else grad
 
 # %% ../../nbs/training/20_fused.ipynb #d40c8e15
+def _local_gradients(ctx, x, grad, pixels, todo):
+    "Gradients of the product of the backward pass `ctx` with respect to `x` and, if that is `todo`, the weights."
+    g, fused, wants_x = ctx.geometry, ctx.fused, ctx.needs_input_grad[0]
+    low = fused.lowered(grad.dtype)
+    if todo != 'gradient': return _input_gradient(x, grad, low, pixels, ctx.chunks, g) if wants_x else None, None
+    dweight = torch.zeros_like(fused.weight)
+    def take(a, b, n, part): dweight[a:b,:,:n] = part
+    return backward_in_chunks(x, grad, low, pixels, ctx.chunks, g, wants_x, take), dweight
+
+# %% ../../nbs/training/20_fused.ipynb #a5d1902f
 class _Local(torch.autograd.Function):
     "The position-wise product of a locally-connected layer that leaves the gradient of the weights in factors."
     @staticmethod
@@ -352,20 +360,15 @@ class _Local(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (x, pixels), fused, wants_x = ctx.saved_tensors, ctx.fused, ctx.needs_input_grad[0]
-        dx, dweight, take = None, None, None
+        (x, pixels), fused, g = ctx.saved_tensors, ctx.fused, ctx.geometry
         if torch.is_grad_enabled() or is_batched(grad):
             with torch.enable_grad(): weight = fused.weight.to(x.dtype)
-            return *_plain_gradients(x, weight, pixels, ctx, grad), None, None, None
-        g, todo, shape, (x, grad) = ctx.geometry, fused.decide(ctx), x.shape, _laid_out(x, grad, ctx.geometry.groups)
-        if todo == 'gradient':
-            dweight = torch.zeros_like(fused.weight)
-            def take(a, b, n, part): dweight[a:b,:,:n] = part
-        low = fused.lowered(grad.dtype)
-        if take: dx = backward_in_chunks(x, grad, low, pixels, ctx.chunks, g, wants_x, take)
-        elif wants_x: dx = _input_gradient(x, grad, low, pixels, ctx.chunks, g)
+            return *plain_gradients(x, weight, pixels, g, grad, ctx.needs_input_grad[:2]), None, None, None
+        todo, shape = fused.decide(ctx), x.shape
+        x, grad = _laid_out(x, grad, g.groups)
+        dx, dweight = _local_gradients(ctx, x, grad, pixels, todo)
         if todo == 'factors': fused.keep(_Factors(fused.name, x, grad, (pixels, ctx.counts, g)), ctx.leaf)
-        return dx.view(shape) if wants_x else None, dweight, None, None, None
+        return None if dx is None else dx.view(shape), dweight, None, None, None
 
 # %% ../../nbs/training/20_fused.ipynb #a4d0030d
 def _lower(x, weight):
@@ -407,7 +410,7 @@ def __call__(self:_Fused, layer, x):
 def _reason(layer, users):
     "Why the gradient of the weights of `layer` cannot stay in factors; None if it can."
     weight = layer.weight
-    plain = type(layer) in (FullyConnected, LocallyConnected) and not parametrize.is_parametrized(layer)
+    plain = type(layer) in RELEASED and not parametrize.is_parametrized(layer)
     if not plain: return 'it is not a plain layer of its kind'
     if type(weight) not in (nn.Parameter, _Weight) or not weight.is_leaf: return 'its weight is not a plain parameter'
     if not weight.requires_grad: return 'its weight is frozen'
@@ -433,24 +436,30 @@ class FusedSGD(torch.optim.SGD):
     a NumPy array of `p.detach()`: that goes unseen.
 
     Raises `ValueError` for a `DistributedDataParallel`. `step` raises `RuntimeError`, before a weight has moved, if the
-    input of a layer, or the gradient of its output, was changed in place after the backward pass.
-    """
+    input of a layer, or the gradient of its output, was changed in place after the backward pass."""
     def __init__(self,
         model:nn.Module,
         lr:float=.1,
         momentum:float=0.,
         weight_decay:float=0.
     ):
-        if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
-            raise ValueError('DistributedDataParallel averages gradients over processes, and FusedSGD stores none; '
-                             'use torch.optim.SGD, or shard the layers')
+        _refuse_replicas(model)
         super().__init__(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.fused, self.ordinary, self._layers = {}, {}, []
         self._fuse(model)
 
-    def __reduce_ex__(self, protocol):
-        raise TypeError('a FusedSGD belongs to its model and cannot be copied or pickled; '
-                        'make one for the copy, and pass on its state_dict()')
+# %% ../../nbs/training/20_fused.ipynb #9b6ef50c
+def _refuse_replicas(model):
+    "Raise `ValueError` if `model` averages gradients over processes."
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise ValueError('DistributedDataParallel averages gradients over processes, and FusedSGD stores none; '
+                         'use torch.optim.SGD, or shard the layers')
+
+def _refuse_copies(optimizer, protocol):
+    raise TypeError('a FusedSGD belongs to its model and cannot be copied or pickled; '
+                    'make one for the copy, and pass on its state_dict()')
+
+FusedSGD.__reduce_ex__ = _refuse_copies
 
 # %% ../../nbs/training/20_fused.ipynb #b05e3f92
 @patch
@@ -458,7 +467,7 @@ def _fuse(self:FusedSGD, model):
     "Take over the products of the layers of `model` that can be fused, and say why others cannot."
     users = [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
     for name, layer in model.named_modules():
-        if not isinstance(layer, (FullyConnected, LocallyConnected)): continue
+        if not isinstance(layer, RELEASED): continue
         if (why := _reason(layer, users)):
             self.ordinary[name] = why
             continue
@@ -483,7 +492,7 @@ def _taken(self:FusedSGD):
     for _, factors in todo: factors.check()
     for f, factors in todo:
         if not f.can_descend(factors): _store(f.weight)
-    moved = {_storage(p) for group in self.param_groups for p in group['params']} - {None}
+    moved = {memory_of(p) for group in self.param_groups for p in group['params']} - {None}
     todo = [(f, factors.apart(moved)) for f, factors in todo if f.weight in _waiting]
     for f, _ in todo: del _waiting[f.weight]
     try: yield todo

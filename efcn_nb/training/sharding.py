@@ -11,37 +11,57 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import distribute_tensor, DTensor, Partial, Replicate, Shard
 
-from ..ladder.layers import FullyConnected, LocallyConnected, position_product
+from ..ladder.layers import LocallyConnected, position_product, RELEASED
 
 # %% ../../nbs/training/21_sharding.ipynb #8a750b1d
 class _Sharded:
     "Computes the product of a layer with the part of its weights that this process holds."
     def __init__(self, mesh, weight):
         self.mesh, (self.cut,) = mesh, weight.placements
-        self.own = distribute_tensor(torch.arange(weight.shape[self.cut.dim], device=weight.device), mesh, [Shard(0)]).to_local()
+        every = torch.arange(weight.shape[self.cut.dim], device=weight.device)
+        self.own = distribute_tensor(every, mesh, [Shard(0)]).to_local()
 
     def __call__(self, layer, x):
         x = DTensor.from_local(x, self.mesh, [Replicate()]).to_local(grad_placements=[Partial()])
-        weight, units = layer.weight.to_local(), (len(x), layer.geometry.matrix_shape[0])
-        if isinstance(layer, LocallyConnected): out = self._whole(position_product(x, weight, layer.pixels[self.own], layer.geometry), (len(x), *layer.out_shape[:1], len(layer.pixels)), Shard(2))
-        elif self.cut.dim == 0: out = self._whole(F.linear(x.flatten(1), weight), units, Shard(1))
-        else: out = self._whole(F.linear(x.flatten(1)[:,self.own], weight), units, Partial())
-        return out.flatten(1) if layer.bias is None else out.flatten(1) + layer.bias.to(out.dtype)
+        out = self._whole(*self._part(layer, x)).flatten(1)
+        return out if layer.bias is None else out + layer.bias.to(out.dtype)
+
+    def _part(self, layer, x):
+        "This process's part of the product, the shape of the whole, and how the parts make it up."
+        weight, g = layer.weight.to_local(), layer.geometry
+        if isinstance(layer, LocallyConnected):
+            shape = (len(x), *layer.out_shape[:1], len(layer.pixels))
+            return position_product(x, weight, layer.pixels[self.own], g), shape, Shard(2)
+        shape = len(x), g.matrix_shape[0]
+        if self.cut.dim == 0: return F.linear(x.flatten(1), weight), shape, Shard(1)
+        return F.linear(x.flatten(1)[:,self.own], weight), shape, Partial()
 
     def _whole(self, part, shape, placement):
         "The whole of which `part` is this process's."
         stride = torch.empty(shape, device='meta').stride()
-        return DTensor.from_local(part.contiguous(), self.mesh, [placement], shape=torch.Size(shape), stride=stride).full_tensor()
+        whole = DTensor.from_local(part.contiguous(), self.mesh, [placement], shape=torch.Size(shape), stride=stride)
+        return whole.full_tensor()
 
-# %% ../../nbs/training/21_sharding.ipynb #411f2711
+# %% ../../nbs/training/21_sharding.ipynb #45222d02
 def _chosen(model, layers):
     "The released layers of `model`, by name, that `layers` names (None for all)."
-    found = {name: m for name, m in model.named_modules() if isinstance(m, (FullyConnected, LocallyConnected))}
+    found = {name: m for name, m in model.named_modules() if isinstance(m, RELEASED)}
     if not found: raise ValueError(f'{type(model).__name__} has no released layer to spread; embed a CNN first')
     unknown = sorted(set(layers or []) - set(found))
     if unknown: raise ValueError(f'no released layer is called {unknown[0]!r}; they are {sorted(found)}')
     return {name: m for name, m in found.items() if layers is None or name in layers}
 
+def _refuse_uncuttable(layers, by):
+    "Raise `ValueError` if one of `layers` (by name) cannot be cut, or is computed elsewhere."
+    for name, layer in layers.items():
+        if by == 'columns' and isinstance(layer, LocallyConnected):
+            raise ValueError(f"{name or 'the layer'} is locally-connected, so that no column belongs to all positions; "
+                             "use by='rows'")
+        if layer.through is not None:
+            raise ValueError(f"the product of {name or 'the layer'} is computed elsewhere already; "
+                             'gather the model, or close its FusedSGD, first')
+
+# %% ../../nbs/training/21_sharding.ipynb #411f2711
 @torch.no_grad()
 def shard(
     model:nn.Module, # the same on every process; changed in place
@@ -49,21 +69,25 @@ def shard(
     by:str='rows',   # 'rows' (output units; positions of a locally-connected layer) or 'columns' (input units)
     layers=None      # names of layers; None for all released ones
 )->nn.Module:
-    "Spread the weights of released layers over the processes of `mesh`; biases and other layers stay whole everywhere. Raises `ValueError` for what cannot be cut so."
+    """Spread the weights of released layers over the processes of `mesh`; biases and other layers stay whole.
+
+    Raises `ValueError` for what cannot be cut so."""
     if by not in ('rows', 'columns'): raise ValueError(f"by must be 'rows' or 'columns', not {by!r}")
-    if getattr(mesh, 'ndim', None) != 1: raise ValueError("mesh must be a DeviceMesh of one dimension, such as init_device_mesh('cuda', (4,)) makes in a process group")
-    chosen = _chosen(model, layers)
-    for name, layer in chosen.items():
-        if by == 'columns' and isinstance(layer, LocallyConnected): raise ValueError(f"{name or 'the layer'} is locally-connected, so that no column belongs to all positions; use by='rows'")
-        if layer.through is not None: raise ValueError(f"the product of {name or 'the layer'} is computed elsewhere already; gather the model, or close its FusedSGD, first")
-    made = {}                                                        # what was tied stays tied
+    if getattr(mesh, 'ndim', None) != 1:
+        raise ValueError("mesh must be a DeviceMesh of one dimension, such as init_device_mesh('cuda', (4,)) makes "
+                         'in a process group')
+    chosen, made = _chosen(model, layers), {}                         # what was tied stays tied
+    _refuse_uncuttable(chosen, by)
     for layer in chosen.values():
         p = layer.weight
-        if id(p) not in made: made[id(p)] = nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0 if by == 'rows' else 1)]), p.requires_grad), p
+        if id(p) not in made:
+            spread = distribute_tensor(p.detach(), mesh, [Shard(0 if by == 'rows' else 1)])
+            made[id(p)] = nn.Parameter(spread, p.requires_grad), p
         layer.weight = made[id(p)][0]
         layer.through = _Sharded(mesh, layer.weight)
     return model
 
+# %% ../../nbs/training/21_sharding.ipynb #05f4d8f7
 @torch.no_grad()
 def gather(
     model:nn.Module # changed in place
@@ -71,7 +95,7 @@ def gather(
     "Undo `shard`: every process has all weights again."
     made = {}
     for layer in model.modules():
-        if not isinstance(layer, (FullyConnected, LocallyConnected)) or not isinstance(layer.weight, DTensor): continue
+        if not isinstance(layer, RELEASED) or not isinstance(layer.weight, DTensor): continue
         p, layer.through = layer.weight, None
         if id(p) not in made: made[id(p)] = nn.Parameter(p.full_tensor(), p.requires_grad), p
         layer.weight = made[id(p)][0]
