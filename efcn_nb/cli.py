@@ -41,45 +41,74 @@ def _measures(text):
     "A list of names in `MEASURES` from text like 'ablation,paths'."
     names = [part.strip() for part in text.split(',') if part.strip()]
     unknown = [name for name in names if name not in MEASURES]
-    if unknown or not names: raise argparse.ArgumentTypeError(f'{(unknown or [text])[0]!r} is no measure; known are {", ".join(MEASURES)}')
-    return names
+    if names and not unknown: return names
+    wrong, known = (unknown or [text])[0], ', '.join(MEASURES)
+    raise argparse.ArgumentTypeError(f'{wrong!r} is no measure; known are {known}')
 
 # %% ../nbs/99_cli.ipynb #aa5b49d5
 class _Parser(argparse.ArgumentParser):
     "A parser that reports a mistake in one line."
     def error(self, message): self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
 
+def _add_data(a):
+    "Flags that say what is trained on."
+    a('--data', default='digits', help='digits (the default), cifar10, cifar100, mnist, fashion_mnist, or a folder of '
+      'images: FOLDER/train/CLASS/*.png and FOLDER/test/CLASS/*.png, or FOLDER/CLASS/*.png, a fifth of which is held '
+      'out')
+    a('--root', help="where torchvision's data sets are, or go")
+    a('--name', help='name of the data in tables and figures')
+    a('--no-shift', dest='shift', action='store_false', help='leave the digits in the centre of their canvas')
+    a('--size', type=int, help='resize the images of a folder to so many pixels in height and width')
+
+# %% ../nbs/99_cli.ipynb #523cdff8
+def _add_protocol(a):
+    "Flags that say which networks are trained for how long."
+    a('--model', default=None, help=f'{", ".join(MODELS)}; default small for digits, skinny for everything else')
+    a('--width', type=int, help="channels of the CNN; default the model's own")
+    a('--relax', type=_integers, metavar='0,1,3',
+      help="relax times: epochs at which the CNN becomes an eFCN; default the model's protocol")
+    a('--elcn', type=_integers, metavar='0,8',
+      help="epochs at which it becomes an eLCN, a locally-connected network; default the model's protocol")
+    a('--epochs', type=int, help="of the CNN, and again of each network after it; default the model's protocol")
+    a('--seeds', type=_seeds, default=3, help='how many (default 3), or a list such as 0,1,2')
+    a('--fan_in', choices=('folded', 'padded'), default='folded', help="inputs that the FCN's initial weights count: "
+      'real ones (default), or constant zeros of the padding too')
+    a('--no-trim', dest='trim', action='store_false',
+      help='keep rows of the matrices that make outputs which no pooling reads')
+
+# %% ../nbs/99_cli.ipynb #6e7c1d2f
+def _add_training(a):
+    "Flags that say how they are trained."
+    a('--lr', type=float, help='learning rate of plain SGD; default 0.1')
+    a('--batch_size', type=int, help='images in a step; default 25 for small, 250 for the others')
+    a('--momentum', type=float, default=0., help='of SGD; default 0, as in the paper')
+    a('--weight_decay', type=float, default=0., help='of SGD; default 0, as in the paper')
+    a('--no-shuffle', dest='shuffle', action='store_false', help='the same order of images in every epoch')
+    a('--device', help='cpu, cuda, cuda:1, mps; default a GPU if there is one')
+    a('--precision', choices=PRECISIONS, default='fp32',
+      help='of the products (default fp32; tf32 on a GPU); weights are always 32 bit')
+    a('--workers', type=int, default=1,
+      help='processes that share the runs among them (default 1); each computes with its share of the cores')
+
+# %% ../nbs/99_cli.ipynb #50303d2e
+def _add_results(a):
+    "Flags that say what is kept."
+    a('--out', help='folder for everything that is written; default one in efcn_runs named after data, model and '
+      'settings')
+    a('--keep_weights', action='store_true', help='keep the final weights of all networks, not of the CNNs alone')
+    a('--measure', nargs='?', type=_measures, const=[*MEASURES], default=[], metavar='NAME,NAME',
+      help=f'measure the networks afterwards, a table for each of {", ".join(MEASURES)} (all, unless some are named), '
+      'and the rows of the first layer as images; keeps their weights')
+
 def _parser():
     "The flags of `efcn_relax`."
     p = _Parser('efcn_relax',
-        description='Train a CNN, turn it into the fully-connected network that computes the same (eFCN) at several moments of its training, '
-            'train on without the constraint, and compare with the CNN and with a fully-connected network trained from scratch (FCN).',
-        epilog='The same command on the same --out goes on where it was stopped. Without flags: the digits, three seeds, one to two minutes.')
-    a = p.add_argument
-    a('--data', default='digits', help='digits (the default), cifar10, cifar100, mnist, fashion_mnist, or a folder of images: FOLDER/train/CLASS/*.png and FOLDER/test/CLASS/*.png, or FOLDER/CLASS/*.png, a fifth of which is held out')
-    a('--root', help="where torchvision's data sets are, or go")
-    a('--name', help='how tables and figures call the data')
-    a('--no-shift', dest='shift', action='store_false', help='leave the digits in the centre of their canvas')
-    a('--size', type=int, help='resize the images of a folder to so many pixels in height and width')
-    a('--model', default=None, help=f'{", ".join(MODELS)}; default small for digits, skinny for everything else')
-    a('--width', type=int, help="channels of the CNN; default the model's own")
-    a('--relax', type=_integers, metavar='0,1,3', help="epochs at which the CNN becomes an eFCN; default the model's protocol")
-    a('--lcn', type=_integers, metavar='0,8', help="epochs at which it becomes a locally-connected network; default the model's protocol")
-    a('--epochs', type=int, help="of the CNN, and again of each network after it; default the model's protocol")
-    a('--lr', type=float, help='learning rate of plain SGD; default 0.1')
-    a('--batch_size', type=int, help='images in a step; default 25 for small, 250 for the others')
-    a('--seeds', type=_seeds, default=3, help='how many (default 3), or a list such as 0,1,2')
-    a('--device', help='cpu, cuda, cuda:1, mps; default a GPU if there is one')
-    a('--precision', choices=PRECISIONS, default='fp32', help='of the products (default fp32; tf32 on a GPU); weights are always 32 bit')
-    a('--momentum', type=float, default=0., help="of SGD; default 0, as in the paper")
-    a('--weight_decay', type=float, default=0., help="of SGD; default 0, as in the paper")
-    a('--no-trim', dest='trim', action='store_false', help='keep rows of the matrices that make outputs which no pooling reads')
-    a('--workers', type=int, default=1, help='processes that share the runs among them (default 1); each computes with its share of the cores')
-    a('--fan_in', choices=('folded', 'padded'), default='folded', help="inputs that the FCN's initial weights count: real ones (default), or constant zeros of the padding too")
-    a('--out', help='folder for everything that is written; default one in efcn_runs named after data, model and settings')
-    a('--keep_weights', action='store_true', help='keep the final weights of all networks, not of the CNNs alone')
-    a('--measure', nargs='?', type=_measures, const=[*MEASURES], default=[], metavar='NAME,NAME', help=f'measure the networks afterwards, a table for each of {", ".join(MEASURES)} (all, unless some are named), and the rows of the first layer as images; keeps their weights')
-    a('--no-shuffle', dest='shuffle', action='store_false', help='the same order of images in every epoch')
+        description='Train a CNN, turn it into the fully-connected network that computes the same (eFCN) at several '
+            'moments of its training, train on without the constraint, and compare with the CNN and with a '
+            'fully-connected network trained from scratch (FCN).',
+        epilog='If interrupted, rerun the same command with the same --out; it resumes. Without flags: the digits, '
+            'three seeds, one to two minutes.')
+    for add in _add_data, _add_protocol, _add_training, _add_results: add(p.add_argument)
     return p
 
 # %% ../nbs/99_cli.ipynb #2dae57d2
@@ -88,7 +117,8 @@ def _write_rows(study, path):
     with open(path, 'wb') as f: np.savez_compressed(f, **first_rows(study))
 
 def _measure(study, names, new):
-    "Tables of the measures that are asked for, and why others could not be made; the rows as images go to the study's folder."
+    "Tables of the measures that are asked for, and why others could not be made; the rows as images go to the "\
+    "study's folder."
     found, failed = {}, {}
     for name in names:
         try: found[name] = measured(study, name)
@@ -103,19 +133,33 @@ def _chance(test):
     return torch.bincount(test.y).max().item()/len(test)
 
 # %% ../nbs/99_cli.ipynb #7c95e166
-def _relax(args, command):
-    "Run the study that `args` describe, print its tables, and write them with the figure."
+def _study(args):
+    "The study that `args` describe."
     if args.workers < 1: raise ValueError(f'workers must be 1 or more, not {args.workers}')
     data = load_data(args.data, root=args.root, name=args.name, shift=args.shift, size=args.size)
     model = args.model or ('small' if args.data == 'digits' else 'skinny')
-    study = Study(data, model, args.relax, args.lcn, args.epochs, args.lr, args.batch_size, args.seeds, args.device, args.precision,
-                  args.shuffle, args.fan_in, args.width, args.out, args.keep_weights or bool(args.measure), args.momentum, args.weight_decay, args.trim)
-    print(data.describe())
-    print(f'everything is written to {study.out}, at most {study.disk_needed(args.workers)/1e6:,.0f} MB at a time', flush=True)
+    return Study(data, model, args.relax, args.elcn, args.epochs, args.lr, args.batch_size, args.seeds, args.device,
+                 args.precision, args.shuffle, args.fan_in, args.width, args.out,
+                 args.keep_weights or bool(args.measure), args.momentum, args.weight_decay, args.trim)
+
+def _judged(study, table, found):
+    "Summary, and claims if there is something to compare."
+    tables = dict(summary=summary(table))
+    if _can_judge(table):
+        tables['claims'] = claims(table, found.get('ablation'), found.get('control'), _chance(study.data.test))
+    return tables
+
+# %% ../nbs/99_cli.ipynb #7521482b
+def _relax(args, command):
+    "Run the study that `args` describe, print its tables, and write them with the figure."
+    study = _study(args)
+    print(study.data.describe())
+    room = study.disk_needed(args.workers)/1e6
+    print(f'everything is written to {study.out}, at most {room:,.0f} MB at a time', flush=True)
     new = bool(study.unfinished())
     table = study.run(workers=args.workers)
     found, failed = _measure(study, args.measure, new)
-    tables = dict(summary=summary(table)) | (dict(claims=claims(table, found.get('ablation'), found.get('control'), _chance(data.test))) if _can_judge(table) else {})
+    tables = _judged(study, table, found)
     where = '\n'.join(study.environments())
     texts = {f'{name}.csv': t.to_csv(index=False) for name, t in (found | tables).items()}
     if new: texts['command.txt'] = f'{command}\n{where}\n'
@@ -133,25 +177,30 @@ def _write(study, table, texts, new):
         clear_away(study.out)
         for name, text in texts.items(): write_atomic(study.out/name, text)
         figure = plot_study(table, title=f'{study.config["data"]}, {study.model_name}')
-        publish(study.out/'figure.png', lambda beside: figure.savefig(beside, format='png', metadata={'Software': None}))
+        draw = lambda beside: figure.savefig(beside, format='png', metadata={'Software': None})
+        publish(study.out/'figure.png', draw)
         plt.close(figure)
 
 # %% ../nbs/99_cli.ipynb #c4ee5a12
 def _can_judge(table):
-    "Whether there is a seed of which FCN and a relaxed network came to their ends."
+    "Whether there is a seed of which FCN and an eFCN came to their ends."
     ended = summary(table).query('n > 0').network
-    return {'relaxed', 'fcn'} <= set(ended)
+    return {'efcn', 'fcn'} <= set(ended)
 
 def _report(tables, study, where):
     "Print tables as text, with n, spread, hardware and versions."
     show = lambda t, **kw: print(t.to_string(index=False, na_rep='', **kw))
+    digits = dict(relax='{:g}'.format, accuracy='{:.3f}'.format, off_local='{:.4f}'.format,
+                  spread=lambda v: '' if v != v else f'{v:.3f}')
     print('\nFinal test accuracy (mean and standard deviation over n seeds) and off-local share of the squared weights')
-    show(tables['summary'], formatters=dict(relax='{:g}'.format, accuracy='{:.3f}'.format, spread=lambda v: '' if v != v else f'{v:.3f}', off_local='{:.4f}'.format))
+    show(tables['summary'], formatters=digits)
     if 'claims' in tables:
-        print('\nThe claims of d\'Ascoli et al. 2019, judged by 95 % intervals over seeds (all undecided with one seed)')
+        print('\nThe claims of d\'Ascoli et al. 2019, judged by 95 % intervals over seeds (all undecided with one '
+              'seed)')
         show(tables['claims'])
     for label, why in study.diverged().items(): print(f'\ndiverged: {label}: {why}', end='')
-    print(f'\n{where}, {study.precision}\nTables, figure and runs: {study.out}/ (figure.png, {", ".join(f"{name}.csv" for name in tables)}, metrics.csv)')
+    names = ', '.join(f'{name}.csv' for name in tables)
+    print(f'\n{where}, {study.precision}\nTables, figure and runs: {study.out}/ (figure.png, {names}, metrics.csv)')
 
 # %% ../nbs/99_cli.ipynb #e9e66bae
 def efcn_relax(
@@ -162,14 +211,16 @@ def efcn_relax(
     args = _parser().parse_args(argv)
     try:
         with _interruptible(), _plain_warnings(): _relax(args, shlex.join(['efcn_relax', *argv]))
-    except KeyboardInterrupt: sys.exit('\nstopped; the same command goes on after the last stored epoch')
+    except KeyboardInterrupt: sys.exit('\nstopped; rerun the same command: it resumes after the last stored epoch')
     except (ValueError, OSError, MemoryError, Diverged, WorkerLost) as e: sys.exit(f'efcn_relax: {e}')
 
+# %% ../nbs/99_cli.ipynb #68024943
 @contextmanager
 def _interruptible():
     "Context in which a request to terminate (SIGTERM, as clusters send it) is an interruption."
     def interrupt(*args): raise KeyboardInterrupt
-    before = signal.signal(signal.SIGTERM, interrupt) if threading.current_thread() is threading.main_thread() else None
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, interrupt) if main else None
     try: yield
     finally:
         if before is not None: signal.signal(signal.SIGTERM, before)
@@ -182,23 +233,36 @@ def _plain_warnings():
         yield
 
 # %% ../nbs/99_cli.ipynb #036325d8
+def _add_embed(a):
+    "Flags of `efcn_bench embed`."
+    a('--width', type=int, help='channels of the models; default their own')
+    a('--batch', type=_integers, default=[8, 250], metavar='8,250', help='images in a step of the locally-connected '
+      'layers, which take the shapes of the last model (default 8,250)')
+
+def _add_train(a):
+    "Flags of `efcn_bench train`."
+    a('--width', type=_integers, default=[None], metavar='16,32,64',
+      help='channels of the models, one or several; default their own')
+    a('--batch', type=int, default=250, help='images in a step (default 250)')
+    a('--images', type=int, default=2500, help='of the epoch (default 2500)')
+    a('--precision', choices=PRECISIONS, default='bf16',
+      help='of the epoch (default bf16); steps are taken in all that the device has')
+    a('--device', help='cpu, cuda, ...; default a GPU if there is one')
+    a('--out', help='folder in which the tables are kept')
+
+# %% ../nbs/99_cli.ipynb #408de43a
 def _bench_parser():
     "The flags of `efcn_bench`."
-    p = _Parser('efcn_bench', description='Time against the naive form and against the floor of this machine, as ratios within one run.')
+    p = _Parser('efcn_bench', description='Time against the naive form and against the floor of this machine, as '
+        'ratios within one run.')
     kinds = p.add_subparsers(dest='what', required=True, metavar='embed|train', parser_class=_Parser)
     embed = kinds.add_parser('embed', help='convolutions to matrices, and locally-connected layers')
     train = kinds.add_parser('train', help='a training step of the eFCN, and an epoch end to end')
     for q in (embed, train):
         q.add_argument('--models', default='skinny,alexnet', help='comma-separated, from ' + ', '.join(MODELS))
         q.add_argument('--repeat', type=int, default=5, help='turns of which the median counts (default 5)')
-    embed.add_argument('--width', type=int, help='channels of the models; default their own')
-    embed.add_argument('--batch', type=_integers, default=[8, 250], metavar='8,250', help='images in a step of the locally-connected layers, which take the shapes of the last model (default 8,250)')
-    train.add_argument('--width', type=_integers, default=[None], metavar='16,32,64', help='channels of the models, one or several; default their own')
-    train.add_argument('--batch', type=int, default=250, help='images in a step (default 250)')
-    train.add_argument('--images', type=int, default=2500, help='of the epoch (default 2500)')
-    train.add_argument('--precision', choices=PRECISIONS, default='bf16', help='of the epoch (default bf16); steps are taken in all that the device has')
-    train.add_argument('--device', help='cpu, cuda, ...; default a GPU if there is one')
-    train.add_argument('--out', help='folder in which the tables are kept')
+    _add_embed(embed.add_argument)
+    _add_train(train.add_argument)
     return p
 
 # %% ../nbs/99_cli.ipynb #6f0e9601
@@ -209,29 +273,45 @@ def _show(title, table):
 def _bench_embed(args, names):
     "Print what embedding and locally-connected layers cost."
     if not args.batch or min(args.batch) < 1: raise ValueError('batch must be a list of numbers from 1, such as 8,250')
-    _show(f'Embedding, 32 x 32 pixels, median of {args.repeat} turns', bench_embed(names, args.width, args.repeat).rename_axis('model').reset_index())
-    local = bench_local([(batch, kind) for batch in args.batch for kind in ('float32', 'bfloat16')], names[-1], args.width, args.repeat)
-    _show(f'Locally-connected layers of {names[-1]}, forward and backward, median of {args.repeat} turns', local.rename_axis('case').reset_index())
+    found = bench_embed(names, args.width, args.repeat).rename_axis('model').reset_index()
+    _show(f'Embedding, 32 x 32 pixels, median of {args.repeat} turns', found)
+    forms = [(batch, kind) for batch in args.batch for kind in ('float32', 'bfloat16')]
+    local = bench_local(forms, names[-1], args.width, args.repeat).rename_axis('case').reset_index()
+    _show(f'Locally-connected layers of {names[-1]}, forward and backward, median of {args.repeat} turns', local)
 
 # %% ../nbs/99_cli.ipynb #c77b2dd7
+def _check_bench(args, device):
+    "Raise `ValueError` for what cannot be timed."
+    if args.batch < 1: raise ValueError(f'batch must be 1 or more, not {args.batch}')
+    if args.images < args.batch:
+        raise ValueError(f'images must fill a batch of {args.batch} at least, not be {args.images}')
+    check_precision(args.precision, device)
+
+def _bench_folder(args, device, command):
+    "Have the folder for the tables, if one is asked for, with the command in it."
+    if not args.out: return
+    args.out = os.path.expanduser(args.out)
+    if list(Path(args.out).glob('*.csv')): raise ValueError(f'{args.out} holds tables already; choose another folder')
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    today = datetime.date.today().isoformat()
+    write_atomic(Path(args.out)/'command.txt', f'{command}\ndate {today}, efcn_nb {__version__}, {machine(device)}\n')
+
+# %% ../nbs/99_cli.ipynb #8109daf8
 def _bench_train(args, names, device, command):
     "Print what training costs, and keep the tables if there is a folder for them."
-    if args.batch < 1: raise ValueError(f'batch must be 1 or more, not {args.batch}')
-    if args.images < args.batch: raise ValueError(f'images must fill a batch of {args.batch} at least, not be {args.images}')
-    check_precision(args.precision, device)
-    if args.out:
-        args.out = os.path.expanduser(args.out)
-        if list(Path(args.out).glob('*.csv')): raise ValueError(f'{args.out} holds tables already; choose another folder')
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(args.out)/'command.txt', f'{command}\ndate {datetime.date.today().isoformat()}, efcn_nb {__version__}, {machine(device)}\n')
+    _check_bench(args, device)
+    _bench_folder(args, device, command)
     tables, few = dict(step=[], epoch=[]), min(args.repeat, 3)
+    def add(kind, name, turns, table):
+        tables[kind].append(table)
+        _show(f'{kind} of {name}, batch {args.batch}, {device}, median of {turns} turns', table)
+        if not args.out: return
+        text = pd.concat(tables[kind]).to_csv(index=False, float_format='%.5g')
+        write_atomic(Path(args.out)/f'{kind}.csv', text)
     for name in names:
         for width in args.width or [None]:
-            for kind, turns, table in [('step', args.repeat, lambda: bench_train(name, width, args.batch, device, args.repeat)),
-                                       ('epoch', few, lambda: bench_epoch(name, width, args.batch, device, args.precision, args.images, few))]:
-                tables[kind].append(table())
-                _show(f'{kind} of {name}, batch {args.batch}, {device}, median of {turns} turns', tables[kind][-1])
-                if args.out: write_atomic(Path(args.out)/f'{kind}.csv', pd.concat(tables[kind]).to_csv(index=False, float_format='%.5g'))
+            add('step', name, args.repeat, bench_train(name, width, args.batch, device, args.repeat))
+            add('epoch', name, few, bench_epoch(name, width, args.batch, device, args.precision, args.images, few))
 
 # %% ../nbs/99_cli.ipynb #499c3984
 def efcn_bench(

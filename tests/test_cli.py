@@ -16,7 +16,7 @@ from PIL import Image
 
 import tiny
 from efcn_nb.service import files
-from efcn_nb.cli import efcn_relax
+from efcn_nb.cli import efcn_bench, efcn_relax
 from efcn_nb.service.tables import read_table
 
 REPORTS = {"summary.csv", "claims.csv", "metrics.csv", "figure.png", "command.txt", "study.json", "lock"}
@@ -44,7 +44,7 @@ def one_line(code, err): return code not in (0, None) and len(err.splitlines()) 
 def test_what_is_printed_and_written(done):
     study, out = done
     assert {p.name for p in study.iterdir() if p.is_file()} == REPORTS and len([p for p in study.iterdir() if p.is_dir()]) == 5
-    for word in ("Final test accuracy", "claims", "fcn", "relaxed", "lcn", "cnn", "torch", str(study.name)): assert word in out, word
+    for word in ("Final test accuracy", "claims", "fcn", "efcn", "elcn", "cnn", "torch", str(study.name)): assert word in out, word
     assert pd.read_csv(study/"summary.csv").n.eq(1).all() and len(pd.read_csv(study/"claims.csv")) >= 5
     with Image.open(study/"figure.png") as figure: assert figure.format == "PNG" and min(figure.size) > 200
     assert (study/"command.txt").read_text().startswith("efcn_relax --width 2 ")
@@ -72,7 +72,7 @@ def mortal(console, tmp_path_factory):
         path = folder/"images"/("test" if k < 8 else "train")/"ab"[k % 2]/f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(k).normal(128, 20 + 60*(k % 2), (32, 32)).clip(0, 255).astype("uint8")).convert("RGB").save(path)
-    flags = ["--data", folder/"images", *"--model alexnet --width 1 --epochs 2 --batch_size 8 --seeds 1 --relax 0,1 --lcn 1 --device cpu --momentum .9 --weight_decay .01 --lr .02 --keep_weights".split()]
+    flags = ["--data", folder/"images", *"--model alexnet --width 1 --epochs 2 --batch_size 8 --seeds 1 --relax 0,1 --elcn 1 --device cpu --momentum .9 --weight_decay .01 --lr .02 --keep_weights".split()]
     start = time.monotonic()
     assert console(*flags, "--out", "whole", cwd=folder)[0] == 0
     return flags, folder/"whole", time.monotonic() - start
@@ -137,7 +137,7 @@ def test_stopped_by_hand_or_by_a_scheduler(tmp_path, name):
             assert process.poll() is None, process.communicate()[1]
             time.sleep(.05)
         process.send_signal(getattr(signal, name))
-        assert process.communicate(timeout=600)[1].strip() == "stopped; the same command goes on after the last stored epoch" and process.returncode == 1
+        assert process.communicate(timeout=600)[1].strip() == "stopped; rerun the same command: it resumes after the last stored epoch" and process.returncode == 1
     finally: process.kill()
 
 
@@ -161,11 +161,11 @@ def test_as_a_fresh_process(tmp_path):
 WRONG = [
     ("--data", "nothing"), ("--data", ""), ("--data", "no/such/folder"), ("--data", "a-file"), ("--data", "empty"), ("--data", "no-images"), ("--data", "broken"), ("--data", "unequal"),
     ("--model", "resnet"), ("--model", "skinny"), ("--width", "0"), ("--width", "-3"), ("--width", "x"), ("--width", "99999999999"),
-    ("--relax", "7"), ("--relax", "-1"), ("--relax=-1,0",), ("--relax", "a"), ("--relax", "0.5"), ("--lcn", "7"), ("--lcn", "x"),
+    ("--relax", "7"), ("--relax", "-1"), ("--relax=-1,0",), ("--relax", "a"), ("--relax", "0.5"), ("--elcn", "7"), ("--elcn", "x"),
     ("--epochs", "-1"), ("--epochs", "1.5"), ("--epochs", ""), ("--lr", "nan"), ("--lr", "inf"), ("--lr", "0"), ("--lr", "-1"), ("--lr", "x"),
     ("--batch_size", "0"), ("--batch_size", "-5"), ("--batch_size", "x"), ("--seeds", "0"), ("--seeds", "-1"), ("--seeds", ""), ("--seeds", "1.5"), ("--seeds", "x"),
     ("--seeds", "99999999999999999999,"), ("--seeds", "99999999999999999,"), ("--device", "nowhere"), ("--device", "meta"), ("--device", "cuda:99"), ("--precision", "fp8"),
-    ("--out", "a-file"), ("--out", "a-file/below"), ("--out", "foreign"), ("--out", "/dev/null/x"), ("--foo",), ("bar",)]
+    ("--workers", "0"), ("--precision", "tf32"), ("--out", "a-file"), ("--out", "a-file/below"), ("--out", "foreign"), ("--out", "/dev/null/x"), ("--foo",), ("bar",)]
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(console, place, wrong):
 
 @pytest.mark.parametrize("name", ["007", "1e5", "NA", "true"])
 def test_a_name_that_looks_like_something_else(console, tmp_path, name):
-    flags = [*tiny.FLAGS, "--relax", "", "--lcn", "", "--name", name, "--out", "s"]
+    flags = [*tiny.FLAGS, "--relax", "", "--elcn", "", "--name", name, "--out", "s"]
     code, out, err = console(*flags, cwd=tmp_path)
     assert code == 0 and not err and set(read_table((tmp_path/"s/metrics.csv").read_text()).data) == {name}
     assert console(*flags, cwd=tmp_path) == (code, out, err)
@@ -241,12 +241,12 @@ def test_a_folder_that_cannot_be_written(console, tmp_path):
 
 @pytest.mark.parametrize("flags, seeds", [(["--seeds", "2"], [0, 1]), (["--seeds", "7,"], [7]), (["--seeds", "3,1"], [1, 3]), (["--seeds", "4,4"], [4])], ids=str)
 def test_seeds(console, tmp_path, flags, seeds):
-    code, out, err = console(*tiny.FLAGS, "--relax", "0", "--lcn", "", *flags, "--out", "s", cwd=tmp_path)
+    code, out, err = console(*tiny.FLAGS, "--relax", "0", "--elcn", "", *flags, "--out", "s", cwd=tmp_path)
     if flags[1] == "4,4" and code: assert one_line(code, err) and not (tmp_path/"s").exists()
     else: assert code == 0 and sorted(pd.read_csv(tmp_path/"s"/"metrics.csv").seed.unique()) == seeds, err
 
 
-@pytest.mark.parametrize("flags", [["--relax", ""], ["--relax", "", "--lcn", ""], ["--epochs", "0", "--relax", "0"], ["--batch_size", "999999"], ["--precision", "bf16"],
+@pytest.mark.parametrize("flags", [["--relax", ""], ["--relax", "", "--elcn", ""], ["--epochs", "0", "--relax", "0"], ["--batch_size", "999999"], ["--precision", "bf16"],
                                    ["--no-shuffle"], ["--keep_weights"], ["--name", "my digits/2"]], ids=" ".join)
 def test_other_studies(console, done, tmp_path, flags):
     code, out, err = console(*tiny.FLAGS, *flags, "--out", "s", cwd=tmp_path)
@@ -284,3 +284,11 @@ def test_measuring_a_study(console, tmp_path):
     assert console(*command, cwd=tmp_path)[0] == 0
     after = tiny.files(tmp_path/"study")
     assert before == after
+
+
+@pytest.mark.parametrize("wrong, says", [
+    ("embed --models vgg", "unknown model"), ("embed --repeat 0", "repeat must be 1 or more"), ("embed --batch 0", "batch must be"), ("train --models vgg", "unknown model"), ("train --width 0", "width must be"),
+    ("train --images 8", "must fill a batch of 250"), ("train --batch 0", "batch must be 1 or more"), ("train --device cuda:99", "there is no device"), ("train --precision tf32 --device cpu", "need a GPU")])
+def test_what_cannot_be_timed(capsys, wrong, says):
+    with pytest.raises(SystemExit) as end: efcn_bench(wrong.split())
+    assert end.value.code.startswith("efcn_bench: ") and says in end.value.code and len(end.value.code.splitlines()) == 1

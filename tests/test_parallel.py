@@ -107,7 +107,7 @@ CANNOT = dict(
     a_lambda=(lambda: dict(workers=2), dict(model=local()), "function local.<locals>.<lambda> cannot travel.*define it by def at the top"), a_lambda_to_a_pool=(lambda: dict(executor=pool(1)), dict(model=local()), "cannot travel"),
     a_partial=(lambda: dict(workers=2), dict(model=functools.partial(local())), "function partial cannot travel"), a_lock=(lambda: dict(workers=3), dict(model=Locked()), "function Locked cannot travel.*cannot pickle"),
     at_a_prompt=(lambda: dict(executor=pool(1)), dict(model=at_a_prompt), "function at_a_prompt is not there in other processes.*in a module of its own"),
-    none=(lambda: dict(workers=0), dict(), "workers must be 1 or more, not 0"), half=(lambda: dict(workers=1.5), dict(), "workers must be made of whole numbers, not 1.5"), some=(lambda: dict(workers="2"), dict(), "whole number"),
+    none=(lambda: dict(workers=0), dict(), "workers must be a whole number, 1 or more, not 0"), half=(lambda: dict(workers=1.5), dict(), "workers must be a whole number, 1 or more, not 1.5"), some=(lambda: dict(workers="2"), dict(), "whole number"),
     both=(lambda: dict(workers=2, executor=Hidden(None)), dict(), "either workers= or executor="), a_number=(lambda: dict(executor=2), dict(), "executor must be one of the kind of concurrent.futures, not 2.*take workers="))
 
 
@@ -127,7 +127,7 @@ def test_what_workers_cannot_do(tmp_path, monkeypatch, case):
 
 @pytest.mark.parametrize("case", ["fork", "a_lambda"])
 def test_a_finished_study_needs_no_workers(tmp_path, case):
-    settings = dict(model=local(), width=None, epochs=1, relax_times=[], lcn_times=[], batch_size=100)
+    settings = dict(model=local(), width=None, epochs=1, relax_times=[], elcn_times=[], batch_size=100)
     table = tiny.study(tmp_path/"s", **settings).run()
     assert tiny.study(tmp_path/"s", **settings).run(**CANNOT[case][0]()).equals(table)
 
@@ -202,7 +202,7 @@ if __name__ == "__main__":
     pool = ProcessPoolExecutor(1, get_context("spawn"))
     for model in width, slope, weight, buffer, name, entry, Made(), ours, functools.partial(net, width=WIDTH):
         label = getattr(model, "__name__", type(model).__name__)
-        small = tiny.study(label, model=model, epochs=1, relax_times=[], lcn_times=[], width=None, batch_size=100)
+        small = tiny.study(label, model=model, epochs=1, relax_times=[], elcn_times=[], width=None, batch_size=100)
         try: said = len(small.run(executor=pool)) and "ran"
         except ValueError as e: said = f"{e} [{len([*small.out.iterdir()])}]"
         print(json.dumps([label, said]))
@@ -270,7 +270,7 @@ def test_a_worker_that_writes_elsewhere_is_noticed(tmp_path):
 def test_a_pool_that_outlives_a_study(serial, tmp_path):
     "The same folder, other data: a worker must not go on with what it had opened."
     with pool(1) as executor:
-        tiny.study(tmp_path/"s", data="digits", epochs=1, relax_times=[], lcn_times=[], batch_size=1000).run(executor=executor)
+        tiny.study(tmp_path/"s", data="digits", epochs=1, relax_times=[], elcn_times=[], batch_size=1000).run(executor=executor)
         shutil.rmtree(tmp_path/"s")
         ours = study(tmp_path/"s", tmp_path/"marker")
         (tmp_path/"marker").touch()
@@ -322,7 +322,7 @@ def test_workers_of_the_command(command, tmp_path):
 
 def test_workers_end_when_their_parent_is_killed(command, tmp_path):
     "So that the same command can go on, and is not told that another process is at work."
-    flags = ["--out", "s", "--workers", "2", "--epochs", "100000", "--relax", "", "--lcn", ""]
+    flags = ["--out", "s", "--workers", "2", "--epochs", "100000", "--relax", "", "--elcn", ""]
     def last(): return max((int(p.name.split("-")[1]) for p in tmp_path.glob("s/cnn-*/epoch-*")), default=-1)
     def wait_for(epoch, process):
         while last() < epoch:
@@ -339,10 +339,10 @@ def test_workers_end_when_their_parent_is_killed(command, tmp_path):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_workers_end_at_once_when_the_command_is_asked_to(command, tmp_path, name):
-    flags = ["--out", "s", "--workers", "2", "--epochs", "100000", "--relax", "", "--lcn", ""]
+    flags = ["--out", "s", "--workers", "2", "--epochs", "100000", "--relax", "", "--elcn", ""]
     process = command(*flags)
     while not list(tmp_path.glob("s/cnn-*/epoch-*")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(.05)
     process.send_signal(getattr(signal, name))
-    assert process.communicate(timeout=600)[1].strip() == "stopped; the same command goes on after the last stored epoch"
+    assert process.communicate(timeout=600)[1].strip() == "stopped; rerun the same command: it resumes after the last stored epoch"

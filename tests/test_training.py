@@ -132,7 +132,7 @@ from efcn_nb.experiments.bench import noise
 from efcn_nb.service.timing import peak_memory
 from efcn_nb.experiments.relaxation import Study
 precision, momentum, out = sys.argv[1], float(sys.argv[2]), sys.argv[3]
-study = Study(noise(500), "alexnet", relax_times=[0], lcn_times=[], epochs=1, lr=1e-3, seeds=1, device="cpu", precision=precision, out=out, keep_weights=True, momentum=momentum)
+study = Study(noise(500), "alexnet", relax_times=[0], elcn_times=[], epochs=1, lr=1e-3, seeds=1, device="cpu", precision=precision, out=out, keep_weights=True, momentum=momentum)
 cnn, fcn, relaxed = study.plan()
 study.carry_out(cnn)
 for run in fcn, relaxed: print(peak_memory(lambda: study.carry_out(run))/(4*study.weights))

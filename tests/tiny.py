@@ -14,8 +14,8 @@ from torch import nn
 from efcn_nb.materials.data import Data, Dataset, load_data
 from efcn_nb.experiments.relaxation import Study
 
-SETTINGS = dict(model="small", width=2, epochs=2, batch_size=40, seeds=1, relax_times=[0, 1, 2], lcn_times=[1], device="cpu")
-FLAGS = "--width 2 --epochs 1 --batch_size 500 --seeds 1 --relax 0,1 --lcn 0 --device cpu".split()  # as many parts, from the command line
+SETTINGS = dict(model="small", width=2, epochs=2, batch_size=40, seeds=1, relax_times=[0, 1, 2], elcn_times=[1], device="cpu")
+FLAGS = "--width 2 --epochs 1 --batch_size 500 --seeds 1 --relax 0,1 --elcn 0 --device cpu".split()  # as many parts, from the command line
 DATA = Data(*(replace(part, x=part.x[:100], y=part.y[:100]) for part in load_data("digits")))
 
 
