@@ -376,19 +376,24 @@ def refresh_batchnorm(
     data,              # a `Dataset` of training images
     batch_size:int=250 # images at a time
 )->nn.Module:          # `model`
-    "Running statistics of BatchNorm as averages over one pass of `data`; modes and momenta stay. Does nothing without BatchNorm. Raises `ValueError` without images."
+    "Running statistics of BatchNorm as averages over one pass of `data`; modes and momenta stay. "\
+    "Does nothing without BatchNorm. Raises `ValueError` without images."
     if not batchnorms(model): return model
-    if batch_size < 1 or not len(data): raise ValueError(f'running statistics need images, in batches of at least one: not {len(data)} in batches of {batch_size}')
+    if batch_size < 1 or not len(data):
+        raise ValueError('running statistics need images, in batches of at least one: '
+                         f'not {len(data)} in batches of {batch_size}')
     parts = torch.arange(len(data)).tensor_split(math.ceil(len(data)/batch_size)) # equally large up to one image
     return recount_batchnorm(model, (data.batch(index)[0] for index in parts))
 
 # %% ../../nbs/instruments/31_paths.ipynb #4f229dad
 def _refreshed(models, train, batch_size, own=False):
-    "The networks of an iterable, one at a time, with statistics of `train` if they have BatchNorm; in copies if they are not our `own`."
+    "The networks of an iterable, one at a time, with statistics of `train` if they have BatchNorm; "\
+    "in copies if they are not our `own`."
     for model in models:
         if not batchnorms(model): yield model
         elif train is None:
-            raise ValueError('these networks have BatchNorm, whose running statistics belong to no network between the ends; give train=, the images to compute them from')
+            raise ValueError('these networks have BatchNorm, whose running statistics belong to no network between '
+                             'the ends; give train=, the images to compute them from')
         else: yield refresh_batchnorm(model if own else _copy(model), train, batch_size)
 
 def _measured(path, ts, models, data, batch_size):
