@@ -3,8 +3,10 @@ import re
 
 import pytest
 
-import keep
 import pandas as pd
+
+import keep
+from efcn_nb.experiments.relaxation import read_protocol
 
 pytestmark = pytest.mark.skipif(not (keep.ROOT / "nbs/index.ipynb").exists(), reason="no index yet")
 
@@ -39,3 +41,13 @@ def test_numbers_of_the_gpu_record():
     for block, relax in (("paper", 18), ("4,000", 0), ("4,000", 5), ("4,000", 10)):
         row = rows.loc[block, "efcn", relax]
         assert f"{100*row['gain_best_rival']:.1f} ± {100*row['half_best_rival']:.1f}" in text, (block, relax)
+
+
+def test_numbers_of_the_record_on_digits():
+    "What README says of the CNN and the FCN on digits is what the record holds."
+    table = read_protocol(keep.ROOT / "nbs/records/needle_digits/metrics.csv")
+    text = (keep.ROOT / "README.md").read_text(encoding="utf-8")
+    ends = table[(table.split == "test") & (table.metric == "accuracy")]
+    for network, epoch in (("cnn", 16), ("cnn", 32), ("fcn", 16)):
+        values = ends[(ends.network == network) & (ends.epoch == epoch)].value
+        assert f"{100*values.mean():.1f} ± {100*values.std():.1f} %" in text, (network, epoch)
