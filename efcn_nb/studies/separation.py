@@ -171,6 +171,8 @@ def learn_pattern(
     test = next(pattern_batches(pattern, TEST_INPUTS, 1, 3*run.seed + 2))
     return _learned(run, make, (1, n), batches, test)
 
+del learn_pattern.__delwrap__ # nbdev would look for the source of what a dataclass generates
+
 # %% ../../nbs/studies/60_separation.ipynb #b458780b
 def digit_scans(
     seed:int=0 # of the split
@@ -245,6 +247,8 @@ def learn_digits(
     batches = digit_rows(scans[0], n, slots, run.batch, run.steps, 3*run.seed + 1)
     test = next(digit_rows(scans[1], n, slots, TEST_INPUTS, 1, 3*run.seed + 2))
     return _learned(run, make, (1, 8, 8*n), batches, test)
+
+del learn_digits.__delwrap__ # nbdev would look for the source of what a dataclass generates
 
 # %% ../../nbs/studies/60_separation.ipynb #14d8e609
 def final_rows(
