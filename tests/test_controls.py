@@ -51,7 +51,8 @@ def test_classes_keep_their_covariance():
     many = replace(few, x=few.x.repeat(n//60, 1, 1, 1), y=few.y.repeat(n//60))
     by_class, pooled = (gaussian(Data(few, many), kind, 0).test for kind in (True, False))
     spread = lambda d, c: d.x[d.y == c].var(0).mean().item()
-    assert spread(by_class, 2)/spread(by_class, 0) == pytest.approx(spread(few, 2)/spread(few, 0), rel=.1) and spread(pooled, 2)/spread(pooled, 0) < 2
+    assert spread(by_class, 2)/spread(by_class, 0) == pytest.approx(spread(few, 2)/spread(few, 0), rel=.1)
+    assert spread(pooled, 2)/spread(pooled, 0) < 2
 
 
 def test_gaussian_data_has_no_third_moment():
@@ -76,20 +77,27 @@ def test_whitened_by_numpy(kind):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_keep_shape_and_labels(data, variant):
     made, again, other = (make_variant(data, variant, seed) for seed in (0, 0, 1))
-    assert all(m.x.shape == d.x.shape and m.y.equal(d.y) for m, d in zip(made, data)) and made.train.fingerprint == again.train.fingerprint
+    assert all(m.x.shape == d.x.shape and m.y.equal(d.y) for m, d in zip(made, data))
+    assert made.train.fingerprint == again.train.fingerprint
     assert (made.train.fingerprint == other.train.fingerprint) == (variant in ("images", "white"))
-    by_parts = {"images": lambda: data, "white": lambda: whitened(data), "gaussian": lambda: gaussian(data, False, 0), "gaussian-class": lambda: gaussian(data, True, 0),
-                "white-gaussian": lambda: gaussian(whitened(data), False, 0), "permuted": lambda: Data(*(replace(d, x=permute_pixels(d.x, d.shape, pixel_order(d.shape, 0))) for d in data))}
+    by_parts = {"images": lambda: data, "white": lambda: whitened(data), "gaussian": lambda: gaussian(data, False, 0),
+                "gaussian-class": lambda: gaussian(data, True, 0),
+                "white-gaussian": lambda: gaussian(whitened(data), False, 0),
+                "permuted": lambda: Data(*(replace(d, x=permute_pixels(d.x, d.shape, pixel_order(d.shape, 0)))
+                                           for d in data))}
     assert all(m.fingerprint == d.fingerprint for m, d in zip(made, by_parts[variant]()))
 
 
 def test_a_class_without_images(data):
-    with pytest.raises(ValueError, match="class 1 has no training image"): gaussian(Data(replace(data.train, x=data.train.x[::3], y=data.train.y[::3]), data.test), True, 0)
+    with pytest.raises(ValueError, match="class 1 has no training image"):
+        gaussian(Data(replace(data.train, x=data.train.x[::3], y=data.train.y[::3]), data.test), True, 0)
 
 
 @pytest.mark.parametrize("call,said", [
-    (lambda x: permute_pixels(x, (3, 8, 8), pixel_order((3, 8, 8), 0)), "images of shape (3, 8, 8), or rows of 192 numbers"),
-    (lambda x: permute_pixels(x[:3], (3, 8, 8), pixel_order((3, 8, 8), 0)), "not a tensor of shape (3, 2, 8, 8)"), # the sizes happen to agree
+    (lambda x: permute_pixels(x, (3, 8, 8), pixel_order((3, 8, 8), 0)),
+     "images of shape (3, 8, 8), or rows of 192 numbers"),
+    # the sizes happen to agree
+    (lambda x: permute_pixels(x[:3], (3, 8, 8), pixel_order((3, 8, 8), 0)), "not a tensor of shape (3, 2, 8, 8)"),
     (lambda x: permute_pixels(x, (2, 8, 8), torch.randperm(63)), "has each number from 0 to 63 once"),
     (lambda x: permute_pixels(x, (2, 8, 8), torch.zeros(64, dtype=torch.int64)), "has each number from 0 to 63 once"),
     (lambda x: permute_pixels(x, (2, 8, 8), torch.ones(64, dtype=torch.bool)), "has each number from 0 to 63 once"),
@@ -99,23 +107,30 @@ def test_pixels_that_cannot_be_permuted(data, call, said):
     assert said in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("change,said", [(lambda x: x*0 + .5, "all the same cannot be made white"), (lambda x: x*math.nan, "images hold NaN or infinite numbers"), (lambda x: x[:0], "must be there")])
+@pytest.mark.parametrize("change,said",
+                         [(lambda x: x*0 + .5, "all the same cannot be made white"),
+                          (lambda x: x*math.nan, "images hold NaN or infinite numbers"),
+                          (lambda x: x[:0], "must be there")])
 def test_images_that_cannot_be_whitened(data, change, said):
     x = change(data.train.x)
-    with pytest.raises(ValueError, match=said): whitened(Data(replace(data.train, x=x, y=data.train.y[:len(x)]), data.test))
+    with pytest.raises(ValueError, match=said):
+        whitened(Data(replace(data.train, x=x, y=data.train.y[:len(x)]), data.test))
 
 
 def test_images_that_are_not_finite(data):
-    with pytest.raises(ValueError, match="images hold NaN or infinite numbers"): gaussian(Data(replace(data.train, x=data.train.x*math.nan), data.test), True, 0)
+    with pytest.raises(ValueError, match="images hold NaN or infinite numbers"):
+        gaussian(Data(replace(data.train, x=data.train.x*math.nan), data.test), True, 0)
 
 
 def test_draws_of_white_images_keep_what_the_floor_leaves():
     "Weak directions stay weak: white images are correlated still, and their Gaussian draws as much."
     weak = images(6000, (1, 4, 4))
     weak = replace(weak, x=F.avg_pool2d(F.pad(weak.x, (1, 1, 1, 1), mode="circular"), 3, 1))
-    C = [np.cov(make_variant(Data(weak, weak), variant, 0).train.x.flatten(1).double().numpy().T) for variant in ("white", "white-gaussian")]
+    C = [np.cov(make_variant(Data(weak, weak), variant, 0).train.x.flatten(1).double().numpy().T)
+         for variant in ("white", "white-gaussian")]
     assert np.linalg.eigvalsh(C[0])[0] < .9 and abs(C[0] - C[1]).max() < 6*2**.5/6000**.5
 
 
 def test_an_unknown_variant(data):
-    with pytest.raises(ValueError, match="unknown variant 'scrambled'; known are images, permuted, gaussian"): make_variant(data, "scrambled", 0)
+    with pytest.raises(ValueError, match="unknown variant 'scrambled'; known are images, permuted, gaussian"):
+        make_variant(data, "scrambled", 0)

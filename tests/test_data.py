@@ -45,7 +45,9 @@ def flat(tmp_path):
 def split(tmp_path):
     "FOLDER/train/<class>/* and FOLDER/test/<class>/*, JPEG among them."
     for part, n in ("train", 8), ("test", 4):
-        for k in range(n): write_image(tmp_path / "pets" / part / ("cat", "dog")[k % 2] / f"{k}.{('png', 'jpg')[k // 2 % 2]}", 100*n + k)
+        for k in range(n):
+            write_image(tmp_path / "pets" / part / ("cat", "dog")[k % 2] / f"{k}.{('png', 'jpg')[k // 2 % 2]}",
+                        100*n + k)
     return tmp_path / "pets"
 
 
@@ -62,7 +64,8 @@ def photos(n=20):
 def test_batch_is_normalised_as_torchvision_does():
     photo, index = photos(), torch.tensor([7, 0, 7, 19])
     x, y = photo.batch(index)
-    pipeline = transforms.Compose([transforms.ToTensor(), transforms.Normalize(photo.mean.tolist(), photo.std.tolist())])
+    pipeline = transforms.Compose([transforms.ToTensor(),
+                                   transforms.Normalize(photo.mean.tolist(), photo.std.tolist())])
     expected = torch.stack([pipeline(image.permute(1, 2, 0).numpy()) for image in photo.x[index]])
     torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
     assert x.dtype == torch.float32 and torch.equal(y, photo.y[index])
@@ -80,7 +83,8 @@ def test_any_number_of_axes(spatial, dtype):
     assert one.shape == (2, *spatial) and torch.equal(one.x, before)
 
 
-@pytest.mark.parametrize("x", [torch.full((3, 1, 7, 7), 7, dtype=torch.uint8), *(torch.full((n, 1, 11, 13), v) for n, v in [(3, .1), (7, .7), (50, 1/3)])])
+@pytest.mark.parametrize("x", [torch.full((3, 1, 7, 7), 7, dtype=torch.uint8),
+                               *(torch.full((n, 1, 11, 13), v) for n, v in [(3, .1), (7, .7), (50, 1/3)])])
 def test_constant_channel_divides_by_one(x):
     mean, std = channel_stats(x)
     assert std.tolist() == [1.]
@@ -191,7 +195,8 @@ def test_data_stay_a_pair():
 
 @pytest.mark.parametrize("make, said", [
     (lambda a: Data(a, None), "not of NoneType"), (lambda a: Data((1, 2), (3, 4)), "not of tuple"),
-    (lambda a: Data(a.x, a.x), "not of Tensor"), (lambda a: load_data(a), r"one Dataset, a split: say Data\(train, test"),
+    (lambda a: Data(a.x, a.x), "not of Tensor"),
+    (lambda a: load_data(a), r"one Dataset, a split: say Data\(train, test"),
     (lambda a: load_data(None), "or a folder of images, not None"), (lambda a: load_data(3), "not 3"),
     (lambda a: load_data([1, 2]), r"not \[1, 2\]"), (lambda a: load_data(b"x"), "not b'x'")])
 def test_what_are_no_data(make, said):
@@ -222,12 +227,15 @@ def test_describe(n, classes):
 
 
 def test_a_collection_comes_in_its_own_size():
-    with pytest.raises(ValueError, match="size is for folders of images: digits comes in its own size"): load_data("digits", size=8)
+    with pytest.raises(ValueError, match="size is for folders of images: digits comes in its own size"):
+        load_data("digits", size=8)
 
 
 def test_bad_batches():
     with pytest.raises(ValueError, match="batch_size must be a whole number, 1 or more, not 0"): photos().batches(0)
-    with pytest.raises((RuntimeError, IndexError)): photos().batch(torch.ones(20, dtype=torch.bool))  # a mask is no index
+    # a mask is no index
+    with pytest.raises((RuntimeError, IndexError)):
+        photos().batch(torch.ones(20, dtype=torch.bool))
     with pytest.raises((RuntimeError, IndexError)): photos().batch([20])
     with pytest.raises(ValueError, match="n must be a whole number, 1 or more, not 0"): photos().thinned(0)
 
@@ -286,7 +294,8 @@ def test_shifted_digits_are_whole_and_everywhere():
     assert len(corners) == 81
     assert torch.equal(centred.train.y, shifted.train.y)
     assert same(shifted, load_data()) and not same(shifted, load_data(seed=1))
-    assert [load_data().train.name, load_data(shift=False).test.name, load_data(name="scans").test.name] == ["digits", "digits (centred)", "scans"]
+    names = [load_data().train.name, load_data(shift=False).test.name, load_data(name="scans").test.name]
+    assert names == ["digits", "digits (centred)", "scans"]
 
 
 def test_both_splits_share_the_training_normalisation():
@@ -339,14 +348,16 @@ def test_cifar(source, make, name, tmp_path, monkeypatch):
         assert (part.shape, part.name, part.classes[3]) == ((3, 32, 32), name, "class 3")
     constants = torch.tensor([.491, .482, .447]), torch.tensor([.247, .243, .262])
     own = channel_stats(loaded.train.x)
-    for value, expected in zip((loaded.test.mean, loaded.test.std), constants if source == "cifar10" else own): assert torch.equal(value, expected)
+    for value, expected in zip((loaded.test.mean, loaded.test.std), constants if source == "cifar10" else own):
+        assert torch.equal(value, expected)
 
 
 def test_cifar_is_unpacked_from_torchvisions_archive(tmp_path, monkeypatch):
     written = write_cifar(tmp_path / "made", CIFAR10, monkeypatch)
     root = tmp_path / "root"
     root.mkdir()
-    with tarfile.open(root / CIFAR10.filename, "w:gz") as archive: archive.add(tmp_path / "made" / CIFAR10.base_folder, CIFAR10.base_folder)
+    with tarfile.open(root / CIFAR10.filename, "w:gz") as archive:
+        archive.add(tmp_path / "made" / CIFAR10.base_folder, CIFAR10.base_folder)
     monkeypatch.setattr(CIFAR10, "tgz_md5", md5(root / CIFAR10.filename))
     assert np.array_equal(load_data("cifar10", root=root).train.x.flatten(1), written["train_list"][0])
 
@@ -355,7 +366,8 @@ def idx(a): return bytes([0, 0, 8, a.ndim]) + b"".join(n.to_bytes(4, "big") for 
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("source, make, name", [("mnist", MNIST, "MNIST"), ("fashion_mnist", FashionMNIST, "Fashion-MNIST")])
+@pytest.mark.parametrize("source, make, name",
+                         [("mnist", MNIST, "MNIST"), ("fashion_mnist", FashionMNIST, "Fashion-MNIST")])
 def test_mnist(source, make, name, packed, tmp_path, monkeypatch):
     raw, rng, written, sums = tmp_path / make.__name__ / "raw", np.random.default_rng(0), [], []
     raw.mkdir(parents=True)
@@ -371,19 +383,23 @@ def test_mnist(source, make, name, packed, tmp_path, monkeypatch):
         assert (part.shape, part.name, len(part.classes)) == ((1, 28, 28), name, 10)
 
 
-@pytest.mark.parametrize("source, make", [("cifar10", CIFAR10), ("cifar100", CIFAR100), ("mnist", MNIST), ("fashion_mnist", FashionMNIST)])
+@pytest.mark.parametrize("source, make", [("cifar10", CIFAR10), ("cifar100", CIFAR100), ("mnist", MNIST),
+                                          ("fashion_mnist", FashionMNIST)])
 def test_missing_collection(source, make, tmp_path, monkeypatch):
     nowhere = f"file://{tmp_path}/nowhere/"
     monkeypatch.setattr(make, *(("mirrors", [nowhere]) if hasattr(make, "mirrors") else ("url", nowhere + "x.tar.gz")))
     for download, reason in (False, "download is False"), (True, "downloading it failed"):
-        with pytest.raises(FileNotFoundError, match="is not complete in") as error: load_data(source, root=tmp_path / "root", download=download)
-        assert reason in str(error.value) and str(tmp_path / "root") in str(error.value) and "\n" not in str(error.value)
+        with pytest.raises(FileNotFoundError, match="is not complete in") as error:
+            load_data(source, root=tmp_path / "root", download=download)
+        assert reason in str(error.value) and str(tmp_path / "root") in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def test_cut_file_of_a_collection(tmp_path, monkeypatch):
     write_cifar(tmp_path, CIFAR10, monkeypatch)
     with open(tmp_path / CIFAR10.base_folder / "data_batch_3", "r+b") as file: file.truncate(100)
-    with pytest.raises(FileNotFoundError, match="CIFAR-10 is not complete"): load_data("cifar10", root=tmp_path, download=False)
+    with pytest.raises(FileNotFoundError, match="CIFAR-10 is not complete"):
+        load_data("cifar10", root=tmp_path, download=False)
 
 
 # Folders of images
@@ -470,7 +486,8 @@ def test_empty_folder(tmp_path):
 
 
 
-@pytest.mark.parametrize("layout, empty", [("flat", ["bird"]), ("split", ["train/bird", "test/bird"]), ("split", ["test/dog"])])
+@pytest.mark.parametrize("layout, empty",
+                         [("flat", ["bird"]), ("split", ["train/bird", "test/bird"]), ("split", ["test/dog"])])
 def test_class_folder_without_images(layout, empty, request):
     folder = request.getfixturevalue(layout)
     for name in empty:
@@ -548,7 +565,8 @@ def plant(root, folders, extra=(), links=()):
 
 
 PAIRS = [("Train", "Test"), ("TRAIN", "TEST"), ("training", "testing"), ("Training", "Test"), ("train", "testing"),
-         ("training_set", "test_set"), ("train-set", "TestSet"), ("trainset", "testset"), ("Train Images", "Test Images"),
+         ("training_set", "test_set"), ("train-set", "TestSet"), ("trainset", "testset"),
+         ("Train Images", "Test Images"),
          ("01_train", "02_test"), ("seg_train", "seg_test"), ("train2017", "test2017"),
          ("seg_train/seg_train", "seg_test/seg_test"), ("train/images", "test/images"), ("data/train", "data/test"),
          ("a/b/c/Train", "a/b/c/Test")]
@@ -927,7 +945,8 @@ def decoded(monkeypatch):
 def read(monkeypatch):
     "Sizes of the contents compared or decoded so far."
     real, sizes = data._Content.__iter__, []
-    monkeypatch.setattr(data._Content, "__iter__", lambda self: (sizes.append(len(raw)) or (path, raw) for path, raw in real(self)))
+    monkeypatch.setattr(data._Content, "__iter__",
+                        lambda self: (sizes.append(len(raw)) or (path, raw) for path, raw in real(self)))
     return sizes
 
 
@@ -975,7 +994,8 @@ def test_changed_content_with_old_size_and_date(flat, rested):
     path.write_bytes(raw)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     after = path.stat()
-    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns) and after.st_ctime_ns != before.st_ctime_ns
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert after.st_ctime_ns != before.st_ctime_ns
     second = load_data(flat)
     assert not same(first, second) and same(second, load_data(flat, cache=False))
 
@@ -1071,14 +1091,16 @@ def test_cached_file_is_readable_as_any_other(flat, rested):
 def test_a_bar_only_where_somebody_watches(flat, terminal, monkeypatch):
     asked = []
     monkeypatch.setattr(data, "is_watched", lambda: terminal)
-    monkeypatch.setattr(data, "tqdm", lambda items, disable, **kwargs: asked.append((disable, kwargs["total"])) or items)
+    monkeypatch.setattr(data, "tqdm",
+                        lambda items, disable, **kwargs: asked.append((disable, kwargs["total"])) or items)
     load_data(flat)
     assert asked == [(not terminal, 12)]
 
 
 # All of CIFAR-10, if there is a copy
 
-@pytest.mark.skipif("EFCN_NB_CIFAR" not in os.environ, reason="EFCN_NB_CIFAR names no folder with CIFAR-10 as image files")
+@pytest.mark.skipif("EFCN_NB_CIFAR" not in os.environ,
+                    reason="EFCN_NB_CIFAR names no folder with CIFAR-10 as image files")
 def test_sixty_thousand_images(tmp_path):
     loaded = [load_data(os.environ["EFCN_NB_CIFAR"], cache=tmp_path, name="CIFAR-10 (JPEG)") for _ in range(2)]
     assert same(*loaded) and isinstance(loaded[0], Data)

@@ -21,7 +21,10 @@ def test_written_as_it_is(tmp_path, content):
     assert (tmp_path/"a").read_bytes() == (content if isinstance(content, bytes) else content.encode())
 
 
-@pytest.mark.parametrize("spoil", [lambda folder: folder.write_text("a file"), lambda folder: (folder/"lock").mkdir(parents=True)], ids=["no folder", "no lock"])
+@pytest.mark.parametrize("spoil",
+                         [lambda folder: folder.write_text("a file"),
+                          lambda folder: (folder/"lock").mkdir(parents=True)],
+                         ids=["no folder", "no lock"])
 def test_a_folder_that_cannot_be_held_is_one_sentence(tmp_path, spoil):
     spoil(tmp_path/"s")
     with pytest.raises(OSError, match="nothing can be written to .*choose another folder") as error:

@@ -1,4 +1,4 @@
-"Functions of signs, their Fourier coefficients and gradients at the start, against products, loops, autograd and closed forms."
+"Functions of signs, their Fourier coefficients and first gradients, against products, loops and closed forms."
 import itertools
 import math
 
@@ -9,8 +9,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from efcn_nb.instruments.fourier import (
-    KPattern, all_inputs, degree_masses, gradient_bounds, gradient_law, hinge, make_pattern, mean_gradient, parity_table,
-    pattern_batches, pattern_gradient, sign_accuracy, walsh_hadamard)
+    KPattern, all_inputs, degree_masses, gradient_bounds, gradient_law, hinge, make_pattern, mean_gradient,
+    parity_table, pattern_batches, pattern_gradient, sign_accuracy, walsh_hadamard)
 from efcn_nb.materials.controls import pixel_order
 from efcn_nb.studies.separation import make_local_net
 
@@ -18,7 +18,8 @@ from efcn_nb.studies.separation import make_local_net
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def signs(count, n, seed=0): return torch.randint(0, 2, (count, 1, n), generator=torch.Generator().manual_seed(seed)).float()*2 - 1
+def signs(count, n, seed=0):
+    return torch.randint(0, 2, (count, 1, n), generator=torch.Generator().manual_seed(seed)).float()*2 - 1
 
 
 # Patterns
@@ -50,7 +51,8 @@ def test_pattern_of_all_bits():
     (lambda: KPattern(4, (0, 0)), r"bits must differ from each other, but 0 is there twice"),
     (lambda: KPattern(4, (-1, 0)), r"from 0 to 3, not -1"),
     (lambda: KPattern(4, (0, 1.5)), r"from 0 to 3, not 1.5"),
-    (lambda: KPattern(4, (0, 1)).labels(torch.ones(4)), r"inputs must be \(N, 1, n\) or \(N, n\) with n = 4 signs, not \(4,\)"),
+    (lambda: KPattern(4, (0, 1)).labels(torch.ones(4)),
+     r"inputs must be \(N, 1, n\) or \(N, n\) with n = 4 signs, not \(4,\)"),
     (lambda: KPattern(4, (0, 1)).labels(torch.ones(3, 2, 4)), r"not \(3, 2, 4\)"),
     (lambda: KPattern(4, (0, 1), [1, 1, -1, -1, 1]), r"k = 2 bits has 4 labels, not 5"),
     (lambda: KPattern(4, (0, 1), torch.ones(2, 2)), r"k = 2 bits has 4 labels"),
@@ -97,7 +99,8 @@ def test_ordered_bits_come_to_the_middle():
 
 def test_bits_anywhere_are_neighbours_from_everywhere():
     found = [make_pattern(7, 3, "anywhere", seed=seed).bits for seed in range(60)]
-    assert {*found} == {(0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (4, 5, 6)} and make_pattern(7, 3, "anywhere", seed=5).bits == found[5]
+    assert {*found} == {(0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (4, 5, 6)}
+    assert make_pattern(7, 3, "anywhere", seed=5).bits == found[5]
     assert make_pattern(3, 3, "anywhere").bits == (0, 1, 2)
 
 
@@ -105,21 +108,25 @@ def test_batches_are_fresh_and_repeatable():
     pattern = KPattern(6, (1, 2))
     first, again = (list(pattern_batches(pattern, 8, 3, seed=5)) for _ in range(2))
     assert all(torch.equal(x, z) and torch.equal(y, w) for (x, y), (z, w) in zip(first, again, strict=True))
-    assert len(first) == 3 and not torch.equal(first[0][0], first[1][0]) and not torch.equal(first[0][0], next(pattern_batches(pattern, 8, 1, seed=6))[0])
+    assert len(first) == 3 and not torch.equal(first[0][0], first[1][0])
+    assert not torch.equal(first[0][0], next(pattern_batches(pattern, 8, 1, seed=6))[0])
 
 
 # Loss
 
 def test_hinge_and_accuracy():
     scores, y = torch.randn(30, 1, generator=torch.Generator().manual_seed(0)), signs(30, 1)[:, 0, 0]
-    assert hinge(scores, y).item() == pytest.approx(np.mean([max(0, 1 - a*b) for a, b in zip(scores[:, 0].tolist(), y.tolist())]), rel=1e-5)
-    assert sign_accuracy(nn.Identity(), scores, y) == pytest.approx(np.mean([a*b > 0 for a, b in zip(scores[:, 0].tolist(), y.tolist())]))
+    assert hinge(scores, y).item() == pytest.approx(
+        np.mean([max(0, 1 - a*b) for a, b in zip(scores[:, 0].tolist(), y.tolist())]), rel=1e-5)
+    assert sign_accuracy(nn.Identity(), scores, y) == pytest.approx(
+        np.mean([a*b > 0 for a, b in zip(scores[:, 0].tolist(), y.tolist())]))
 
 
 # Gradients at the start
 
 def test_walsh_hadamard_against_products():
-    f, x = torch.randn(3, 2**5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), all_inputs(5)[:, 0].double()
+    f = torch.randn(3, 2**5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = all_inputs(5)[:, 0].double()
     characters = torch.stack([x[:, [u for u in range(5) if T >> u & 1]].prod(1) for T in range(2**5)], 1)
     torch.testing.assert_close(walsh_hadamard(f), f @ characters/2**5)
     torch.testing.assert_close(walsh_hadamard(f) @ characters.T, f)                   # and back
@@ -141,7 +148,8 @@ def test_gradient_is_that_of_the_hinge_loss():
     with torch.no_grad():
         nn.init.constant_(net[-1].weight, 1/units)
         assert net(all_inputs(n).double()).abs().max() < 1
-    grad, = torch.autograd.grad(hinge(net(all_inputs(n).double()), pattern.labels(all_inputs(n)).double()), net[0].weight)
+    grad, = torch.autograd.grad(hinge(net(all_inputs(n).double()), pattern.labels(all_inputs(n)).double()),
+                                net[0].weight)
     torch.testing.assert_close(grad*units, pattern_gradient(net, pattern), rtol=1e-9, atol=1e-12)
 
 
@@ -150,11 +158,13 @@ def test_pattern_gradient_leaves_the_network_alone():
     pattern_gradient(net, KPattern(6, (2, 3)))
     assert net[0].weight.dtype == torch.float32 and net[0].weight.grad is None and not net[-1].weight.any()
     still = make_local_net("cnn", 6, 2).requires_grad_(False)
-    assert torch.equal(pattern_gradient(still, KPattern(6, (2, 3))), pattern_gradient(net, KPattern(6, (2, 3)))) and not still[0].weight.requires_grad
+    assert torch.equal(pattern_gradient(still, KPattern(6, (2, 3))), pattern_gradient(net, KPattern(6, (2, 3))))
+    assert not still[0].weight.requires_grad
 
 
 def test_local_gradient_does_not_know_n():
-    norms = [pattern_gradient(make_local_net("cnn", n, 3, seed=0), make_pattern(n, 3)).square().sum().item() for n in (5, 8, 11)]
+    norms = [pattern_gradient(make_local_net("cnn", n, 3, seed=0), make_pattern(n, 3)).square().sum().item()
+             for n in (5, 8, 11)]
     assert norms == pytest.approx([norms[0]]*3, rel=1e-9)
 
 
@@ -175,18 +185,22 @@ def test_bounds_hold_for_any_unit(n, seed, scale):
 
 
 def test_sharper_bound_is_nearly_met():
-    "The largest possible: a step function that is one parity, all of its mass at one degree, meets the bound up to (n-k+1)/n."
+    "The largest: a step function that is one parity, all of its mass at one degree, meets the bound up to (n-k+1)/n."
     n, k = 6, 3
     masses = torch.zeros(1, n+1).double()
     masses[0, k-1] = 1
-    assert mean_gradient(masses, k).item() == pytest.approx((n-k+1)/math.comb(n, k)) and mean_gradient(masses, k) < gradient_bounds(n, k)["sharper"]
+    assert mean_gradient(masses, k).item() == pytest.approx((n-k+1)/math.comb(n, k))
+    assert mean_gradient(masses, k) < gradient_bounds(n, k)["sharper"]
 
 
 @pytest.mark.parametrize("call, said", [
-    (lambda: all_inputs(21), r"number of signs must be a whole number from 1 to 20, not 21"), (lambda: all_inputs(0), r"from 1 to 20, not 0"),
+    (lambda: all_inputs(21), r"number of signs must be a whole number from 1 to 20, not 21"),
+    (lambda: all_inputs(0), r"from 1 to 20, not 0"),
     (lambda: pattern_gradient(make_local_net("cnn", 24, 3), KPattern(24, (0, 1, 2))), r"from 1 to 20, not 24"),
-    (lambda: mean_gradient(torch.zeros(1, 5), 5), r"k must be a whole number from 1 to 4, not 5"), (lambda: mean_gradient(torch.zeros(1, 5), 0), r"not 0"),
-    (lambda: gradient_bounds(4, 4), r"k must be a whole number from 1 to 3, not 4"), (lambda: gradient_bounds(4, 0), r"not 0"),
+    (lambda: mean_gradient(torch.zeros(1, 5), 5), r"k must be a whole number from 1 to 4, not 5"),
+    (lambda: mean_gradient(torch.zeros(1, 5), 0), r"not 0"),
+    (lambda: gradient_bounds(4, 4), r"k must be a whole number from 1 to 3, not 4"),
+    (lambda: gradient_bounds(4, 0), r"not 0"),
 ])
 def test_impossible_enumerations(call, said):
     with pytest.raises(ValueError, match=said): call()

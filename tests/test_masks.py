@@ -343,8 +343,12 @@ def tied(kind):
         net.append(nn.Linear(6, 6))
         net[4].weight = net[0].weight
     if kind == "other name": net[2].kernel = net[0].weight
-    if kind == "table": net[2] = nn.Embedding(6, 6, _weight=net[0].weight); net[2].weight = net[0].weight
-    if kind == "deep": net[2] = nn.Sequential(nn.Linear(6, 6)); net[2][0].weight = net[0].weight
+    if kind == "table":
+        net[2] = nn.Embedding(6, 6, _weight=net[0].weight)
+        net[2].weight = net[0].weight
+    if kind == "deep":
+        net[2] = nn.Sequential(nn.Linear(6, 6))
+        net[2][0].weight = net[0].weight
     if kind == "root": net.shared = net[0].weight
     if kind == "memory": net[2].weight = nn.Parameter(net[0].weight.data)
     if kind == "data": net[2].weight.data = net[0].weight.data

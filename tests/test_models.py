@@ -15,12 +15,15 @@ def test_widest_of_all(base, each, most, budget):
     meet = [width for width in range(1, most+1) if base + each*width <= budget]
     if meet: assert fit_width(make, budget, most) == meet[-1]
     else:
-        with pytest.raises(ValueError, match=f"no width meets a budget of {budget} weights: the narrowest network has {base + each}"): fit_width(make, budget, most)
+        said = f"no width meets a budget of {budget} weights: the narrowest network has {base + each}"
+        with pytest.raises(ValueError, match=said):
+            fit_width(make, budget, most)
 
 
 def test_of_a_real_network_without_making_it():
     before, width = torch.get_rng_state(), fit_width(lambda width: small(width=width), 50_000)
-    assert torch.equal(before, torch.get_rng_state()) and count_weights(small(width=width)) <= 50_000 < count_weights(small(width=width+1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert count_weights(small(width=width)) <= 50_000 < count_weights(small(width=width+1))
     assert fit_width(lambda width: nn.Linear(2**20, width, bias=False), 2**50) == 2**20, "terabytes, were they made"
 
 
@@ -28,6 +31,7 @@ def test_of_a_real_network_without_making_it():
     (lambda: make_model("vgg", (3, 32, 32), 10), "unknown model 'vgg'; known are small, skinny, alexnet"),
     (lambda: make_model("small", (1, 16, 16), 10, width=0), "width must be a whole number from 1 to 100000, not 0"),
     (lambda: make_model("small", (1, 16, 16), 10, width=2.5), "width must be a whole number from 1 to 100000, not 2.5"),
-    (lambda: make_model("skinny", (3, 8, 8), 10), "images of shape .3, 8, 8. do not fit this network .*; use larger images or another model")])
+    (lambda: make_model("skinny", (3, 8, 8), 10),
+     "images of shape .3, 8, 8. do not fit this network .*; use larger images or another model")])
 def test_what_is_refused(call, said):
     with pytest.raises(ValueError, match=said): call()

@@ -23,14 +23,17 @@ def net(seed=0):
         return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
 
 
-def equal_weights(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) and v.dtype == b[k].dtype for k, v in a.items())
+def equal_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) and v.dtype == b[k].dtype for k, v in a.items())
 
 
 @pytest.fixture
 def run(tmp_path): return Run(tmp_path, CONFIG, "cnn")
 
 
-DAMAGE = {"truncated": lambda content: content[:-3], "altered": lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:], "empty": lambda content: b""}
+DAMAGE = {"truncated": lambda content: content[:-3],
+          "altered": lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
+          "empty": lambda content: b""}
 damaged = pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 
 
@@ -39,7 +42,8 @@ def spoil(path, damage): path.write_bytes(damage(path.read_bytes()))
 
 # Identity
 
-plain = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), lambda inner: st.lists(inner, max_size=3), max_leaves=4)
+plain = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+                     lambda inner: st.lists(inner, max_size=3), max_leaves=4)
 
 
 @repeatable
@@ -58,7 +62,8 @@ def test_name_and_config(tmp_path, run):
     assert run.path == tmp_path/f"cnn-{run_id(CONFIG)}" and json.loads((run.path/"config.json").read_text()) == CONFIG
     assert Run(tmp_path, dict(reversed(CONFIG.items())), "cnn").path == run.path
     assert Run(tmp_path, CONFIG | dict(lr=.2), "cnn").path != run.path
-    assert run.environments == [environment()] and {"date", "hardware", "python", "torch", "efcn_nb"} <= set(run.environments[0])
+    assert run.environments == [environment()]
+    assert {"date", "hardware", "python", "torch", "efcn_nb"} <= set(run.environments[0])
     run.begin()
     assert len(run.environments) == 2
 
@@ -116,7 +121,8 @@ def test_reading_never_unpickles(run, monkeypatch):
     run.save(1, net(), table(.5))
     run.finish(table(.5))
     def refuse(*args, **kw): raise AssertionError("something was unpickled")
-    for owner, name in (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load"): monkeypatch.setattr(owner, name, refuse)
+    for owner, name in (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load"):
+        monkeypatch.setattr(owner, name, refuse)
     again = Run(run.path.parent, CONFIG, "cnn")
     assert again.finished and len(again.table) == 1 and equal_weights(again.load()[1], net().state_dict())
     assert not [p for p in run.path.iterdir() if p.suffix not in (".json", ".csv", ".safetensors")]
@@ -139,7 +145,8 @@ def test_damaged_end_is_named_and_makes_the_run_unfinished(run, damage, name):
     run.finish(table(.5, .6))
     assert run.finished
     spoil(run.path/name, damage)
-    with pytest.warns(UserWarning, match=rf"{name}|metrics\.csv"): assert not run.finished  # which of the two was altered cannot be known
+    # which of the two was altered cannot be known
+    with pytest.warns(UserWarning, match=rf"{name}|metrics\.csv"): assert not run.finished
     run.finish(table(.5, .6))
     assert run.finished
 
@@ -155,7 +162,8 @@ def test_a_mark_that_is_no_mark_is_no_end(run, content):
 def test_damaged_config_is_refused(run, damage):
     run.begin()
     spoil(run.path/"config.json", damage)
-    with pytest.raises(ValueError, match=r"config\.json was altered.*delete") as error: Run(run.path.parent, CONFIG, "cnn")
+    with pytest.raises(ValueError, match=r"config\.json was altered.*delete") as error:
+        Run(run.path.parent, CONFIG, "cnn")
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -180,5 +188,7 @@ def test_kept_tables_hold_what_they_held(tmp_path, case):
     assert same_cells(run.load().table.v, found.v) and same_cells(run.table.v, found.v)
     run.finish(found)
     assert run.finished and same_cells(run.table.v, found.v)
-    if case.startswith("large ") or not values: return  # pandas puts rows below each other as floats; without rows there are no columns
-    for folder in (tmp_path, tmp_path, None): assert same_cells(sweep(lambda case: found, [dict(case=case)], folder).v, found.v)
+    # pandas puts rows below each other as floats; without rows there are no columns
+    if case.startswith("large ") or not values: return
+    for folder in (tmp_path, tmp_path, None):
+        assert same_cells(sweep(lambda case: found, [dict(case=case)], folder).v, found.v)

@@ -24,7 +24,8 @@ from efcn_nb.training.loop import Diverged
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def signs(count, n, seed=0): return torch.randint(0, 2, (count, 1, n), generator=torch.Generator().manual_seed(seed)).float()*2 - 1
+def signs(count, n, seed=0):
+    return torch.randint(0, 2, (count, 1, n), generator=torch.Generator().manual_seed(seed)).float()*2 - 1
 
 
 def with_readout(net, seed=0):
@@ -77,7 +78,8 @@ def test_seeds_make_networks_and_leave_the_global_state_alone():
 def test_width_meets_the_budget(kind):
     for budget in (300, 301, 5000):
         width = width_within(kind, 13, 4, budget)
-        assert count_weights(make_local_net(kind, 13, 4, width)) <= budget < count_weights(make_local_net(kind, 13, 4, width+1))
+        fits, exceeds = (count_weights(make_local_net(kind, 13, 4, w)) for w in (width, width + 1))
+        assert fits <= budget < exceeds
 
 
 def test_width_of_exactly_the_budget():
@@ -85,13 +87,15 @@ def test_width_of_exactly_the_budget():
 
 
 @pytest.mark.parametrize("call, said", [
-    (lambda: make_local_net("transformer", 8, 3), r"unknown architecture 'transformer'; known are cnn, lcn, wide, fcn, elcn, efcn"),
+    (lambda: make_local_net("transformer", 8, 3),
+     r"unknown architecture 'transformer'; known are cnn, lcn, wide, fcn, elcn, efcn"),
     (lambda: width_within("mlp", 8, 3, 100), r"unknown architecture 'mlp'"),
     (lambda: learn_pattern("mlp", 8, 3), r"unknown architecture 'mlp'"),
     (lambda: make_local_net("cnn", 3, 4), r"k must be a whole number from 1 to 3, not 4"),
     (lambda: make_local_net("cnn", 3, 0), r"k must be a whole number from 1 to 3, not 0"),
     (lambda: make_local_net("cnn", 8, 3, width=0), r"width must be a whole number, 1 or more, not 0"),
-    (lambda: width_within("fcn", 64, 5, 3960), r"no width meets a budget of 3,960 weights: the narrowest fcn has 3,961"),
+    (lambda: width_within("fcn", 64, 5, 3960),
+     r"no width meets a budget of 3,960 weights: the narrowest fcn has 3,961"),
     (lambda: learn_pattern("cnn", 4, 5), r"k must be a whole number from 1 to 4, not 5"),
     (lambda: learn_pattern("lcn", 16, 3, relax=5), r"for elcn and efcn"),
     (lambda: learn_pattern("cnn", 16, 3, optimizer="lbfgs"), r"unknown optimizer 'lbfgs'; known are adam, sgd"),
@@ -119,7 +123,10 @@ def test_impossible_networks_and_runs(call, said):
 # Training
 
 def test_networks_find_bits_anywhere():
-    for kind in ("cnn", "lcn"): assert all(learn_pattern(kind, 12, 3, bits="anywhere", width=8, steps=400, lr=.01, seed=seed)[-1]["accuracy"] > .99 for seed in (0, 1))
+    for kind in ("cnn", "lcn"):
+        for seed in (0, 1):
+            rows = learn_pattern(kind, 12, 3, bits="anywhere", width=8, steps=400, lr=.01, seed=seed)
+            assert rows[-1]["accuracy"] > .99
 
 
 def test_follow_equals_a_plain_loop():
@@ -137,14 +144,16 @@ def test_follow_equals_a_plain_loop():
         losses.append(loss.item())
     for a, b in zip(net.parameters(), other.parameters()): torch.testing.assert_close(a, b)
     assert [row["step"] for row in rows] == [3, 6, 7]
-    assert [row["loss"] for row in rows] == pytest.approx([np.mean(losses[:3]), np.mean(losses[3:6]), losses[6]], rel=1e-5)
+    expected = [np.mean(losses[:3]), np.mean(losses[3:6]), losses[6]]
+    assert [row["loss"] for row in rows] == pytest.approx(expected, rel=1e-5)
     assert rows[-1]["accuracy"] == sign_accuracy(other, *test)
 
 
 def test_divergence_is_told_with_its_step():
     pattern, inf = KPattern(8, (3, 4)), torch.full((4, 1, 8), math.inf)
     batches = [*pattern_batches(pattern, 4, 7, 0), (inf, torch.ones(4))]
-    with pytest.raises(Diverged, match="not finite at step 108;"): follow(make_local_net("fcn", 8, 2), batches, next(pattern_batches(pattern, 4, 1, 0)), .01, every=5, first=100)
+    with pytest.raises(Diverged, match="not finite at step 108;"):
+        follow(make_local_net("fcn", 8, 2), batches, next(pattern_batches(pattern, 4, 1, 0)), .01, every=5, first=100)
 
 
 def test_follow_stops_when_nothing_is_left():
@@ -162,9 +171,11 @@ SMALL = dict(n=12, k=3, width=8, steps=400, lr=.01)
 
 def test_who_learns_what():
     "The separation in small: windows that hold the bits learn them; windows that do not, do not."
-    last = {(kind, bits): learn_pattern(kind, bits=bits, **SMALL)[-1]["accuracy"] for kind in ("cnn", "lcn", "fcn", "efcn") for bits in BITS[:2]}
+    last = {(kind, bits): learn_pattern(kind, bits=bits, **SMALL)[-1]["accuracy"]
+            for kind in ("cnn", "lcn", "fcn", "efcn") for bits in BITS[:2]}
     assert all(last[kind, "consecutive"] > .99 for kind in ("cnn", "lcn", "fcn", "efcn"))
-    assert all(last[kind, "scattered"] > .99 for kind in ("fcn", "efcn")) and all(last[kind, "scattered"] < .6 for kind in ("cnn", "lcn"))
+    assert all(last[kind, "scattered"] > .99 for kind in ("fcn", "efcn"))
+    assert all(last[kind, "scattered"] < .6 for kind in ("cnn", "lcn"))
 
 
 def test_reading_in_another_order_is_renaming_the_bits():
@@ -174,9 +185,13 @@ def test_reading_in_another_order_is_renaming_the_bits():
     x, y = next(pattern_batches(mixed, 500, 1, 5))
     assert torch.equal(plain.labels(x[..., order]), y)
     for kind in ("cnn", "efcn"):
-        a = follow(make_local_net(kind, n, k, seed=1, order=order), pattern_batches(mixed, 32, 60, 4), (x, y), lr=.01, every=20)
-        b = follow(make_local_net(kind, n, k, seed=1), ((x[..., order], y) for x, y in pattern_batches(mixed, 32, 60, 4)), (x[..., order], y), lr=.01, every=20)
-        assert [r["accuracy"] for r in a] == [r["accuracy"] for r in b] and [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-4)
+        a = follow(make_local_net(kind, n, k, seed=1, order=order), pattern_batches(mixed, 32, 60, 4), (x, y),
+                   lr=.01, every=20)
+        b = follow(make_local_net(kind, n, k, seed=1),
+                   ((x[..., order], y) for x, y in pattern_batches(mixed, 32, 60, 4)), (x[..., order], y),
+                   lr=.01, every=20)
+        assert [r["accuracy"] for r in a] == [r["accuracy"] for r in b]
+        assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-4)
 
 
 def test_relaxed_network_is_the_cnn_until_then():
@@ -191,7 +206,8 @@ def test_a_cnn_that_is_done_early_is_relaxed_at_its_time():
     assert steps[:10] == [*range(10, 101, 10)] and steps[-1] > 100
 
 
-@pytest.mark.parametrize("learn, name", [(partial(learn_pattern, "cnn", 6, 2), "pattern_batches"), (partial(learn_digits, "cnn", 3), "digit_rows")])
+@pytest.mark.parametrize("learn, name", [(partial(learn_pattern, "cnn", 6, 2), "pattern_batches"),
+                                         (partial(learn_digits, "cnn", 3), "digit_rows")])
 def test_tests_are_no_training_inputs(monkeypatch, learn, name):
     "Training and test inputs of all seeds are drawn with seeds of their own; rows of digits from scans of their own."
     drawn, scans, real = [], [], getattr(separation, name)
@@ -203,7 +219,9 @@ def test_tests_are_no_training_inputs(monkeypatch, learn, name):
     for seed in range(3): learn(width=1, steps=2, every=1, seed=seed)
     assert len(drawn) == len({*drawn}) == 6
     if name == "digit_rows":
-        for (train, _), (test, _) in zip(scans[::2], scans[1::2]): assert len(train) > len(test) and not {s.numpy().tobytes() for s in train} & {s.numpy().tobytes() for s in test}
+        for (train, _), (test, _) in zip(scans[::2], scans[1::2]):
+            assert len(train) > len(test)
+            assert not {s.numpy().tobytes() for s in train} & {s.numpy().tobytes() for s in test}
 
 
 def test_relaxed_at_the_end_is_still_convolutional():
@@ -226,18 +244,21 @@ def test_a_table_is_used():
 
 def test_scans_are_normalised_and_disjoint():
     (x, y), (z, w) = digit_scans()
-    assert x.shape[1:] == z.shape[1:] == (8, 8) and len(y) + len(w) == 1797 and {*y.tolist()} == {*w.tolist()} == set(range(10))
+    assert x.shape[1:] == z.shape[1:] == (8, 8) and len(y) + len(w) == 1797
+    assert {*y.tolist()} == {*w.tolist()} == set(range(10))
     assert not {s.numpy().tobytes() for s in x} & {s.numpy().tobytes() for s in z}
     from sklearn.datasets import load_digits
     scans = torch.cat([x, z]).double()
-    ink = (16*(scans - scans.min())/(scans.max() - scans.min())).round().flatten(1)   # 0 to 16, as scikit-learn has them
+    # 0 to 16, as scikit-learn has them
+    ink = (16*(scans - scans.min())/(scans.max() - scans.min())).round().flatten(1)
     assert {tuple(scan) for scan in ink.tolist()} == {tuple(scan) for scan in load_digits().data.tolist()}
 
 
 @pytest.mark.parametrize("bits, n", [("consecutive", 3), ("consecutive", 7), ("scattered", 5)])
 def test_rows_and_labels(bits, n):
     values = torch.arange(10)
-    scans = values.float()[:, None, None] + torch.arange(64).view(8, 8)/100, values  # a scan says which digit and which pixel
+    # a scan says which digit and which pixel
+    scans = values.float()[:, None, None] + torch.arange(64).view(8, 8)/100, values
     slots = digit_slots(n, bits)
     (x, y), = digit_rows(scans, n, slots, 20, 1, seed=3)
     for row, label in zip(x, y):
@@ -255,19 +276,23 @@ def test_digit_windows(kind):
     for place in range(3):
         seen = torch.autograd.grad(net[0](x)[:, :, 0, place].sum(), x)[0].abs().sum((0, 1, 2)).view(5, 8).sum(1) > 0
         assert seen.tolist() == ([True]*5 if kind == "fcn" else [place <= d < place+3 for d in range(5)])
-    if kind.startswith("e"): torch.testing.assert_close(net(x), make_digit_net("cnn", 5, width=2, hidden=3, seed=1)(x), rtol=1e-4, atol=1e-5)
-    assert isinstance(net[0], {"cnn": nn.Conv2d, "lcn": LocallyConnected, "elcn": LocallyConnected}.get(kind, FullyConnected))
+    if kind.startswith("e"):
+        torch.testing.assert_close(net(x), make_digit_net("cnn", 5, width=2, hidden=3, seed=1)(x), rtol=1e-4, atol=1e-5)
+    layers = {"cnn": nn.Conv2d, "lcn": LocallyConnected, "elcn": LocallyConnected}
+    assert isinstance(net[0], layers.get(kind, FullyConnected))
 
 
 def test_learn_digits_runs():
     rows = learn_digits("efcn", 3, width=4, hidden=8, steps=40, every=20, relax=20)
-    assert [row["step"] for row in rows] == [20, 40] and rows[-1]["off_local"] == 0  # a window of all three digits leaves nothing outside
+    # a window of all three digits leaves nothing outside
+    assert [row["step"] for row in rows] == [20, 40] and rows[-1]["off_local"] == 0
 
 
 # Tables and claims
 
 def test_final_rows_of_a_sweep(tmp_path):
-    configs = [dict(kind=kind, n=8, k=2, width=2, steps=40, every=20, seed=seed, relax=0) for kind in ("cnn", "efcn") for seed in (0, 1)]
+    configs = [dict(kind=kind, n=8, k=2, width=2, steps=40, every=20, seed=seed, relax=0) for kind in ("cnn", "efcn")
+               for seed in (0, 1)]
     table, again = (sweep(learn_pattern, configs, tmp_path) for _ in range(2))
     ends = final_rows(table.sample(frac=1, random_state=0).sort_index())
     assert len(ends) == 4 and (ends.step <= 40).all()
@@ -280,13 +305,15 @@ def test_final_rows_of_a_sweep(tmp_path):
 
 def test_runs_that_nothing_tells_apart():
     "Tables of labels are lists, so a sweep has no column for them."
-    table = sweep(learn_pattern, [dict(kind="fcn", n=4, k=1, width=1, steps=2, every=1, seed=0, table=table) for table in ([1, -1], [1, 1])])
+    table = sweep(learn_pattern, [dict(kind="fcn", n=4, k=1, width=1, steps=2, every=1, seed=0, table=table)
+                                  for table in ([1, -1], [1, 1])])
     with pytest.raises(ValueError, match="several runs have the same settings"): final_rows(table)
 
 
 @pytest.mark.parametrize("asked", [dict(kid="cnn"), dict(column="acuracy", kind="cnn")])
 def test_unknown_columns(asked):
-    with pytest.raises(ValueError, match="unknown column '(kid|acuracy)'; known are kind, seed, accuracy"): by_seed(pd.DataFrame(dict(kind=["cnn"], seed=[0], accuracy=[1.])), **asked)
+    with pytest.raises(ValueError, match="unknown column '(kid|acuracy)'; known are kind, seed, accuracy"):
+        by_seed(pd.DataFrame(dict(kind=["cnn"], seed=[0], accuracy=[1.])), **asked)
 
 
 def test_missing_settings_are_asked_for_by_none():
@@ -299,7 +326,8 @@ def test_missing_settings_are_asked_for_by_none():
 def power(exponents, sizes=(8, 16, 32), seeds=range(4), noise=.03):
     "A table of samples needed that grow as size**exponent, with some noise."
     draw = np.random.default_rng(0)
-    return pd.DataFrame([dict(architecture=a, size=s, seed=seed, samples=5*s**p*draw.uniform(1, 1 + noise)) for a, p in exponents.items() for s in sizes for seed in seeds])
+    return pd.DataFrame([dict(architecture=a, size=s, seed=seed, samples=5*s**p*draw.uniform(1, 1 + noise))
+                         for a, p in exponents.items() for s in sizes for seed in seeds])
 
 
 def test_claims_about_samples():
@@ -316,11 +344,13 @@ def test_claims_about_samples():
     assert table.n.eq(4).all() and table.effect[1] == "exponent 1.99 ± 0.02"
 
 
-@pytest.mark.parametrize("holes", [[("cnn", 32, 0)], [("cnn", 32, seed) for seed in range(4)], [("fcn", 8, 1)], [("fcn", 8, seed) for seed in range(4)], [("lcn", 16, 2)]])
+@pytest.mark.parametrize("holes", [[("cnn", 32, 0)], [("cnn", 32, seed) for seed in range(4)], [("fcn", 8, 1)],
+                                   [("fcn", 8, seed) for seed in range(4)], [("lcn", 16, 2)]])
 def test_claims_wait_for_seeds_that_did_not_get_there(holes):
     "Seeds that reach the target are the better ones: a verdict on them alone would flatter."
     needed = power(dict(cnn=0., lcn=1., fcn=2.))
-    for a, size, seed in holes: needed.loc[(needed.architecture == a) & (needed["size"] == size) & (needed.seed == seed), "samples"] = math.nan
+    for a, size, seed in holes:
+        needed.loc[(needed.architecture == a) & (needed["size"] == size) & (needed.seed == seed), "samples"] = math.nan
     claims, (name, _, _) = sample_complexity_claims(needed), holes[0]
     touched = {"cnn": [0, 2, 3], "fcn": [0, 1, 3], "lcn": [3]}[name]
     assert claims.verdict.tolist() == ["undecided" if i in touched else "holds" for i in range(4)]
@@ -328,7 +358,8 @@ def test_claims_wait_for_seeds_that_did_not_get_there(holes):
 
 
 def test_claims_need_both():
-    with pytest.raises(ValueError, match="both must be in the table"): sample_complexity_claims(power(dict(cnn=0., lcn=2.)))
+    with pytest.raises(ValueError, match="both must be in the table"):
+        sample_complexity_claims(power(dict(cnn=0., lcn=2.)))
 
 
 # Settings
@@ -336,5 +367,7 @@ def test_claims_need_both():
 def test_a_run_is_known_by_its_settings():
     "Stored runs are found by the hash of their settings, defaults included, so neither names nor defaults may change."
     from efcn_nb.experiments.sweeps import _defaults
-    assert _defaults(learn_pattern) == dict(k=5, bits="consecutive", width=16, seed=0, reorder=False, table=None, relax=0, steps=1000, batch=128, lr=.006, optimizer="adam", every=50)
-    assert _defaults(learn_digits) == dict(bits="consecutive", width=32, hidden=64, seed=0, relax=0, steps=1000, batch=128, lr=.001, optimizer="adam", every=100)
+    assert _defaults(learn_pattern) == dict(k=5, bits="consecutive", width=16, seed=0, reorder=False, table=None,
+                                            relax=0, steps=1000, batch=128, lr=.006, optimizer="adam", every=50)
+    assert _defaults(learn_digits) == dict(bits="consecutive", width=32, hidden=64, seed=0, relax=0, steps=1000,
+                                           batch=128, lr=.001, optimizer="adam", every=100)

@@ -27,7 +27,9 @@ def read_only(monkeypatch):
     "From the call of what this returns on, whatever would write fails, also for the superuser."
     def start():
         def fail(*args, **kw): raise OSError(30, "Read-only file system")
-        for owner, name in ((runs, "publish"), (service_files, "publish"), (service_files, "FileLock"), (os, "replace"), (os, "mkdir"), (Path, "mkdir"), (Path, "write_bytes"), (Path, "unlink")): monkeypatch.setattr(owner, name, fail)
+        for owner, name in ((runs, "publish"), (service_files, "publish"), (service_files, "FileLock"), (os, "replace"),
+                            (os, "mkdir"), (Path, "mkdir"), (Path, "write_bytes"), (Path, "unlink")):
+            monkeypatch.setattr(owner, name, fail)
     return start
 
 
@@ -38,19 +40,24 @@ def test_a_finished_sweep_can_be_read_where_nothing_can_be_written(tmp_path, rea
     read_only()
     again = sweep(lambda n: [dict(n=n, name="007")], configs, tmp_path/"store")
     assert again.equals(first) and again.attrs == first.attrs and files(tmp_path) == before
-    with pytest.raises(OSError, match="nothing can be written to .*Read-only file system.*choose another folder"): sweep(lambda n: [dict(n=n)], [dict(n=3)], tmp_path/"store")
+    with pytest.raises(OSError, match="nothing can be written to .*Read-only file system.*choose another folder"):
+        sweep(lambda n: [dict(n=n)], [dict(n=3)], tmp_path/"store")
 
 
 # Sweeps
 
-def awkward(n): return [dict(i=i, flag=i > 1, word=["None", "nan", "ä,\"x\"\n", "NA"][i], number=[.1, math.nan, math.inf, 1/3][i], hole=[True, None, False, True][i], big=2**60 + i) for i in range(n)]
+def awkward(n):
+    return [dict(i=i, flag=i > 1, word=["None", "nan", "ä,\"x\"\n", "NA"][i], number=[.1, math.nan, math.inf, 1/3][i],
+                 hole=[True, None, False, True][i], big=2**60 + i) for i in range(n)]
 
 
 def test_a_table_is_the_same_whether_computed_read_or_not_kept(tmp_path):
     first, again, unkept = (sweep(awkward, [dict(n=4)], folder) for folder in (tmp_path, tmp_path, None))
     for table in (first, again): pd.testing.assert_frame_equal(table, unkept)
-    assert first.word.tolist() == ["None", "nan", "ä,\"x\"\n", "NA"] and first.big.tolist() == [2**60 + i for i in range(4)] and first.n.tolist() == [4]*4
-    assert first.flag.dtype == bool and first.number.isna().tolist() == [False, True, False, False] and first.number[3] == 1/3
+    assert first.word.tolist() == ["None", "nan", "ä,\"x\"\n", "NA"]
+    assert first.big.tolist() == [2**60 + i for i in range(4)] and first.n.tolist() == [4]*4
+    assert first.flag.dtype == bool and first.number.isna().tolist() == [False, True, False, False]
+    assert first.number[3] == 1/3
 
 
 def test_nothing_made_is_kept_too(tmp_path):
@@ -64,18 +71,24 @@ def test_nothing_made_is_kept_too(tmp_path):
 
 def test_arguments_that_are_no_scalars_are_no_columns():
     "A tuple as long as the table would pass for a column."
-    for value in ((8, 10), [8, 10], np.arange(2), dict(a=1)): assert sweep(lambda sizes, k: [dict(a=1), dict(a=2)], [dict(sizes=value, k=None)]).columns.tolist() == ["a", "k"]
+    for value in ((8, 10), [8, 10], np.arange(2), dict(a=1)):
+        found = sweep(lambda sizes, k: [dict(a=1), dict(a=2)], [dict(sizes=value, k=None)])
+        assert found.columns.tolist() == ["a", "k"]
 
 
 def test_tables_are_known_by_all_arguments(tmp_path):
     "Defaults, whatever their kind, and what a `partial` gives, by name or by place."
     def of(kind, n, options={"a": 1}): return [dict(kind=kind, a=options["a"])]
     def other(kind, n, options={"a": 2}): return [dict(kind=kind, a=options["a"])]
-    found = [sweep(f, [dict(n=1)], tmp_path).values.tolist()[0][:2] for f in (partial(of, "cnn"), partial(of, "fcn"), partial(of, kind="lcn"), partial(other, "cnn"))]
+    found = [sweep(f, [dict(n=1)], tmp_path).values.tolist()[0][:2]
+             for f in (partial(of, "cnn"), partial(of, "fcn"), partial(of, kind="lcn"), partial(other, "cnn"))]
     assert found == [["cnn", 1], ["fcn", 1], ["lcn", 1], ["cnn", 2]]
 
 
-@pytest.mark.parametrize("bad, said", [(dict(n=np.int64(3)), r"n = np.int64\(3\) cannot be stored: take Python's own"), (dict(n={1}), r"n = \{1\} cannot be stored"), (dict(m=1), "does not fit the function.*argument"), ("n", "does not fit the function")])
+@pytest.mark.parametrize("bad, said", [(dict(n=np.int64(3)), r"n = np.int64\(3\) cannot be stored: take Python's own"),
+                                       (dict(n={1}), r"n = \{1\} cannot be stored"),
+                                       (dict(m=1), "does not fit the function.*argument"),
+                                       ("n", "does not fit the function")])
 def test_bad_arguments_are_refused_before_anything_is_computed(tmp_path, bad, said):
     def never(n): raise AssertionError("computed")
     with pytest.raises(ValueError, match=said): sweep(never, [dict(n=1), bad], tmp_path/"store")
@@ -86,7 +99,8 @@ def test_bad_arguments_are_refused_before_anything_is_computed(tmp_path, bad, sa
 @pytest.mark.parametrize("kept", [True, False])
 def test_what_is_no_table_is_not_stored(tmp_path, found, kept):
     for _ in range(2):
-        with pytest.raises(ValueError, match="must return a DataFrame or a list of dicts"): sweep(lambda n: found, [dict(n=1)], tmp_path if kept else None)
+        with pytest.raises(ValueError, match="must return a DataFrame or a list of dicts"):
+            sweep(lambda n: found, [dict(n=1)], tmp_path if kept else None)
 
 
 SWEEPING = """
@@ -101,7 +115,9 @@ print(sweep(wait, [dict(n=i) for i in range(5)], sys.argv[1] + "/store").i.tolis
 """
 
 
-def sweeping(folder, seconds): return subprocess.Popen([sys.executable, "-c", SWEEPING, folder, str(seconds)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+def sweeping(folder, seconds):
+    return subprocess.Popen([sys.executable, "-c", SWEEPING, folder, str(seconds)], stdout=subprocess.PIPE,
+                            stderr=subprocess.DEVNULL, text=True)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such signals")
@@ -112,9 +128,11 @@ def test_a_sweep_that_was_killed_goes_on(tmp_path):
         time.sleep(.05)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    assert sweeping(tmp_path, 0).communicate()[0] == "[0, 1, 2, 3, 4]\n" and log.read_text().split() == ["0", "1", "2", "2", "3", "4"]
+    assert sweeping(tmp_path, 0).communicate()[0] == "[0, 1, 2, 3, 4]\n"
+    assert log.read_text().split() == ["0", "1", "2", "2", "3", "4"]
 
 
 def test_two_processes_share_a_sweep(tmp_path):
     both = [sweeping(tmp_path, .5) for _ in range(2)]
-    assert [p.communicate()[0] for p in both] == ["[0, 1, 2, 3, 4]\n"]*2 and sorted((tmp_path/"log").read_text().split()) == list("01234")
+    assert [p.communicate()[0] for p in both] == ["[0, 1, 2, 3, 4]\n"]*2
+    assert sorted((tmp_path/"log").read_text().split()) == list("01234")

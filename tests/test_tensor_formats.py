@@ -294,7 +294,9 @@ def convs(kind):
     elif kind == "dictionary": other = nn.ParameterDict(dict(a=conv.weight))
     elif kind == "memory": other.weight = nn.Parameter(conv.weight.data)
     elif kind == "data": other.weight.data = conv.weight.data
-    elif kind == "part": other = nn.Linear(3, 3, bias=False); other.weight = nn.Parameter(conv.weight.data[1, 1])
+    elif kind == "part":
+        other = nn.Linear(3, 3, bias=False)
+        other.weight = nn.Parameter(conv.weight.data[1, 1])
     elif kind == "buffer": other.register_buffer("kernel", conv.weight.detach())
     else: other.weight = conv.weight
     if kind == "nested": other = nn.Sequential(nn.Sequential(other))

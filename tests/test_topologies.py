@@ -146,7 +146,9 @@ def regular(n, k, layers, seed):
     for m in swapped:
         for _ in range(20*n): # exchange the ends of two connections
             (i, j), (a, b) = torch.randint(n, (2, 2), generator=g).tolist()
-            if m[i, a] and m[j, b] and not m[i, b] and not m[j, a]: m[i, a] = m[j, b] = False; m[i, b] = m[j, a] = True
+            if m[i, a] and m[j, b] and not m[i, b] and not m[j, a]:
+                m[i, a] = m[j, b] = False
+                m[i, b] = m[j, a] = True
     return [torch.ones(n, 4).bool(), *swapped, torch.ones(3, n).bool()]
 
 
