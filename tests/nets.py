@@ -104,8 +104,8 @@ def one_thread():
 
 def close(a, b, tolerance):
     "Whether `a` and `b` agree to `tolerance` relative to the largest value."
-    return a.shape == b.shape and (not a.numel() or float((a - b).detach().abs().max())
-                                   <= tolerance*max(1., float(b.detach().abs().max())))
+    if a.shape != b.shape or not a.numel(): return a.shape == b.shape
+    return float((a - b).detach().abs().max()) <= tolerance*max(1., float(b.detach().abs().max()))
 
 
 def shape_of(x): return tuple(x.shape[1:])
@@ -140,7 +140,8 @@ TIED = {"fcn": tied_dense, "lcn": tied_local}
 
 
 class Residual(nn.Module):
-    "Nested, with BatchNorm, dropout, a skip connection, and one convolution that is used twice, the second time under another name."
+    """Nested, with BatchNorm, dropout, a skip connection, and one convolution that is used twice,
+    the second time under another name."""
     def __init__(self):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
@@ -185,7 +186,8 @@ def made(build, seed=0):
 # BatchNorm
 
 def settled(build, shape, seed=0):
-    "A float64 model in evaluation mode whose BatchNorms have affine parameters and running statistics that are not the default."
+    """A float64 model in evaluation mode whose BatchNorms have affine parameters and running statistics that are not
+    the default."""
     model = made(build, seed)
     for i, norm in enumerate(m for m in model.modules() if isinstance(m, BATCHNORMS)):
         for j, t in enumerate((norm.weight, norm.bias, norm.running_mean, norm.running_var)):
@@ -205,7 +207,8 @@ class OwnConv(nn.Conv2d):
 # The same function, or one sentence
 
 class Net(nn.Module):
-    "A convolution, BatchNorm and a linear layer in float64, and a forward pass that is given; whatever else `more` adds."
+    """A convolution, BatchNorm and a linear layer in float64, and a forward pass that is given;
+    whatever else `more` adds."""
     def __init__(self, forward, more=lambda m: None, conv=None):
         super().__init__()
         with torch.random.fork_rng():

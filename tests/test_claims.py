@@ -112,7 +112,8 @@ def test_an_old_record(name):
 
 
 def test_an_old_folder(tmp_path, monkeypatch):
-    "A folder whose runs were stored with the old names, and whose last run was stopped on the way: it resumes, and ends as a new one."
+    """A folder whose runs were stored with the old names, and whose last run was stopped on the way:
+    it resumes, and ends as a new one."""
     new = tiny.study(tmp_path/"new")
     table, rows, stop = new.run(), relaxation._rows, iter(range(4))
     old_names = {new: old for new, old in relaxation._PHASES.items()}

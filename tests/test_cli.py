@@ -71,13 +71,14 @@ def test_the_default_folder(console, done, tmp_path):
 
 @pytest.fixture(scope="module")
 def mortal(console, tmp_path_factory):
-    "Flags of a study with dropout, momentum and all weights kept, its folder when it was not interrupted, and the seconds that took."
+    """Flags of a study with dropout, momentum and all weights kept, its folder when it was not interrupted,
+    and the seconds that took."""
     folder = tmp_path_factory.mktemp("mortal")
     for k in range(24):
         path = folder/"images"/("test" if k < 8 else "train")/"ab"[k % 2]/f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(k).normal(128, 20 + 60*(k % 2), (32, 32)).clip(0, 255).astype(
-            "uint8")).convert("RGB").save(path)
+        pixels = np.random.default_rng(k).normal(128, 20 + 60*(k % 2), (32, 32)).clip(0, 255).astype("uint8")
+        Image.fromarray(pixels).convert("RGB").save(path)
     flags = ["--data", folder/"images",
              *"--model alexnet --width 1 --epochs 2 --batch_size 8 --seeds 1 --relax 0,1 --elcn 1 --device cpu "
               "--momentum .9 --weight_decay .01 --lr .02 --keep_weights".split()]
@@ -94,7 +95,8 @@ def results(study):
 
 @pytest.mark.parametrize("what, last", [("file", 40), ("half", 40), ("step", 17), ("clock", 0)])
 def test_killed_and_started_again(console, mortal, tmp_path, what, last):
-    "SIGKILL when a file lies there under its temporary name, in the midst of a write, in training, or at any time: three moments each, and then one killed again and again."
+    """SIGKILL when a file lies there under its temporary name, in the midst of a write, in training, or at any time:
+    three moments each, and then one killed again and again."""
     flags, whole, seconds = mortal
     random_ = random.Random(what)
     moments = [seconds*random_.random() for _ in range(3)] if what == "clock" else random_.sample(range(last), 3)
@@ -104,8 +106,8 @@ def test_killed_and_started_again(console, mortal, tmp_path, what, last):
         code, out, err = console(*flags, "--out", str(moment), cwd=tmp_path)
         assert code == 0, err
         assert results(tmp_path/str(moment)) == results(whole)
-        assert not [p for p in (tmp_path/str(moment)).rglob(
-            ".*")], "what a killed process had begun to write is cleared away"
+        left = list((tmp_path/str(moment)).rglob(".*"))
+        assert not left, "what a killed process had begun to write is cleared away"
     again = 0
     while console(*flags, "--out", "again", cwd=tmp_path,
                   die=(what, seconds/3*1.3**again if what == "clock" else 9))[0] == -9:
@@ -115,7 +117,8 @@ def test_killed_and_started_again(console, mortal, tmp_path, what, last):
 
 @pytest.mark.parametrize("limit", [400, 3000, 20_000, 200_000, 2_000_000])
 def test_a_full_disk(console, mortal, tmp_path, limit):
-    "No file can be larger than `limit` bytes: one sentence, everything before intact, and the same command goes on when there is room."
+    """No file can be larger than `limit` bytes: one sentence, everything before intact,
+    and the same command goes on when there is room."""
     flags, whole, _ = mortal
     code, out, err = console(*flags, "--out", "s", cwd=tmp_path, die=("disk", limit))
     assert one_line(code, err) and "could not be written (" in err and "everything written before it is intact" in err
@@ -139,8 +142,9 @@ def test_two_commands_on_one_folder(console, mortal, tmp_path):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_stopped_by_hand_or_by_a_scheduler(tmp_path, name):
-    # as on a terminal, also where tests run in the background
-    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from efcn_nb.cli import efcn_relax; efcn_relax()"
+    # signals as on a terminal, also where tests run in the background
+    start = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+             "from efcn_nb.cli import efcn_relax; efcn_relax()")
     command = [sys.executable, "-c", start, *"--epochs 100000 --relax 0 --seeds 1 --device cpu --out s".split()]
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(tiny.Path(tiny.__file__).resolve().parents[1]),
                                                         os.environ.get("PYTHONPATH", "")]))
@@ -172,8 +176,8 @@ def test_as_a_fresh_process(tmp_path):
                                        timeout=600)
     shown, wrong = run("--help"), run("--data", "nothing-of-that-name", "--out", "s")
     assert shown.returncode == 0 and not shown.stderr
-    for flag in "--data --model --relax --epochs --lr --batch_size --seeds --device --precision --out --no-shuffle".split():
-        assert flag in shown.stdout, flag
+    flags = "--data --model --relax --epochs --lr --batch_size --seeds --device --precision --out --no-shuffle"
+    for flag in flags.split(): assert flag in shown.stdout, flag
     assert one_line(wrong.returncode, wrong.stderr) and "digits, cifar10" in wrong.stderr
     assert not list(tmp_path.iterdir())
 

@@ -72,15 +72,15 @@ def test_residual_network(residual, to, training):
     assert unchanged(residual, before) and torch.equal(state, torch.get_rng_state())
     assert [m.training for m in released.modules()] == before[1]
     assert released.alias is released.twice and released.twice is not residual.twice
-    assert {type(m) for m in released.modules() if hasattr(m, "geometry")} == {FullyConnected if to == "fcn"
-                                                                               else LocallyConnected}
+    wanted = FullyConnected if to == "fcn" else LocallyConnected
+    assert {type(m) for m in released.modules() if hasattr(m, "geometry")} == {wanted}
     assert close(released(x), residual(x), 1e-12)
     for name, value in residual.named_buffers():
         assert close(dict(released.named_buffers())[name].double(), value.double(), 1e-12)
     with torch.no_grad():
         for p in released.parameters(): p.add_(1)
-    assert not [k for k, p in residual.named_parameters()
-                if not torch.equal(p, before[0][k])], "the embedded network shares memory with its CNN"
+    moved = [k for k, p in residual.named_parameters() if not torch.equal(p, before[0][k])]
+    assert not moved, "the embedded network shares memory with its CNN"
 
 
 @BOTH
@@ -158,8 +158,9 @@ def test_u_net(to, size, options):
     model, x = made(lambda: UNet(**options)), rand(3, 2, *size)
     released = embed(model, (2, *size), to)
     assert close(released(x), model(x), 1e-12) and type(released.up) is RELEASED[to]
+    back = nearest_cnn(released)
     # reflected in two rows, two taps read the same pixels everywhere
-    back, mixed = nearest_cnn(released), () if size == (6, 6) else ("below.weight",)
+    mixed = () if size == (6, 6) else ("below.weight",)
     assert all(torch.equal(v, back.state_dict()[k]) for k, v in model.state_dict().items() if k not in mixed)
     assert close(back(x), model(x), 1e-12)
     with pytest.raises(ValueError, match="embed the network again"): released(rand(3, 2, size[0] + 2, size[1]))
@@ -376,7 +377,7 @@ GIVEN = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dil
     (nn.Conv3d(1, 2, 2, padding=1, padding_mode="replicate"), (3, 2, 3)),
     (nn.ConvTranspose1d(2, 4, 3, 2, 1, 1, 2), (4,)),
     (nn.ConvTranspose2d(2, 3, 3, (2, 3), output_padding=(1, 0)), (3, 3)), (nn.ConvTranspose3d(1, 2, 2, 2), (2, 2, 2))],
-                         ids=str)
+    ids=str)
 def test_released_layers_tell_what_their_convolution_tells(to, conv, size):
     layer = embed(conv, (conv.in_channels, *size), to)
     for m in (layer, convert(layer, "fcn"), convert(layer, "lcn"), nearest_cnn(layer), copy.deepcopy(layer),
@@ -404,8 +405,8 @@ def test_a_kernel_that_is_a_buffer_stays_one(to, names, persistent, fold):
     released = embed(model, SHAPE, to, fold_batchnorm=fold)
     for m in (released, nearest_cnn(released), convert(released, "fcn"), convert(released, "lcn"),
               copy.deepcopy(released)):
-        assert close(m(x), model(x), 1e-12) and [*m[0]._buffers.keys() - {"pixels"}] == [
-            n for n in ("weight", "bias") if n in names] or set(m[0]._buffers) - {"pixels"} == set(names)
+        in_order = [*m[0]._buffers.keys() - {"pixels"}] == [n for n in ("weight", "bias") if n in names]
+        assert close(m(x), model(x), 1e-12) and in_order or set(m[0]._buffers) - {"pixels"} == set(names)
         assert ("0.weight" in m.state_dict()) == ("weight" not in names or persistent)
 
 
@@ -420,8 +421,9 @@ STAYS = {  # forward pass, more, layers, and what the warning says; None for non
                  "in the forward pass of Net itself, by aten.convolution"),
     "torch.conv_transpose2d": (lambda m, x: torch.conv_transpose2d(m.conv(x), m.kernel), kernel, None,
                                "in the forward pass of Net itself"),
-    "torch.convolution": (lambda m, x: torch.convolution(m.conv(x), m.kernel, None, [1, 1], [0, 0], [1, 1], False,
-                                                         [0, 0], 1), kernel, None, "in the forward pass of Net itself"),
+    "torch.convolution": (
+        lambda m, x: torch.convolution(m.conv(x), m.kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+        kernel, None, "in the forward pass of Net itself"),
     "deformable": (lambda m, x: deform_conv2d(m.conv(x), torch.zeros(len(x), 18, 3, 3).to(x), m.kernel), kernel, None,
                    "by torchvision.deform_conv2d"),
     "a module": (lambda m, x: m.own(m.conv(x)), lambda m: setattr(m, "own", Own()), None, r"in own \(Own\)"),

@@ -126,7 +126,8 @@ HIDDEN = [detached, largest_channel, as_a_number, frozen_backbone, frozen_residu
 @BOTH
 @pytest.mark.parametrize("way", HIDDEN, ids=lambda way: way.__name__)
 def test_batchnorm_stays_where_the_graph_does_not_show_what_is_between(to, way):
-    "Autograd knows nothing of what happens to detached values or without gradients: then the function must stay all the same."
+    """Autograd knows nothing of what happens to detached values or without gradients:
+    then the function must stay all the same."""
     model, x = settled(lambda: Wired(way), (2, 4, 5)), rand(3, 2, 4, 5)
     model.head = made(lambda: nn.Linear(5, 3))
     assert close(embed(model, (2, 4, 5), to, fold_batchnorm=True)(x), model(x), 1e-12)

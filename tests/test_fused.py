@@ -1,4 +1,5 @@
-"""Descent without stored gradients: PyTorch's SGD is the oracle, in float64, over a table of usages; and what is refused."""
+"""Descent without stored gradients: PyTorch's SGD is the oracle, in float64,
+over a table of usages; and what is refused."""
 import copy
 import functools
 import io
@@ -38,8 +39,8 @@ def seeded():
 
 
 @pytest.fixture(autouse=True)
-# or small locally-connected layers take their ordinary path
-def nothing_is_small(monkeypatch): monkeypatch.setattr(layers, "CHUNK", 2000)
+def nothing_is_small(monkeypatch):
+    monkeypatch.setattr(layers, "CHUNK", 2000)  # or small locally-connected layers take their ordinary path
 
 
 @pytest.fixture(params=[False, True], ids=["as usual", "tiny pieces"])
@@ -133,8 +134,8 @@ def test_products_in_bf16_on_weights_in_fp32(pieces, kind, settings):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_step_of_a_real_network(precision):
-    """SkinnyCNN's eFCN, trimmed, on one batch: each gradient as the weights show it, that is to the rounding of the weights, is as near to float64 as PyTorch's own
-    (in bfloat16 both are far, because maxima are confused)."""
+    """SkinnyCNN's eFCN, trimmed, on one batch: each gradient as the weights show it, that is to the rounding of the
+    weights, is as near to float64 as PyTorch's own (in bfloat16 both are far, because maxima are confused)."""
     start = embed(make_model("skinny", (3, 32, 32), 10, width=8), (3, 32, 32), trim=True)
     x, y = torch.randn(20, 3, 32, 32), torch.arange(20) % 10
     moved, theirs, exact = copy.deepcopy(start), copy.deepcopy(start), copy.deepcopy(start).double()
@@ -522,7 +523,8 @@ def test_nothing_is_said_of_a_network_without_released_layers():
     assert distance(a, b) == 0 and not optimizer.fused
 
 
-# Usages: whatever people do with torch.optim.SGD does the same here. A usage takes a model, a function that makes an optimizer of a model, and a `Data`; what it returns is compared, too.
+# Usages: whatever people do with torch.optim.SGD does the same here. A usage takes a model, a function that makes an
+# optimizer of a model, and a `Data`; what it returns is compared, too.
 
 class Data:
     "Fixed random batches in the type of a model."
@@ -858,7 +860,8 @@ class Bare(Turned):
 
 
 def learned(seen, move=None):
-    "The usage in which the input of the first layer is a parameter, `seen` through a view, that the step moves, and `move` before it."
+    """The usage in which the input of the first layer is a parameter, `seen` through a view,
+    that the step moves, and `move` before it."""
     def usage(model, make, data):
         model.constant = nn.Parameter(data.x())
         net, optimizer = nn.Sequential(*list(model.children())), make(model)
@@ -918,8 +921,8 @@ def through_detached(p): p.detach().mul_(.5)
 
 
 def stale(write, kept=False):
-    """The usage that sees how far products in bf16 are from those of a copy of the model, which has no other weights than it shows, after a step and a `write`;
-    `kept`: through a `.data` of the first step."""
+    """The usage that sees how far products in bf16 are from those of a copy of the model, which has no other weights
+    than it shows, after a step and a `write`; `kept`: through a `.data` of the first step."""
     def usage(model, make, data):
         optimizer, before, seen, bare = make(model), copy.deepcopy(model.state_dict()), [], []
         def autocast(): return torch.autocast("cpu", torch.bfloat16, enabled=data.dtype == torch.float32)
@@ -981,8 +984,8 @@ def step_hooks(model, make, data):
     "Own and global hooks, one of which clips, after somebody has made a plain SGD."
     torch.optim.SGD(model.parameters(), .1)
     optimizer, seen = make(model), []
-    optimizer.register_step_pre_hook(lambda o, args, kw: seen.append(1)
-                                     or nn.utils.clip_grad_norm_(model.parameters(), .01) and None)
+    optimizer.register_step_pre_hook(
+        lambda o, args, kw: seen.append(1) or nn.utils.clip_grad_norm_(model.parameters(), .01) and None)
     optimizer.register_step_post_hook(lambda o, args, kw: seen.append(2))
     register = register_optimizer_step_pre_hook, register_optimizer_step_post_hook
     handles = [f(lambda o, args, kw, i=i: seen.append(i)) for i, f in enumerate(register, 3)]

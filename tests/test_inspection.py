@@ -130,8 +130,9 @@ def test_a_subclass_that_computes_the_same_is_embedded(to):
 @pytest.mark.parametrize("make", [
     lambda: Net(lambda m, x: m.f(x), lambda m: setattr(m, "f", lambda x: m.conv(x))),
     lambda: Net(lambda m, x: m.conv.forward(x)),
-    lambda: Net(lambda m, x: F.conv2d(x, m.conv.weight)), lambda: Net(
-        lambda m, x: type(m.conv).__call__(m.conv, x) if m.training else m.conv._conv_forward(x, m.conv.weight, None))])
+    lambda: Net(lambda m, x: F.conv2d(x, m.conv.weight)),
+    lambda: Net(lambda m, x: type(m.conv).__call__(m.conv, x) if m.training
+                else m.conv._conv_forward(x, m.conv.weight, None))])
 def test_a_convolution_that_is_not_called_is_not_blamed_for_it(make):
     with pytest.raises(ValueError, match="conv is used without being called as a module"): embed(make(), SHAPE)
 

@@ -1,4 +1,5 @@
-"Kernels as matrices and local weights, against PyTorch's own convolutions, over drawn geometries; and wrong maps are noticed."
+"""Kernels as matrices and local weights, against PyTorch's own convolutions, over drawn geometries;
+and wrong maps are noticed."""
 import copy
 import math
 
@@ -29,8 +30,8 @@ def functional(conv, x):
     padding = conv.padding
     if conv.padding_mode != "zeros":
         span = [d*(k-1) for d, k in zip(conv.dilation, conv.kernel_size)]
-        pairs = ([(t//2, t - t//2) for t in span] if padding == "same" else [(0, 0)]*len(span) if padding == "valid"
-                 else [(p, p) for p in padding])
+        pairs = ([(t//2, t - t//2) for t in span] if padding == "same"
+                 else [(0, 0)]*len(span) if padding == "valid" else [(p, p) for p in padding])
         x, padding = F.pad(x, [p for pair in reversed(pairs) for p in pair], mode=conv.padding_mode), 0
     return getattr(F, name)(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
 
@@ -63,12 +64,13 @@ def read_by_a_tap(conv, x):
 
 def alone_somewhere(g):
     "Whether each tap is, on each axis, somewhere the only one to read its pixel."
-    return all(any(row[u] >= 0 and row.count(row[u]) == 1 for row in table.tolist()) for table in g.axes
-               for u in range(table.shape[1]))
+    return all(any(row[u] >= 0 and row.count(row[u]) == 1 for row in table.tolist())
+               for table in g.axes for u in range(table.shape[1]))
 
 
 def same_way_back(conv, x, to):
-    "Every tap that reads a pixel anywhere comes back bit for bit; the others, of which the released layer knows nothing, as zero."
+    """Every tap that reads a pixel anywhere comes back bit for bit; the others,
+    of which the released layer knows nothing, as zero."""
     back = nearest_cnn(embed(conv, shape_of(x), to, check=False), check=False)
     assert type(back) is type(conv) and back.weight.is_contiguous() and back.weight.dtype == conv.weight.dtype
     assert (back.bias is None) == (conv.bias is None) and (conv.bias is None or torch.equal(back.bias, conv.bias))
@@ -157,8 +159,8 @@ def test_shares_and_residuals(case):
     table = shares(drawn)
     assert math.isclose(table.loc["all", list(wanted)].sum(), 1, rel_tol=1e-12)
     assert math.isclose(table.loc["all", "norm"], W.norm(), rel_tol=1e-12)
-    spread = 0 if drawn.bias is None else drawn.bias.detach().view(g.out_channels, -1).var(
-        1, unbiased=False).sum()*math.prod(g.output_size)
+    spread = (0 if drawn.bias is None
+              else drawn.bias.detach().view(g.out_channels, -1).var(1, unbiased=False).sum()*math.prod(g.output_size))
     table, wanted = residuals(drawn), dict(lcn=(W - local).norm(), cnn=((W - nearest).square().sum() + spread)**.5)
     for kind, norm in wanted.items():
         assert all(math.isclose(table.loc[name, kind], norm, rel_tol=1e-10, abs_tol=1e-10) for name in ("all", ""))
@@ -230,7 +232,8 @@ def test_a_permuted_map_is_noticed(monkeypatch, how, holds, case):
     holds(*case)
     break_map(monkeypatch, how)
     # other names of the taps, the same subspaces
-    if holds is projections_are_the_dense_ones and how is PERMUTED["taps flipped"]: return holds(*case)
+    if holds is projections_are_the_dense_ones and how is PERMUTED["taps flipped"]:
+        return holds(*case)
     with pytest.raises(AssertionError): holds(*case)
 
 

@@ -86,8 +86,8 @@ def test_a_slowed_cnn_with_padding(conv):
     x, y = tiny.DATA.train.batch(range(20))
     cnn(x.double())
     efcn = embed(cnn, (1, 16, 16))
-    for model, optimizer in (cnn, slowed(cnn, (1, 16, 16), .3, .9, .01)), (
-        efcn, torch.optim.SGD(efcn.parameters(), .3, .9, weight_decay=.01)):
+    for model, optimizer in ((cnn, slowed(cnn, (1, 16, 16), .3, .9, .01)),
+                             (efcn, torch.optim.SGD(efcn.parameters(), .3, .9, weight_decay=.01))):
         nn.functional.cross_entropy(model(x.double()), y).backward()
         optimizer.step()
     for p, q in zip(convert(efcn, "cnn").parameters(), cnn.parameters()): assert torch.allclose(p, q, atol=1e-12)

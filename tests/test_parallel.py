@@ -63,9 +63,8 @@ def test_threads_take_turns(serial, tmp_path):
 def test_processes_one_of_which_dies(serial, tmp_path):
     "The pool is lost, and a new one ends with the same records."
     ours = study(tmp_path/"s", tmp_path/"marker")
-    with pool() as executor, pytest.raises(WorkerLost, match=r"ended before its run did \(BrokenProcessPool\).*the "
-                                                             r"same call goes on") as error:
-        ours.run(executor=executor)
+    says = r"ended before its run did \(BrokenProcessPool\).*the same call goes on"
+    with pool() as executor, pytest.raises(WorkerLost, match=says) as error: ours.run(executor=executor)
     assert (tmp_path/"marker").exists() and len(str(error.value).splitlines()) == 1
     left = len(study(tmp_path/"s", tmp_path/"marker").unfinished())
     with pool() as executor: ours.run(executor=executor)
@@ -332,8 +331,8 @@ def test_dask(serial, tmp_path, monkeypatch, dies):
 def command(tmp_path):
     "Starts `efcn_relax` in a process of its own."
     (tmp_path/"command.py").write_text("import signal\nfrom efcn_nb.cli import efcn_relax\nif __name__ == '__main__':\n"
-        "    signal.signal(signal.SIGINT, signal.default_int_handler)  # as on a terminal, also where tests run in the "
-        "background\n    efcn_relax()\n")
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)  "
+        "# as on a terminal, also where tests run in the background\n    efcn_relax()\n")
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(Path(tiny.__file__).parents[1]),
                                                         os.environ.get("PYTHONPATH", "")]))
     started = []

@@ -196,6 +196,11 @@ def counting(m, x):
     return m.conv(x)
 
 
+def reads_attributes(m, x):
+    around = m.conv.kernel_size[0]//2 - m.conv.padding[0]
+    return m.conv(F.pad(x, (around,)*4))*m.conv.out_channels/m.conv.groups
+
+
 def held_down(m, x):
     m.fc.weight.data = torch.renorm(m.fc.weight.data, 2, 0, .1)
     return m.head(m.conv(x))
@@ -234,8 +239,9 @@ RIGHT = {  # networks that embed, however odd: forward pass, and what else they 
     "logarithm": (lambda m, x: m.conv(x.log()),),
     "table of grey values": (lambda m, x: m.conv(m.table[(x*255).long()]),
                              lambda m: m.register_buffer("table", torch.randn(256))),
-    "one image": (one_image,), "squeeze": (lambda m, x: m.one(m.conv(x).mean((2, 3), keepdim=True).squeeze()),
-                                           lambda m: setattr(m, "one", nn.BatchNorm1d(3))),
+    "one image": (one_image,),
+    "squeeze": (lambda m, x: m.one(m.conv(x).mean((2, 3), keepdim=True).squeeze()),
+                lambda m: setattr(m, "one", nn.BatchNorm1d(3))),
     "vmap": (per_image,), "autocast": (with_autocast,), "writes a count": (counting, counts),
     "holds a weight down": (held_down,), "clamps": (clamped,),
     "stores an activation": (keeps,), "swallows an error": (swallowed,),
@@ -256,8 +262,7 @@ RIGHT = {  # networks that embed, however odd: forward pass, and what else they 
     "nothing finite": (lambda m, x: m.conv(x*math.nan),),
     "empty": (lambda m, x: m.conv(x[:0]),),
     "long chain": (lambda m, x: functools.reduce(lambda y, _: m.conv(y.tanh())[:, :2]*50, range(30), x),),
-    "reads attributes": (lambda m, x: m.conv(
-        F.pad(x, (m.conv.kernel_size[0]//2 - m.conv.padding[0],)*4))*m.conv.out_channels/m.conv.groups,)}
+    "reads attributes": (reads_attributes,)}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -290,8 +295,8 @@ def test_odd_networks_are_embedded(to, name):
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.complex128], ids=str)
 def test_deep_networks_of_low_precision_and_complex_ones_prove_themselves(to, dtype):
-    model = nn.Sequential(*(layer for _ in range(12) for layer in (nn.Conv2d(4, 4, 3, padding=1), nn.Identity()
-                                                                   if dtype.is_complex else nn.LayerNorm((6, 6)))))
+    def norm(): return nn.Identity() if dtype.is_complex else nn.LayerNorm((6, 6))
+    model = nn.Sequential(*(layer for _ in range(12) for layer in (nn.Conv2d(4, 4, 3, padding=1), norm())))
     model = model.to(dtype)
     assert type(embed(model, (4, 6, 6), to)[0]) is RELEASED[to]
     wrong = Net(lambda m, x: m.conv(x)*m.conv.weight.shape[-1])
@@ -302,8 +307,10 @@ def test_outputs_of_every_kind_are_compared():
     for wrap in (lambda y: y, lambda y: (1, {"a": [y]}), Answer, lambda y: y.detach().numpy(), lambda y: y.to_sparse(),
                  lambda y: torch.distributions.Normal(y, 1),
                  lambda y: types.SimpleNamespace(y=y), float, lambda y: y.argmax()):
-        model = Net(lambda m, x: wrap((m.conv(x)[:, 0]*(1 if m.conv.weight.shape[-1] == 3 else -1)).sum(
-            (1, 2))[:1 if wrap is float else None]))
+        def forward(m, x):
+            sign = 1 if m.conv.weight.shape[-1] == 3 else -1
+            return wrap((m.conv(x)[:, 0]*sign).sum((1, 2))[:1 if wrap is float else None])
+        model = Net(forward)
         with pytest.raises(ValueError, match="another function"): embed(model, SHAPE)
 
 
@@ -408,8 +415,8 @@ class Energy(nn.Module):
     "The gradient of an energy with respect to the image, and with `both` the energy too."
     def __init__(self, both, wrong=False):
         super().__init__()
-        self.both, self.wrong, self.a, self.b, self.f = (both, wrong, nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3),
-                                                         nn.Linear(4, 1))
+        self.both, self.wrong = both, wrong
+        self.a, self.b, self.f = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 1)
     def forward(self, x):
         with torch.enable_grad():
             x = x.detach().requires_grad_()

@@ -54,8 +54,11 @@ def metrics(study): return (study.out/"metrics.csv").read_bytes()
 
 
 def weights(study):
-    return {k: v for r in study.plan() for k, v in study.network(r["network"], r["seed"], r["relax"]).state_dict(
-        prefix=f"{r['network']}{r['relax']}.").items()}
+    found = {}
+    for r in study.plan():
+        network = study.network(r["network"], r["seed"], r["relax"])
+        found |= network.state_dict(prefix=f"{r['network']}{r['relax']}.")
+    return found
 
 
 def run_again(study):
@@ -164,8 +167,8 @@ def test_more_seeds_and_times_in_the_same_folder(done, copied):
     before = tiny.files(copied.out)
     more = tiny.study(copied.out, seeds=2, relax_times=[0, 2], keep_weights=True)
     table = more.run()
-    assert table[table.seed == 0].merge(done.result).shape[0] == (table.seed
-                                                                  == 0).sum(), "what was there stays as it was"
+    same = table[table.seed == 0].merge(done.result)
+    assert same.shape[0] == (table.seed == 0).sum(), "what was there stays as it was"
     after = tiny.files(copied.out)
     assert all(after[name] == content for name, content in before.items() if "/" in name)
 
@@ -276,9 +279,9 @@ def test_a_learning_rate_that_is_too_large(tmp_path):
 
 # Damaged
 
-DAMAGE = {"truncated": lambda content: content[:-3], "altered": lambda content: content[:-3] + bytes([content[-3] ^ 1])
-          + content[-2:], "empty": lambda content: b"",
-          "other": lambda content: b"[]"}
+DAMAGE = {"truncated": lambda content: content[:-3],
+          "altered": lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
+          "empty": lambda content: b"", "other": lambda content: b"[]"}
 
 
 def notices(study, *names):
@@ -337,8 +340,9 @@ def test_weights_wanted_later_are_the_final_ones(done, tmp_path, monkeypatch):
     assert run in study.unfinished() and study.open_run("efcn", 0, run["relax"]).finished
     # a checkpoint after every epoch
     monkeypatch.setattr(relaxation.time, "monotonic", iter(range(0, 10**6, 100)).__next__)
-    monkeypatch.setattr(Study, "_train", (lambda real: lambda self, run, model, found, last, *a: real(
-        self, run, model, found, last - 1, *a))(Study._train))
+    real = Study._train
+    def one_epoch_less(self, run, model, found, last, *a): return real(self, run, model, found, last - 1, *a)
+    monkeypatch.setattr(Study, "_train", one_epoch_less)
     with monkeypatch.context() as m:
         m.setattr(relaxation.Run, "finish", lambda *a, **kw: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt): study.carry_out(run)
@@ -358,8 +362,8 @@ def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for
 def test_damaged_final_weights_are_named_and_made_again(done, copied, network, relax):
     last = copied.open_run(network, 0, relax).checkpoints()[-1]
     last.write_bytes(last.read_bytes()[:-1] + b"!")
-    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(
-        ValueError, match=f"delete {last.name}, which is damaged, and run the study again"):
+    says = f"delete {last.name}, which is damaged, and run the study again"
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(ValueError, match=says):
         copied.network(network, 0, relax)
     last.unlink()
     assert equal(weights(run_again(copied)), weights(done)) and metrics(copied) == done.metrics
@@ -600,18 +604,20 @@ def counting(seed):
 NORM = changed(lambda m: m.insert(4, nn.BatchNorm1d(32)) and None)
 SQUEEZED = wrapped(lambda out: out[0] if len(out) == 1 else out, lambda out: out)
 REFUSED = dict(
-    double=(changed(nn.Module.double), "0.weight is torch.float64, but the weights of a study are of 32 bit; let the "
-                                       "function return network.float()", {}),
+    double=(changed(nn.Module.double), "0.weight is torch.float64, but the weights of a study are of 32 bit; "
+                                       "let the function return network.float()", {}),
     half=(changed(nn.Module.half), "0.weight is torch.float16", {}),
     bfloat16=(changed(nn.Module.bfloat16), "0.weight is torch.bfloat16", {}),
     half_of_bf16=(changed(nn.Module.half), "0.weight is torch.float16", dict(precision="bf16")),
-    double_head=(changed(lambda m: m[4].double() and None), "4.weight is torch.float64", {}), double_buffer=(
-        changed(lambda m: m.insert(1, nn.BatchNorm2d(2, affine=False).double()) and None), "cannot process", {}),
+    double_head=(changed(lambda m: m[4].double() and None), "4.weight is torch.float64", {}),
+    double_buffer=(changed(lambda m: m.insert(1, nn.BatchNorm2d(2, affine=False).double()) and None),
+                   "cannot process", {}),
     pair=(wrapped(lambda out: (out, out)), "in training mode the network returns a tuple, not one tensor", {}),
     listed=(wrapped(lambda out: [out]), "returns a list", {}),
     named=(wrapped(lambda out: dict(out=out)), "returns a dict", {}),
-    nothing=(wrapped(lambda out: None), "returns a NoneType", {}), pair_in_evaluation=(
-        wrapped(lambda out: out, lambda out: (out, out)), "in evaluation mode the network returns a tuple", {}),
+    nothing=(wrapped(lambda out: None), "returns a NoneType", {}),
+    pair_in_evaluation=(wrapped(lambda out: out, lambda out: (out, out)),
+                        "in evaluation mode the network returns a tuple", {}),
     auxiliary=(Auxiliary, "in training mode the network returns a tuple.*without auxiliary outputs", {}),
     quiet=(Quiet, "aux.0 is never called in evaluation mode.*a study has no layers=", {}),
     unflattened=(lambda s, c: nn.Sequential(nn.Conv2d(1, c, 3), nn.AdaptiveAvgPool2d(1)),
@@ -622,8 +628,9 @@ REFUSED = dict(
     scalar=(wrapped(lambda out: out.sum()), r"shape \(\) of 2 images", {}),
     one_output=(lambda s, c: base(s, 1), "has 1 output, but the data have 10 classes", {}),
     fewer=(lambda s, c: base(s, c - 1), "has 9 outputs, but the data have 10 classes", {}),
-    fewer_in_evaluation=(wrapped(lambda out: out, lambda out: out[:, :7]), "has 7 outputs", {}), answers=(
-        wrapped(lambda out: out.argmax(1, keepdim=True).expand(-1, 10)), "returns torch.int64, not real numbers", {}),
+    fewer_in_evaluation=(wrapped(lambda out: out, lambda out: out[:, :7]), "has 7 outputs", {}),
+    answers=(wrapped(lambda out: out.argmax(1, keepdim=True).expand(-1, 10)),
+             "returns torch.int64, not real numbers", {}),
     frozen=(changed(lambda m: m.requires_grad_(False)), "all weights of the network are frozen", {}),
     detached=(wrapped(torch.Tensor.detach), "do not depend on its weights in a way that can be differentiated", {}),
     compiled=(changed(lambda m: torch.compile(m, backend="eager")), "is compiled.*without torch.compile", {}),
@@ -637,8 +644,9 @@ REFUSED = dict(
                   "in training mode: AssertionError", {}),
     says_nothing_at_all=(wrapped(lambda out: (_ for _ in ()).throw(AssertionError())),
                          "in evaluation mode: AssertionError", {}),
-    batch_of_one=(NORM, "100 images, 33 at a time, leave a batch of one image, but .* in training mode.*choose another "
-                        "batch size", dict(batch_size=33)), always_one=(NORM, "1 at a time", dict(batch_size=1)),
+    batch_of_one=(NORM, "100 images, 33 at a time, leave a batch of one image, "
+                        "but .* in training mode.*choose another batch size", dict(batch_size=33)),
+    always_one=(NORM, "1 at a time", dict(batch_size=1)),
     squeezed=(SQUEEZED, r"99 at a time, leave a batch of one image, but .* shape \(10,\) of 1 image,",
               dict(batch_size=99)),
     no_network=(lambda s, c: 5, "returned int, not a network", {}),
@@ -655,8 +663,8 @@ REFUSED = dict(
     shared_weight=(sharing(lambda m, c: setattr(m[0], "weight", c[0].weight) or m), "share the memory of 0.weight", {}),
     shared_memory=(sharing(lambda m, c: setattr(m[4], "bias", nn.Parameter(c[4].bias.detach()[:])) or m),
                    "share the memory of 4.bias", {}),
-    shared_buffer=(sharing(lambda m, c: put(m, 2, Written(WRITTEN))), "share 2.held, which changes when they are used",
-                   {}),
+    shared_buffer=(sharing(lambda m, c: put(m, 2, Written(WRITTEN))),
+                   "share 2.held, which changes when they are used", {}),
     weight_as_buffer=(sharing(lambda m, c: with_buffer(m, m) and setattr(m[0], "bias", c[0].bias) or m),
                       "share the memory of 0.bias", {}),
     taking_turns=(taking_turns(base), "one and the same network", {}),
@@ -741,7 +749,8 @@ def test_models_about_which_something_is_said(tmp_path, case):
 
 
 def test_trying_a_model_changes_nothing(tmp_path):
-    "The network of a seed is as its function made it, statistics of BatchNorm included, and as few others are made as needed."
+    """The network of a seed is as its function made it, statistics of BatchNorm included,
+    and as few others are made as needed."""
     calls = []
     def counted(shape, classes): return calls.append(1) or NORM(shape, classes)
     study = tiny.study(tmp_path/"s", model=counted, width=None)
@@ -806,8 +815,9 @@ def test_a_finished_study_can_be_read_where_nothing_can_be_written(copied, done,
     assert again.run(executor=ThreadPoolExecutor(1)).equals(done.result) and again.run(workers=2).equals(done.result)
     assert relax(tiny.DATA, **tiny.SETTINGS | dict(out=copied.out, keep_weights=True),
                  progress=False).equals(done.result)
-    assert all(again.carry_out(run).drop(columns="protocol_epochs").equals(
-        again.open_run(run["network"], run["seed"], run["relax"]).table) for run in again.plan())
+    for run in again.plan():
+        table = again.carry_out(run).drop(columns="protocol_epochs")
+        assert table.equals(again.open_run(run["network"], run["seed"], run["relax"]).table)
     assert equal(weights(again), weights(done))
     assert {p: p.stat().st_mtime_ns for p in copied.out.rglob("*")} == before
 

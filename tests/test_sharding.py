@@ -1,4 +1,5 @@
-"""Layers over two processes (gloo): outputs, gradients and steps of SGD are those of one process. As a script, this file is one of the two."""
+"""Layers over two processes (gloo): outputs, gradients and steps of SGD are those of one process.
+As a script, this file is one of the two."""
 import copy
 import json
 import os
@@ -55,7 +56,8 @@ def whole(t): return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def steps(model, optimizer, count=3):
-    "Outputs, gradients with respect to the input and the parameters of the first step; then parameters after some steps."
+    """Outputs, gradients with respect to the input and the parameters of the first step;
+    then parameters after some steps."""
     g, seen = torch.Generator().manual_seed(1), []
     for _ in range(count):
         x, y = torch.randn(6, 2, 5, 5, generator=g).double().requires_grad_(), torch.randint(3, (6,), generator=g)
@@ -78,8 +80,8 @@ def case(name, mesh):
     spread = copy.deepcopy(single)
     shard(spread, mesh, **how)
     sharded = [m for m in spread.modules() if getattr(m, "through", None) is not None]
-    share = sum(p.to_local().numel() for p in {id(m.weight): m.weight for m in sharded}.values()) / sum(
-        p.numel() for p in {id(m.weight): m.weight for m in sharded}.values())
+    weights = {id(m.weight): m.weight for m in sharded}.values()
+    share = sum(p.to_local().numel() for p in weights) / sum(p.numel() for p in weights)
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=.1, momentum=.9, weight_decay=.01)
                   for m in (single, spread)]
     difference = apart(steps(single, optimizers[0]), steps(spread, optimizers[1]))
@@ -111,7 +113,8 @@ def unfused(mesh):
 
 
 def replicated(mesh):
-    "FusedSGD of a network that is wrapped into replicas afterwards, each with images of its own: gradients are averaged."
+    """FusedSGD of a network that is wrapped into replicas afterwards,
+    each with images of its own: gradients are averaged."""
     start = fcn()
     models, found = [copy.deepcopy(start) for _ in range(2)], []
     for m, o in zip(models, (FusedSGD(models[0], .1, momentum=.9),

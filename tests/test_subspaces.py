@@ -20,8 +20,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Complex modules are a new featur
 
 
 CONVS = {
-    "plain": nn.Conv2d(2, 3, 3, padding=1), "strided":
-        nn.Conv2d(2, 2, (3, 2), stride=2, padding=(0, 2), dilation=(1, 2)), "grouped": nn.Conv2d(4, 4, 3, groups=2),
+    "plain": nn.Conv2d(2, 3, 3, padding=1),
+    "strided": nn.Conv2d(2, 2, (3, 2), stride=2, padding=(0, 2), dilation=(1, 2)),
+    "grouped": nn.Conv2d(4, 4, 3, groups=2),
     "reflect": nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"),
     "circular": nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"),
     "transposed": nn.ConvTranspose2d(2, 2, 3, stride=2, padding=1), "1-d": nn.Conv1d(2, 3, 4, padding=3),
@@ -72,8 +73,8 @@ def test_the_convolutional_part_is_the_least_squares_fit(name):
     fit = A @ torch.linalg.pinv(A) @ m.weight.detach().flatten()
     assert torch.allclose(split(m.weight, g)["convolutional"].flatten(), fit, atol=1e-9)
     assert torch.allclose(tied_sum(m.weight, g).flatten(), A.T @ m.weight.detach().flatten(), atol=1e-9)
-    assert dimensions(m).loc["", "convolutional"] == torch.linalg.matrix_rank(A) + (
-        g.out_channels if m.bias is not None else 0)
+    biases = g.out_channels if m.bias is not None else 0
+    assert dimensions(m).loc["", "convolutional"] == torch.linalg.matrix_rank(A) + biases
 
 
 @CASES

@@ -41,7 +41,8 @@ def batches_in_float64(data, size, seed):
 
 @pytest.mark.parametrize("precision, device", PLACES)
 def test_each_precision_against_float64(precision, device):
-    "Four steps: where they end differs from where PyTorch's SGD ends in float64 as little as PyTorch's own steps in that precision do."
+    """Four steps: where they end differs from where PyTorch's SGD ends in float64 as little as PyTorch's own steps in
+    that precision do."""
     start, data = efcn(), noise(80).train
     exact = copy.deepcopy(start).double()
     optimizer = torch.optim.SGD(exact.parameters(), .01)
@@ -100,8 +101,9 @@ def test_other_optimizers_take_the_ordinary_path(make, to):
         optimizer.zero_grad()
         F.cross_entropy(plain(x), y).backward()
         optimizer.step()
-    double = lambda part: type("Double", (), dict(
-        x=part.x, __len__=lambda s: len(part), batches=lambda s, *a: ((x.double(), y) for x, y in part.batches(*a))))()
+    def double(part):
+        def batches(s, *a): return ((x.double(), y) for x, y in part.batches(*a))
+        return type("Double", (), dict(x=part.x, __len__=lambda s: len(part), batches=batches))()
     train(ours, Data(double(data.train), double(data.test)), 1, batch_size=10, optimizer=make(ours.parameters()))
     assert (vector(ours) - vector(plain)).abs().max() < 1e-6 and (vector(ours) - vector(start)).abs().max() > 1e-5
 
@@ -111,8 +113,10 @@ def test_nothing_is_read_from_the_device_during_an_epoch(monkeypatch):
     reads, steps, data = [], [], noise(40).train
     for name in ("item", "__float__", "__bool__", "__int__", "tolist", "cpu", "numpy"):
         real = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, real=real, name=name, **kw: (
-            reads.append((len(steps), name)), real(self, *a, **kw))[1])
+        def read(self, *a, real=real, name=name, **kw):
+            reads.append((len(steps), name))
+            return real(self, *a, **kw)
+        monkeypatch.setattr(torch.Tensor, name, read)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
     train_epoch(model, torch.optim.SGD(model.parameters(), .1), data, 10, 0, shuffle=False,
                 after_step=lambda: steps.append(1))
@@ -141,7 +145,8 @@ from efcn_nb.experiments.bench import noise
 from efcn_nb.service.timing import peak_memory
 from efcn_nb.experiments.relaxation import Study
 precision, momentum, out = sys.argv[1], float(sys.argv[2]), sys.argv[3]
-study = Study(noise(500), "alexnet", relax_times=[0], elcn_times=[], epochs=1, lr=1e-3, seeds=1, device="cpu", precision=precision, out=out, keep_weights=True, momentum=momentum)
+study = Study(noise(500), "alexnet", relax_times=[0], elcn_times=[], epochs=1, lr=1e-3, seeds=1, device="cpu",
+              precision=precision, out=out, keep_weights=True, momentum=momentum)
 cnn, fcn, relaxed = study.plan()
 study.carry_out(cnn)
 for run in fcn, relaxed: print(peak_memory(lambda: study.carry_out(run))/(4*study.weights))
@@ -151,7 +156,8 @@ print(len(list(study.out.glob("relaxed*/epoch-0001-*"))))
 
 @pytest.mark.parametrize("precision, momentum, most", [("fp32", 0, 1.4), ("bf16", 0, 1.9), ("fp32", .9, 2.4)])
 def test_memory_of_a_whole_run(tmp_path, precision, momentum, most):
-    """AlexNet's eFCN and its baseline, made, evaluated, trained, measured and stored: at most so many times its weights.
+    """AlexNet's eFCN and its baseline, made, evaluated, trained, measured and stored:
+    at most so many times its weights.
 
     That is once, half for a copy in bf16, once for momentum, and what a batch needs; a stored gradient would add 1."""
     out = subprocess.run([sys.executable, "-c", MEMORY, precision, str(momentum), str(tmp_path/"s")], cwd=keep.ROOT,
@@ -275,7 +281,8 @@ def refresh(model, context):
 @pytest.mark.parametrize("make", [frozen_norm, nested])
 @pytest.mark.parametrize("own", [False, True])
 def test_frozen_statistics_survive_training(make, own):
-    "Frozen BatchNorm keeps its running statistics over epochs and the evaluations between them; the network that is all in evaluation mode trains as a whole."
+    """Frozen BatchNorm keeps its running statistics over epochs and the evaluations between them;
+    the network that is all in evaluation mode trains as a whole."""
     part = Dataset(torch.randn(12, 2), torch.arange(12) % 2, ["a", "b"], torch.zeros(2), torch.ones(2), "noise")
     net = make()
     before, optimizer = flags(net), torch.optim.SGD(net.parameters(), .1) if own else None

@@ -37,7 +37,8 @@ def untrimmed(model, shape=(2, 8, 8)): return {name: (0,)*len(u) for name, u in 
 @BOTH
 @pytest.mark.parametrize("name, left_out", [("skinny", 15*8), ("alexnet", 15*24)])
 def test_networks_of_the_papers(name, left_out, to):
-    "The second convolution makes 8 x 8 outputs, of which the pooling reads 7 x 7; function and gradients are those of the whole."
+    """The second convolution makes 8 x 8 outputs, of which the pooling reads 7 x 7;
+    function and gradients are those of the whole."""
     torch.manual_seed(0)
     cnn = make_model(name, (3, 32, 32), 10, width=8).double().eval()
     whole, cut = embed(cnn, (3, 32, 32), to), embed(cnn, (3, 32, 32), to, trim=True)

@@ -1,4 +1,5 @@
-"""The smallest studies that have every part, and a console in which commands start fast: for the tests of runs, relaxation and cli; images for those of controls and pruning."""
+"""The smallest studies that have every part, and a console in which commands start fast: for the tests of runs,
+relaxation and cli; images for those of controls and pruning."""
 import json
 import os
 import signal
@@ -28,8 +29,8 @@ def smooth_images(n=90, shape=(2, 8, 8), seed=0, classes=3):
     "Noise that is smooth, with labels that show in its mean."
     x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
     y = torch.arange(n) % classes
-    x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="circular"), 3, 1) + .3*y.view(-1, 1, 1, 1)*torch.linspace(
-        -1, 1, shape[2])
+    shown = .3*y.view(-1, 1, 1, 1)*torch.linspace(-1, 1, shape[2])
+    x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="circular"), 3, 1) + shown
     return Dataset(x, y, [*map(str, range(classes))], torch.zeros(shape[0]), torch.ones(shape[0]), "smooth noise")
 
 
@@ -69,7 +70,8 @@ gc.freeze()
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 def die_at(moment):
-    'Kill this process before the file, in the midst of it, or before the training step number `moment[1]`, or after so many seconds.'
+    '''Kill this process before the file, in the midst of it, or before the training step number `moment[1]`,
+    or after so many seconds.'''
     what, left = moment
     if what == 'disk': return resource.setrlimit(resource.RLIMIT_FSIZE, (left, left))
     if what == 'clock': return threading.Timer(left, die).start()
@@ -126,7 +128,8 @@ class Console:
                                        cwd=Path(__file__).resolve().parents[1])
 
     def __call__(self, *argv, cwd, die=None):
-        "Exit status, standard output, standard error of the command; `die` is a pair ('file', 'half', 'step' or 'clock', number): when it is killed; or ('disk', bytes that a file can have)."
+        """Exit status, standard output, standard error of the command; `die` is a pair ('file', 'half',
+        'step' or 'clock', number): when it is killed; or ('disk', bytes that a file can have)."""
         streams = {name: self.folder/name for name in ("stdout", "stderr")}
         for path in streams.values(): path.unlink(missing_ok=True)
         case = dict(argv=list(map(str, argv)), cwd=str(cwd), die=die,
