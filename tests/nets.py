@@ -14,7 +14,8 @@ from efcn_nb.ladder.geometry import PADDING_MODES
 from efcn_nb.ladder.layers import FullyConnected, LocallyConnected
 
 
-settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=150, suppress_health_check=list(HealthCheck))
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=150,
+                          suppress_health_check=list(HealthCheck))
 settings.load_profile("repeatable")
 
 
@@ -24,7 +25,8 @@ RELEASED = {"fcn": FullyConnected, "lcn": LocallyConnected}
 BOTH = pytest.mark.parametrize("to", RELEASED)
 
 
-def rand(*shape, seed=0, dtype=torch.float64): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def rand(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def conv_of(n, ci, co, *args, seed=0, transposed=False, dtype=torch.float64, **kw):
@@ -34,7 +36,8 @@ def conv_of(n, ci, co, *args, seed=0, transposed=False, dtype=torch.float64, **k
         return KINDS[transposed, n](ci, co, *args, **kw).to(dtype)
 
 
-CHANNELS = [(1, 1, 1), (1, 2, 3), (1, 3, 2), (2, 1, 1), (2, 2, 1), (2, 1, 2), (3, 1, 1), (3, 1, 2), (4, 1, 1)]  # groups, and in and out for each
+# groups, and in and out for each
+CHANNELS = [(1, 1, 1), (1, 2, 3), (1, 3, 2), (2, 1, 1), (2, 2, 1), (2, 1, 2), (3, 1, 1), (3, 1, 2), (4, 1, 1)]
 
 
 @st.composite
@@ -51,7 +54,8 @@ def cases(draw, smaller=0):
     if padding == "own": padding = each(0, 2)
     around = [0]*n if padding == "valid" else [s-1 for s in span] if padding == "same" else [2*p for p in padding]
     side = [a - a//2 for a in around]
-    kw = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, bias=draw(st.booleans()), padding_mode=mode, transposed=transposed)
+    kw = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, bias=draw(st.booleans()),
+              padding_mode=mode, transposed=transposed)
     if transposed:
         kw["output_padding"] = more = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation))
         least = [1 + max(0, -(-(a + 1 - w - m)//s)) for a, w, m, s in zip(around, span, more, stride)]
@@ -59,7 +63,8 @@ def cases(draw, smaller=0):
         least = [max(1, w - a, {"reflect": p + 1, "circular": p}.get(mode, 1)) for w, a, p in zip(span, around, side)]
     size = tuple(draw(st.integers(low, max(low, most - smaller))) for low in least)
     seed = sum(size) + 10*sum(kernel)
-    return conv_of(n, groups*per_in, groups*per_out, kernel, seed=seed, **kw), rand(1 + seed%3, groups*per_in, *size, seed=seed)
+    return (conv_of(n, groups*per_in, groups*per_out, kernel, seed=seed, **kw),
+            rand(1 + seed%3, groups*per_in, *size, seed=seed))
 
 
 CHOSEN = [  # corners that must be among the cases whatever is drawn
@@ -72,9 +77,11 @@ CHOSEN = [  # corners that must be among the cases whatever is drawn
     (conv_of(2, 2, 4, (4, 3), padding="same", padding_mode="reflect", groups=2), rand(2, 2, 4, 5)),
     (conv_of(1, 1, 2, 5, padding=2, padding_mode="circular"), rand(2, 1, 2)),
     (conv_of(2, 3, 2, (3, 5), padding=(2, 4), stride=(3, 2), padding_mode="replicate"), rand(2, 3, 1, 2)),
-    (conv_of(2, 4, 6, (3, 2), stride=(3, 2), padding=(1, 0), output_padding=(2, 1), groups=2, transposed=True), rand(2, 4, 3, 4)),
+    (conv_of(2, 4, 6, (3, 2), stride=(3, 2), padding=(1, 0), output_padding=(2, 1), groups=2, transposed=True),
+     rand(2, 4, 3, 4)),
     (conv_of(1, 2, 2, 1, stride=3, output_padding=2, transposed=True), rand(2, 2, 3)),  # outputs that read nothing
-    (conv_of(3, 3, 3, 2, stride=(1, 2, 3), dilation=(2, 1, 3), output_padding=(1, 0, 2), groups=3, transposed=True), rand(1, 3, 2, 1, 2)),
+    (conv_of(3, 3, 3, 2, stride=(1, 2, 3), dilation=(2, 1, 3), output_padding=(1, 0, 2), groups=3, transposed=True),
+     rand(1, 3, 2, 1, 2)),
 ]
 
 
@@ -97,7 +104,8 @@ def one_thread():
 
 def close(a, b, tolerance):
     "Whether `a` and `b` agree to `tolerance` relative to the largest value."
-    return a.shape == b.shape and (not a.numel() or float((a - b).detach().abs().max()) <= tolerance*max(1., float(b.detach().abs().max())))
+    if a.shape != b.shape or not a.numel(): return a.shape == b.shape
+    return float((a - b).detach().abs().max()) <= tolerance*max(1., float(b.detach().abs().max()))
 
 
 def shape_of(x): return tuple(x.shape[1:])
@@ -106,7 +114,8 @@ def shape_of(x): return tuple(x.shape[1:])
 def tied_dense(D, g):
     "Sum of `D` (output units, input units) over the copies of each weight, laid out like the convolution's weight."
     co, ci, source = g.out_channels//g.groups, g.in_channels//g.groups, g.source
-    D = F.pad(D.view(g.groups, co, len(source), g.groups, ci, -1), (0, 1))  # the last pixel is zero, for taps that read nothing
+    # the last pixel is zero, for taps that read nothing
+    D = F.pad(D.view(g.groups, co, len(source), g.groups, ci, -1), (0, 1))
     D = torch.stack([D[i, :, :, i] for i in range(g.groups)]).transpose(2, 3)
     return tap_layout(D[..., torch.arange(len(source))[:, None], source].sum(-2), g)
 
@@ -131,11 +140,13 @@ TIED = {"fcn": tied_dense, "lcn": tied_local}
 
 
 class Residual(nn.Module):
-    "Nested, with BatchNorm, dropout, a skip connection, and one convolution that is used twice, the second time under another name."
+    """Nested, with BatchNorm, dropout, a skip connection, and one convolution that is used twice,
+    the second time under another name."""
     def __init__(self):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
-        self.blocks = nn.ModuleDict(dict(a=nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.BatchNorm2d(4)), skip=nn.Conv2d(4, 4, 1)))
+        self.blocks = nn.ModuleDict(dict(a=nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.BatchNorm2d(4)),
+                                         skip=nn.Conv2d(4, 4, 1)))
         self.twice = nn.Conv2d(4, 4, 3, padding=1)
         self.alias = self.twice
         self.head = nn.Sequential(nn.Dropout(), nn.Flatten(), nn.Linear(4*25, 3))
@@ -157,7 +168,8 @@ def residual():
 
 def frozen(model):
     "All that embedding must leave alone."
-    return {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    return ({k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()],
+            [p.requires_grad for p in model.parameters()])
 
 
 def unchanged(model, before):
@@ -174,7 +186,8 @@ def made(build, seed=0):
 # BatchNorm
 
 def settled(build, shape, seed=0):
-    "A float64 model in evaluation mode whose BatchNorms have affine parameters and running statistics that are not the default."
+    """A float64 model in evaluation mode whose BatchNorms have affine parameters and running statistics that are not
+    the default."""
     model = made(build, seed)
     for i, norm in enumerate(m for m in model.modules() if isinstance(m, BATCHNORMS)):
         for j, t in enumerate((norm.weight, norm.bias, norm.running_mean, norm.running_var)):
@@ -194,7 +207,8 @@ class OwnConv(nn.Conv2d):
 # The same function, or one sentence
 
 class Net(nn.Module):
-    "A convolution, BatchNorm and a linear layer in float64, and a forward pass that is given; whatever else `more` adds."
+    """A convolution, BatchNorm and a linear layer in float64, and a forward pass that is given;
+    whatever else `more` adds."""
     def __init__(self, forward, more=lambda m: None, conv=None):
         super().__init__()
         with torch.random.fork_rng():
@@ -214,13 +228,16 @@ SHAPE = (2, 5, 5)
 
 def alone(model):
     "All of a network that embedding must leave alone, bit for bit, and the random states."
-    tensors = {k: (id(v), v.data_ptr(), v._version, v.detach().clone()) for k, v in (*model.named_parameters(), *model.named_buffers())}
-    return tensors, [m.training for m in model.modules()], torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    tensors = {k: (id(v), v.data_ptr(), v._version, v.detach().clone())
+               for k, v in (*model.named_parameters(), *model.named_buffers())}
+    return (tensors, [m.training for m in model.modules()], torch.get_rng_state(), np.random.get_state()[1].tolist(),
+            random.getstate())
 
 
 def untouched(model, before):
     after = alone(model)
-    return (all(a[:3] == b[:3] and torch.equal(a[3], b[3]) for a, b in zip(before[0].values(), after[0].values(), strict=True))
+    return (all(a[:3] == b[:3] and torch.equal(a[3], b[3])
+                for a, b in zip(before[0].values(), after[0].values(), strict=True))
             and before[1] == after[1] and torch.equal(before[2], after[2]) and before[3:] == after[3:])
 
 

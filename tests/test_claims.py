@@ -22,17 +22,21 @@ def made_up(accuracy, seeds=4, off=.01):
         for (network, time), value in accuracy.items():
             first = time or 0
             for epoch in range(first, 9 if network == "cnn" else first+5):
-                rows.append((network, time, epoch, "test", "accuracy", value + .001*seed*(1 + first/10 + (network == "efcn")), seed))
+                rows.append((network, time, epoch, "test", "accuracy",
+                             value + .001*seed*(1 + first/10 + (network == "efcn")), seed))
                 if network == "cnn": continue
-                rows.append((network, time, epoch, "weights", "off_local", (off if network == "efcn" else .9) + 1e-6*seed, seed))
+                rows.append((network, time, epoch, "weights", "off_local",
+                             (off if network == "efcn" else .9) + 1e-6*seed, seed))
                 rows.append((network, time, epoch, "weights", "unshared", .01, seed))
     return pd.DataFrame(rows, columns="network relax epoch split metric value seed".split())
 
 
-@pytest.mark.parametrize("fcn, cnn, off, verdicts", [(.5, .7, .01, {"1": "holds", "2a": "holds", "3": "holds"}), (.9, .7, .01, {"1": "fails", "2a": "holds"}),
+@pytest.mark.parametrize("fcn, cnn, off, verdicts", [(.5, .7, .01, {"1": "holds", "2a": "holds", "3": "holds"}),
+                                                     (.9, .7, .01, {"1": "fails", "2a": "holds"}),
                                                      (.5, .95, .5, {"1": "holds", "2a": "fails", "3": "fails"})])
 def test_verdicts(fcn, cnn, off, verdicts):
-    table = made_up({("cnn", None): cnn, ("fcn", None): fcn, ("efcn", 0): .6, ("efcn", 2): .8, ("efcn", 4): .7}, off=off)
+    table = made_up({("cnn", None): cnn, ("fcn", None): fcn, ("efcn", 0): .6, ("efcn", 2): .8, ("efcn", 4): .7},
+                    off=off)
     found = claims(table).assign(claim=lambda t: t.claim.str.split().str[0]).set_index("claim")
     assert {k: found.verdict[k] for k in verdicts} == verdicts and found.n["1"] == 4
     assert found.verdict["4"] == "not judged"
@@ -46,7 +50,8 @@ def test_one_seed_decides_nothing():
 def test_summary_is_mean_spread_and_number():
     table = made_up({("cnn", None): .5, ("fcn", None): .4, ("efcn", 0): .6}, seeds=3)
     row = summary(table).set_index("network").loc["efcn"]
-    assert math.isclose(row.accuracy, .602) and math.isclose(row.spread, .002) and row.n == 3 and math.isclose(row.off_local, .010001)
+    assert math.isclose(row.accuracy, .602) and math.isclose(row.spread, .002) and row.n == 3
+    assert math.isclose(row.off_local, .010001)
 
 
 def with_lost(table, *runs):
@@ -54,13 +59,16 @@ def with_lost(table, *runs):
     for network, seed, relax in runs:
         one = (table.network == network) & (table.seed == seed) & (table.relax == relax)
         end = one & (table.epoch == table.epoch[one].max())
-        table = pd.concat([table[~end], table[end].head(1).assign(metric="diverged", split="train", value=1.)], ignore_index=True)
+        table = pd.concat([table[~end], table[end].head(1).assign(metric="diverged", split="train", value=1.)],
+                          ignore_index=True)
     return table
 
 
 def test_runs_that_diverged_are_told_in_one_way():
-    table = with_lost(made_up({("cnn", None): .5, ("fcn", None): .4, ("efcn", 0): .6, ("efcn", 2): .7}), ("efcn", 1, 0), ("efcn", 3, 0))
-    assert diverged_runs(table)[["network", "seed", "relax", "epoch"]].values.tolist() == [["efcn", 1, 0, 4], ["efcn", 3, 0, 4]]
+    table = with_lost(made_up({("cnn", None): .5, ("fcn", None): .4, ("efcn", 0): .6, ("efcn", 2): .7}), ("efcn", 1, 0),
+                      ("efcn", 3, 0))
+    assert diverged_runs(table)[["network", "seed", "relax", "epoch"]].values.tolist() == [
+        ["efcn", 1, 0, 4], ["efcn", 3, 0, 4]]
     assert final_values(table).query("network == 'efcn' and relax == 0").seed.tolist() == [0, 2]
     assert summary(table).query("network == 'efcn'")[["n", "diverged"]].values.tolist() == [[2, 2], [4, 0]]
     assert "; 2 relaxed networks diverged" in claims(table).effect[0]
@@ -72,13 +80,15 @@ def test_the_number_of_epochs():
     assert protocol_epochs(table) == protocol_epochs(told) == 4 and final_values(told).equals(final_values(table))
     assert set(final_values(told[told.network != "fcn"]).network) == {"cnn", "cnn+", "efcn"}
     with pytest.raises(ValueError, match="no FCN baseline"): final_values(table[table.network != "fcn"])
-    with pytest.raises(ValueError, match="read it with read_protocol"): final_values(table.rename(columns=dict(network="phase")))
+    with pytest.raises(ValueError, match="read it with read_protocol"):
+        final_values(table.rename(columns=dict(network="phase")))
 
 
 def test_intervals_are_those_of_the_claims():
     table = made_up({("cnn", None): .7, ("fcn", None): .5, ("efcn", 0): .6, ("efcn", 2): .8, ("efcn", 4): .7})
     said, found = claims(table), claim_intervals(table)
-    assert found.claim.tolist() == said[said.verdict != "not judged"].claim.tolist() and found.verdict.tolist() == said[said.verdict != "not judged"].verdict.tolist()
+    assert found.claim.tolist() == said[said.verdict != "not judged"].claim.tolist()
+    assert found.verdict.tolist() == said[said.verdict != "not judged"].verdict.tolist()
     for row in found.itertuples():
         half = said.set_index("claim").interval[row.claim]
         assert half == f"±{50*(row.high - row.low):.1f}"
@@ -91,16 +101,19 @@ def test_intervals_are_those_of_the_claims():
 def test_an_old_record(name):
     "Its table is read with today's names, and gives the summary and the verdicts that were recorded."
     table, was = read_protocol(RECORDS/name/"metrics.csv"), read_protocol(RECORDS/name/"summary.csv")
-    assert "phase" in (RECORDS/name/"metrics.csv").read_text()[:100] and set(table.network) == {*was.network} - {"cnn+"} <= {"cnn", "fcn", "efcn", "elcn"}
+    assert "phase" in (RECORDS/name/"metrics.csv").read_text()[:100]
+    assert set(table.network) == {*was.network} - {"cnn+"} <= {"cnn", "fcn", "efcn", "elcn"}
     pd.testing.assert_frame_equal(summary(table)[list(was)], was, check_dtype=False, rtol=1e-4)
-    more = {k: read_protocol(RECORDS/name/f"{k}.csv") for k in ("ablation", "control") if (RECORDS/name/f"{k}.csv").exists()}
+    more = {k: read_protocol(RECORDS/name/f"{k}.csv")
+            for k in ("ablation", "control") if (RECORDS/name/f"{k}.csv").exists()}
     said = pd.read_csv(RECORDS/name/"claims.csv").set_index("claim").verdict
     found = claims(table, **more).set_index("claim").verdict
     assert found.to_dict() == {claim: said[claim] for claim in found.index}
 
 
 def test_an_old_folder(tmp_path, monkeypatch):
-    "A folder whose runs were stored with the old names, and whose last run was stopped on the way: it resumes, and ends as a new one."
+    """A folder whose runs were stored with the old names, and whose last run was stopped on the way:
+    it resumes, and ends as a new one."""
     new = tiny.study(tmp_path/"new")
     table, rows, stop = new.run(), relaxation._rows, iter(range(4))
     old_names = {new: old for new, old in relaxation._PHASES.items()}
@@ -114,9 +127,11 @@ def test_an_old_folder(tmp_path, monkeypatch):
         m.setattr(relaxation, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
         for run in old.plan()[:-1]: old.carry_out(run)
         with pytest.raises(StopIteration): old.carry_out(old.plan()[-1], lambda: next(stop))
-    for run in old.plan(): assert "phase" in old._store(run).table and old._store(run).path.name == new._store(run).path.name
+    for run in old.plan():
+        assert "phase" in old._store(run).table and old._store(run).path.name == new._store(run).path.name
     assert old._store(old.plan()[-1]).load().epoch == 2 and len(old.unfinished()) == 1
-    assert tiny.study(tmp_path/"old").run().equals(table) and (tmp_path/"old/metrics.csv").read_bytes() == (tmp_path/"new/metrics.csv").read_bytes()
+    assert tiny.study(tmp_path/"old").run().equals(table)
+    assert (tmp_path/"old/metrics.csv").read_bytes() == (tmp_path/"new/metrics.csv").read_bytes()
 
 
 def test_old_measures(tmp_path, monkeypatch):

@@ -17,8 +17,10 @@ def norms(model): return [name for name, m in model.named_modules() if isinstanc
 
 
 FOLDABLE = {
-    "plain": lambda: [nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)], "without bias": lambda: [nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4)],
-    "without affine": lambda: [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, affine=False)], "groups": lambda: [nn.Conv2d(2, 4, 3, groups=2), nn.BatchNorm2d(4)],
+    "plain": lambda: [nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)],
+    "without bias": lambda: [nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4)],
+    "without affine": lambda: [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, affine=False)],
+    "groups": lambda: [nn.Conv2d(2, 4, 3, groups=2), nn.BatchNorm2d(4)],
     "reflect": lambda: [nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(4)],
     "transposed": lambda: [nn.ConvTranspose2d(2, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4)],
     "transposed, groups": lambda: [nn.ConvTranspose2d(2, 4, 3, stride=2, groups=2), nn.BatchNorm2d(4)]}
@@ -43,7 +45,9 @@ def test_batchnorm_is_folded(to, build):
 @pytest.mark.parametrize("axes", [1, 3])
 def test_batchnorm_of_signals_and_volumes_is_folded(to, axes):
     norm = {1: nn.BatchNorm1d, 3: nn.BatchNorm3d}[axes]
-    model, x = settled(lambda: nn.Sequential(KINDS[False, axes](2, 3, 2), norm(3), KINDS[True, axes](3, 2, 2), norm(2)), None), rand(2, 2, *(3,)*axes)
+    model = settled(lambda: nn.Sequential(KINDS[False, axes](2, 3, 2), norm(3), KINDS[True, axes](3, 2, 2), norm(2)),
+                    None)
+    x = rand(2, 2, *(3,)*axes)
     folded = embed(model, shape_of(x), to, fold_batchnorm=True)
     assert not norms(folded) and close(folded(x), model(x), 1e-12)
 
@@ -67,10 +71,13 @@ def returned(m, x):
 
 
 UNFOLDABLE = {
-    "a residual": skipped, "another output": returned, "ReLU in place": lambda m, x: m.norm(F.relu_(m.conv(x))), "ReLU": lambda m, x: m.norm(F.relu(m.conv(x))),
+    "a residual": skipped, "another output": returned, "ReLU in place": lambda m, x: m.norm(F.relu_(m.conv(x))),
+    "ReLU": lambda m, x: m.norm(F.relu(m.conv(x))),
     "BatchNorm first": lambda m, x: m.conv(m.norm(x)), "convolution used twice": lambda m, x: m.norm(m.conv(m.conv(x))),
-    "both used twice": lambda m, x: m.norm(m.conv(m.norm(m.conv(x)))), "convolution elsewhere": lambda m, x: m.norm(m.conv(x)) + m.conv(x),
-    "BatchNorm elsewhere": lambda m, x: m.norm(m.conv(x)) + m.norm(x), "sum in place": lambda m, x: m.norm(m.conv(x).add_(1)),
+    "both used twice": lambda m, x: m.norm(m.conv(m.norm(m.conv(x)))),
+    "convolution elsewhere": lambda m, x: m.norm(m.conv(x)) + m.conv(x),
+    "BatchNorm elsewhere": lambda m, x: m.norm(m.conv(x)) + m.norm(x),
+    "sum in place": lambda m, x: m.norm(m.conv(x).add_(1)),
     "kernel read elsewhere": lambda m, x: m.norm(m.conv(x))}
 
 
@@ -119,7 +126,8 @@ HIDDEN = [detached, largest_channel, as_a_number, frozen_backbone, frozen_residu
 @BOTH
 @pytest.mark.parametrize("way", HIDDEN, ids=lambda way: way.__name__)
 def test_batchnorm_stays_where_the_graph_does_not_show_what_is_between(to, way):
-    "Autograd knows nothing of what happens to detached values or without gradients: then the function must stay all the same."
+    """Autograd knows nothing of what happens to detached values or without gradients:
+    then the function must stay all the same."""
     model, x = settled(lambda: Wired(way), (2, 4, 5)), rand(3, 2, 4, 5)
     model.head = made(lambda: nn.Linear(5, 3))
     assert close(embed(model, (2, 4, 5), to, fold_batchnorm=True)(x), model(x), 1e-12)
@@ -136,7 +144,8 @@ def with_another_forward(norm):
 
 
 @BOTH
-@pytest.mark.parametrize("change", [with_a_hook, with_a_pre_hook, with_another_forward], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", [with_a_hook, with_a_pre_hook, with_another_forward],
+                         ids=lambda change: change.__name__)
 def test_batchnorm_that_computes_something_else_stays(to, change):
     model, x = settled(lambda: Wired(lambda m, x: m.norm(m.conv(x))), (2, 4, 5)), rand(3, 2, 4, 5)
     change(model.norm)
@@ -153,13 +162,15 @@ def test_inputs_by_keyword(to, fold):
 
 
 def test_batchnorm_without_statistics_stays():
-    model, x = settled(lambda: nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2, track_running_stats=False)), (2, 4, 5)), rand(3, 2, 4, 5)
+    model = settled(lambda: nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2, track_running_stats=False)), (2, 4, 5))
+    x = rand(3, 2, 4, 5)
     folded = embed(model, (2, 4, 5), fold_batchnorm=True)
     assert norms(folded) == ["1"] and close(folded(x), model(x), 1e-12)
 
 
 def test_batchnorm_in_training_mode_is_refused(residual):
-    with pytest.raises(ValueError, match="training mode.*call model.eval"): embed(residual.train(), (2, 5, 5), fold_batchnorm=True)
+    with pytest.raises(ValueError, match="training mode.*call model.eval"):
+        embed(residual.train(), (2, 5, 5), fold_batchnorm=True)
     model = settled(lambda: Wired(skipped), (2, 4, 5)).train()  # its BatchNorm stays, whatever its mode is
     assert embed(model, (2, 4, 5), fold_batchnorm=True).norm.training
 
@@ -170,7 +181,8 @@ def test_batchnorm_of_a_network(residual, to):
     folded = embed(residual, (2, 5, 5), to, fold_batchnorm=True)
     assert unchanged(residual, before) and not norms(folded) and close(folded(x), residual(x), 1e-12)
     some = embed(residual, (2, 5, 5), to, layers=["stem.0"], fold_batchnorm=True)
-    assert norms(some) == ["blocks.a.1"] and sum(hasattr(m, "geometry") for m in some.modules()) == 1 and close(some(x), residual(x), 1e-12)
+    assert norms(some) == ["blocks.a.1"] and sum(hasattr(m, "geometry") for m in some.modules()) == 1
+    assert close(some(x), residual(x), 1e-12)
 
 
 class Recycled(nn.Module):
@@ -196,5 +208,7 @@ def test_memory_used_again_is_not_taken_for_the_same_tensor():
 def test_merging_proves_itself():
     model = Net(lambda m, x: m.head(m.norm(m.conv(x)))*m.conv.weight.norm()).eval()
     model.norm.running_mean.normal_(), model.norm.running_var.uniform_(2, 3)
-    with pytest.raises(ValueError, match="cannot be merged with its BatchNorm.*first part at the forward pass of Net itself"): merge_batchnorm(model, SHAPE)
+    with pytest.raises(ValueError,
+                       match="cannot be merged with its BatchNorm.*first part at the forward pass of Net itself"):
+        merge_batchnorm(model, SHAPE)
     assert merge_batchnorm(model, SHAPE, check=False)

@@ -1,4 +1,5 @@
-"""Descent without stored gradients: PyTorch's SGD is the oracle, in float64, over a table of usages; and what is refused."""
+"""Descent without stored gradients: PyTorch's SGD is the oracle, in float64,
+over a table of usages; and what is refused."""
 import copy
 import functools
 import io
@@ -26,7 +27,8 @@ from efcn_nb.materials.models import make_model
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = {"fcn": FullyConnected, "lcn": LocallyConnected}
 kinds = pytest.mark.parametrize("kind", KINDS)
-SETTINGS = [dict(lr=.3), dict(lr=.3, weight_decay=.1), dict(lr=.1, momentum=.9), dict(lr=.1, momentum=.9, weight_decay=.1)]
+SETTINGS = [dict(lr=.3), dict(lr=.3, weight_decay=.1), dict(lr=.1, momentum=.9),
+            dict(lr=.1, momentum=.9, weight_decay=.1)]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,8 @@ def seeded():
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_small(monkeypatch): monkeypatch.setattr(layers, "CHUNK", 2000)  # or small locally-connected layers take their ordinary path
+def nothing_is_small(monkeypatch):
+    monkeypatch.setattr(layers, "CHUNK", 2000)  # or small locally-connected layers take their ordinary path
 
 
 @pytest.fixture(params=[False, True], ids=["as usual", "tiny pieces"])
@@ -53,7 +56,8 @@ def cnn(seed=0, bias=True, dtype=torch.float64):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         mode = draw.choice(["zeros", "reflect", "circular", "replicate"])
-        first = nn.Conv2d(2, 4, draw.choice([1, 2, 3]), stride=draw.choice([1, 2]), padding=draw.choice([0, 1]), padding_mode=mode, bias=bias)
+        first = nn.Conv2d(2, 4, draw.choice([1, 2, 3]), stride=draw.choice([1, 2]), padding=draw.choice([0, 1]),
+                          padding_mode=mode, bias=bias)
         second = nn.Conv2d(4, 6, 2, groups=draw.choice([1, 2]), padding=1, bias=bias)
         model = nn.Sequential(first, nn.Tanh(), second, nn.Sigmoid(), nn.Flatten(), nn.LazyLinear(3))
         model(torch.randn(1, 2, 6, 5))
@@ -76,7 +80,9 @@ def train(model, optimizer, steps=4, precision=None, schedule=False):
     return model
 
 
-def distance(a, b): return max((p.double() - q.double()).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True))
+def distance(a, b):
+    return max((p.double() - q.double()).abs().max().item()
+               for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 def both(model, settings, **kw):
@@ -128,8 +134,8 @@ def test_products_in_bf16_on_weights_in_fp32(pieces, kind, settings):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_step_of_a_real_network(precision):
-    """SkinnyCNN's eFCN, trimmed, on one batch: each gradient as the weights show it, that is to the rounding of the weights, is as near to float64 as PyTorch's own
-    (in bfloat16 both are far, because maxima are confused)."""
+    """SkinnyCNN's eFCN, trimmed, on one batch: each gradient as the weights show it, that is to the rounding of the
+    weights, is as near to float64 as PyTorch's own (in bfloat16 both are far, because maxima are confused)."""
     start = embed(make_model("skinny", (3, 32, 32), 10, width=8), (3, 32, 32), trim=True)
     x, y = torch.randn(20, 3, 32, 32), torch.arange(20) % 10
     moved, theirs, exact = copy.deepcopy(start), copy.deepcopy(start), copy.deepcopy(start).double()
@@ -139,7 +145,8 @@ def test_one_step_of_a_real_network(precision):
         F.cross_entropy(out.float(), y).backward()
     optimizer.step()
     F.cross_entropy(exact(x.double()), y).backward()
-    for (name, p), q, r, s in zip(start.named_parameters(), moved.parameters(), theirs.parameters(), exact.parameters()):
+    for (name, p), q, r, s in zip(start.named_parameters(), moved.parameters(), theirs.parameters(),
+                                  exact.parameters()):
         ours, pytorch = ((g - s.grad).norm() for g in ((p - q).double(), r.grad.double()))
         assert ours < 2*pytorch + torch.finfo(p.dtype).eps*(p.double().norm() + s.grad.norm()), name
 
@@ -165,7 +172,8 @@ def test_no_gradient_is_stored(precision, most):
         model = nn.Sequential(FullyConnected(g))
         optimizer = make(model)
         def step():
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"): model(x).float().square().mean().backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                model(x).float().square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         step()
@@ -230,8 +238,10 @@ def test_precisions_alternate(kind, order):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): assert torch.equal(model(x), copy.deepcopy(model)(x))
 
 
-READS = {"nothing": lambda m: None, "state_dict": lambda m: m.load_state_dict(copy.deepcopy(m.state_dict())), "save": lambda m: torch.save(m, io.BytesIO()), "deepcopy": copy.deepcopy, "repr": lambda m: repr(m[0].weight),
-         "to": lambda m: m.to("cpu").float(), "clip": lambda m: nn.utils.clip_grad_norm_(m.parameters(), .1), "average": lambda m: torch.optim.swa_utils.AveragedModel(m).update_parameters(m),
+READS = {"nothing": lambda m: None, "state_dict": lambda m: m.load_state_dict(copy.deepcopy(m.state_dict())),
+         "save": lambda m: torch.save(m, io.BytesIO()), "deepcopy": copy.deepcopy, "repr": lambda m: repr(m[0].weight),
+         "to": lambda m: m.to("cpu").float(), "clip": lambda m: nn.utils.clip_grad_norm_(m.parameters(), .1),
+         "average": lambda m: torch.optim.swa_utils.AveragedModel(m).update_parameters(m),
          "parameters": lambda m: [isinstance(p, nn.Parameter) and p.detach() for p in m.parameters()]}
 
 
@@ -264,8 +274,11 @@ def square(seed=0):
         return nn.Sequential(FullyConnected(g), nn.Tanh(), FullyConnected(g), nn.Flatten(), nn.Linear(60, 3)).double()
 
 
-@pytest.mark.parametrize("change, says", [(tie, "0, because its weight is shared; 2, because its weight is shared"), (freeze, "0, because its weight is frozen"), (hook, "0, because a hook"),
-                                          (parametrized, "0, because it is not a plain layer"), (occupied, "0, because its product is computed elsewhere")], ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize("change, says", [(tie, "0, because its weight is shared; 2, because its weight is shared"),
+                                          (freeze, "0, because its weight is frozen"), (hook, "0, because a hook"),
+                                          (parametrized, "0, because it is not a plain layer"),
+                                          (occupied, "0, because its product is computed elsewhere")],
+                         ids=lambda v: getattr(v, "__name__", ""))
 def test_falls_back_and_says_so(change, says):
     models = square(), square()
     for m in models: change(m)
@@ -328,7 +341,8 @@ def test_a_gradient_that_is_asked_for_moves_nothing(kind, of):
     found = []
     for model in ours, theirs:
         image = x.clone().requires_grad_()
-        wanted = dict(zip(["the images", "the weights"], [[image], [model[0].weight, model[2].weight]])).get(of) or [image, model[0].weight]
+        wanted = (dict(zip(["the images", "the weights"], [[image], [model[0].weight, model[2].weight]])).get(of)
+                  or [image, model[0].weight])
         found.append(torch.autograd.grad(F.cross_entropy(model(image), y), wanted))
     assert all(torch.allclose(a, b, atol=1e-14) for a, b in zip(*found)) and distance(ours, start) == 0
     optimizer.step()
@@ -380,7 +394,8 @@ def test_many_gradients_at_once(kind):
     x = batches(1)[0][0]
     wanted = torch.autograd.functional.jacobian(model, x)
     optimizer = FusedSGD(model)
-    assert torch.allclose(torch.autograd.functional.jacobian(model, x, vectorize=True), wanted, atol=1e-13) and optimizer.fused
+    assert torch.allclose(torch.autograd.functional.jacobian(model, x, vectorize=True), wanted, atol=1e-13)
+    assert optimizer.fused
 
 
 # What is refused, with one sentence, before any weight has moved
@@ -425,14 +440,20 @@ def replicated(m, o, x, y):
 
 
 LAID_OUT = input_changed, input_changed_before_a_look, input_changed_before_another_pass, input_changed_in_a_hook
-LOST = (RuntimeError, r"the input of [02], or the gradient of its output, was changed in place after backward\(\), .*; change it after step\(\), or use torch.optim.SGD$")
-REFUSED = [(weights_changed, RuntimeError, "the weights of 2 were changed between the forward and the backward pass; call backward"),
+LOST = (RuntimeError, r"the input of [02], or the gradient of its output, was changed in place after backward\(\), .*; "
+                      r"change it after step\(\), or use torch.optim.SGD$")
+REFUSED = [(weights_changed, RuntimeError,
+            "the weights of 2 were changed between the forward and the backward pass; call backward"),
            *((f, *LOST) for f in (*LAID_OUT, output_gradient_changed)),
-           (copied, TypeError, "belongs to its model and cannot be copied or pickled; make one for the copy"), (pickled, TypeError, "belongs to its model and cannot be copied or pickled"),
-           (replicated, ValueError, "DistributedDataParallel averages gradients over processes, .*; use torch.optim.SGD, or shard the layers")]
+           (copied, TypeError, "belongs to its model and cannot be copied or pickled; make one for the copy"),
+           (pickled, TypeError, "belongs to its model and cannot be copied or pickled"),
+           (replicated, ValueError,
+            "DistributedDataParallel averages gradients over processes, .*; use torch.optim.SGD, or shard the layers")]
 
 
-@pytest.mark.parametrize("kind, usage, error, says", [(kind, *r) for kind in KINDS for r in REFUSED if kind == "fcn" or r[0] not in LAID_OUT], ids=lambda v: getattr(v, "__name__", v if v in KINDS else ""))
+@pytest.mark.parametrize("kind, usage, error, says",
+                         [(kind, *r) for kind in KINDS for r in REFUSED if kind == "fcn" or r[0] not in LAID_OUT],
+                         ids=lambda v: getattr(v, "__name__", v if v in KINDS else ""))
 def test_refused_before_anything_moves(kind, usage, error, says):
     "Bit for bit; and afterwards training goes on as if nothing had been tried."
     model = copy.deepcopy(embedded(kind, torch.float64))
@@ -502,7 +523,8 @@ def test_nothing_is_said_of_a_network_without_released_layers():
     assert distance(a, b) == 0 and not optimizer.fused
 
 
-# Usages: whatever people do with torch.optim.SGD does the same here. A usage takes a model, a function that makes an optimizer of a model, and a `Data`; what it returns is compared, too.
+# Usages: whatever people do with torch.optim.SGD does the same here. A usage takes a model, a function that makes an
+# optimizer of a model, and a `Data`; what it returns is compared, too.
 
 class Data:
     "Fixed random batches in the type of a model."
@@ -541,7 +563,8 @@ def settings(**kw):
         optimizer.param_groups[0].update(kw)
         data.steps(model, optimizer)
         data.backward(model)
-        optimizer.param_groups[0].update({k: v for k, v in dict(lr=.02, momentum=.5, weight_decay=.2).items() if k not in kw})
+        optimizer.param_groups[0].update({k: v for k, v in dict(lr=.02, momentum=.5, weight_decay=.2).items()
+                                          if k not in kw})
         optimizer.step()
     return usage
 
@@ -577,7 +600,8 @@ def infer(m, o, d):
     with torch.inference_mode(): m(d.x())
 def ask(m, o, d): return torch.autograd.grad(d.loss(m), list(m.parameters()))
 def ask_functional(m, o, d):
-    return torch.func.grad(lambda p: torch.func.functional_call(m, p, d.x()).square().sum())(dict(m.named_parameters()))["0.weight"]
+    return torch.func.grad(lambda p: torch.func.functional_call(m, p, d.x()).square().sum())(
+        dict(m.named_parameters()))["0.weight"]
 def freeze_late(m, o, d): m[0].weight.requires_grad_(False)
 def to_double(m, o, d):
     m.double()
@@ -782,7 +806,8 @@ def retained_gradients(m, o, d):
 def hooks_for_a_while(m, o, d):
     seen = []
     loss = d.loss(m)
-    handles = [m[0].weight.register_hook(lambda g: seen.append(g.norm()) and None), m[2].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.norm()) and None)]
+    handles = [m[0].weight.register_hook(lambda g: seen.append(g.norm()) and None),
+               m[2].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.norm()) and None)]
     o.zero_grad()
     loss.backward()
     for h in handles: h.remove()
@@ -791,7 +816,9 @@ def hooks_for_a_while(m, o, d):
     return seen
 def multi_hook(m, o, d):
     seen = []
-    with torch.autograd.graph.register_multi_grad_hook([m[0].weight, m[2].weight], lambda grads: seen.extend(g.norm() for g in grads)): d.steps(m, o, 1)
+    with torch.autograd.graph.register_multi_grad_hook([m[0].weight, m[2].weight],
+                                                       lambda grads: seen.extend(g.norm() for g in grads)):
+        d.steps(m, o, 1)
     return seen
 def anomalies(m, o, d):
     with torch.autograd.detect_anomaly(check_nan=True): d.steps(m, o, 1)
@@ -833,7 +860,8 @@ class Bare(Turned):
 
 
 def learned(seen, move=None):
-    "The usage in which the input of the first layer is a parameter, `seen` through a view, that the step moves, and `move` before it."
+    """The usage in which the input of the first layer is a parameter, `seen` through a view,
+    that the step moves, and `move` before it."""
     def usage(model, make, data):
         model.constant = nn.Parameter(data.x())
         net, optimizer = nn.Sequential(*list(model.children())), make(model)
@@ -893,8 +921,8 @@ def through_detached(p): p.detach().mul_(.5)
 
 
 def stale(write, kept=False):
-    """The usage that sees how far products in bf16 are from those of a copy of the model, which has no other weights than it shows, after a step and a `write`;
-    `kept`: through a `.data` of the first step."""
+    """The usage that sees how far products in bf16 are from those of a copy of the model, which has no other weights
+    than it shows, after a step and a `write`; `kept`: through a `.data` of the first step."""
     def usage(model, make, data):
         optimizer, before, seen, bare = make(model), copy.deepcopy(model.state_dict()), [], []
         def autocast(): return torch.autocast("cpu", torch.bfloat16, enabled=data.dtype == torch.float32)
@@ -956,7 +984,8 @@ def step_hooks(model, make, data):
     "Own and global hooks, one of which clips, after somebody has made a plain SGD."
     torch.optim.SGD(model.parameters(), .1)
     optimizer, seen = make(model), []
-    optimizer.register_step_pre_hook(lambda o, args, kw: seen.append(1) or nn.utils.clip_grad_norm_(model.parameters(), .01) and None)
+    optimizer.register_step_pre_hook(
+        lambda o, args, kw: seen.append(1) or nn.utils.clip_grad_norm_(model.parameters(), .01) and None)
     optimizer.register_step_post_hook(lambda o, args, kw: seen.append(2))
     register = register_optimizer_step_pre_hook, register_optimizer_step_post_hook
     handles = [f(lambda o, args, kw, i=i: seen.append(i)) for i, f in enumerate(register, 3)]
@@ -1039,7 +1068,9 @@ def shared_between_models(model, make, data):
     return list(other.parameters())
 def used_twice(model, make, data):
     class Two(nn.Module):
-        def __init__(self): super().__init__(); self.net = model
+        def __init__(self):
+            super().__init__()
+            self.net = model
         def forward(self, x): return self.net(x) + self.net(x.flip(-1))
     two = Two()
     optimizer = make(two)
@@ -1058,31 +1089,47 @@ def averaged(model, make, data):
 
 
 USAGES = {f.__name__: each_step(f) for f in (
-    zero_before_forward, zero_after_forward, model_zero_grad, zeros_after_step, zeroed_every_second_time, several_batches, one_buffer, a_leaf_that_is_changed, two_graphs, one_sum, retained,
-    autocast_and_not, closure, closure_several_times, closure_that_adds_up, scaled_by_hand, skipped, failing, frozen_between, frozen_for_a_step, on_the_cpu, penalised, twice_differentiable,
-    forward_mode, weight_decay_as_a_loss, some_inputs, full_backward_hooks, retained_gradients, hooks_for_a_while, multi_hook, anomalies, given_gradients, data_replaced)}
+    zero_before_forward, zero_after_forward, model_zero_grad, zeros_after_step, zeroed_every_second_time,
+    several_batches, one_buffer, a_leaf_that_is_changed, two_graphs, one_sum, retained,
+    autocast_and_not, closure, closure_several_times, closure_that_adds_up, scaled_by_hand, skipped, failing,
+    frozen_between, frozen_for_a_step, on_the_cpu, penalised, twice_differentiable,
+    forward_mode, weight_decay_as_a_loss, some_inputs, full_backward_hooks, retained_gradients, hooks_for_a_while,
+    multi_hook, anomalies, given_gradients, data_replaced)}
 USAGES |= {f"{f.__name__} between": between(f) for f in (
-    nothing, set_lr, set_all, lr_zero, lr_tensor, backward_again, clip_norm, clip_value, log_norms, halve, signs, forget_one, delete_one, step_before, look, infer, ask, ask_functional, freeze_late,
-    to_double, hook_late, post_hook_late, change_weights, load_weights, load_state, copy_model, save_model, close, other_optimizer, other_zeroes, zero_with_zeros, model_zeroes, model_zeroes_with_zeros)}
-USAGES |= {f"{f.__name__} between, never zeroed": between(f, zero=False) for f in (nothing, set_lr, clip_norm, look, log_norms, forget_one, close)}
+    nothing, set_lr, set_all, lr_zero, lr_tensor, backward_again, clip_norm, clip_value, log_norms, halve, signs,
+    forget_one, delete_one, step_before, look, infer, ask, ask_functional, freeze_late,
+    to_double, hook_late, post_hook_late, change_weights, load_weights, load_state, copy_model, save_model, close,
+    other_optimizer, other_zeroes, zero_with_zeros, model_zeroes, model_zeroes_with_zeros)}
+USAGES |= {f"{f.__name__} between, never zeroed": between(f, zero=False)
+           for f in (nothing, set_lr, clip_norm, look, log_norms, forget_one, close)}
 USAGES |= {str(kw): settings(**kw) for kw in (
-    dict(lr=0.), dict(lr=torch.tensor(.2)), dict(lr=.03, weight_decay=.2), dict(momentum=.5), dict(momentum=0), dict(momentum=.5, nesterov=True), dict(momentum=.5, dampening=.3), dict(maximize=True),
+    dict(lr=0.), dict(lr=torch.tensor(.2)), dict(lr=.03, weight_decay=.2), dict(momentum=.5), dict(momentum=0),
+    dict(momentum=.5, nesterov=True), dict(momentum=.5, dampening=.3), dict(maximize=True),
     dict(foreach=True), dict(foreach=False), dict(fused=True), dict(differentiable=True))}
 USAGES |= {f.__name__: f for f in (
-    step_hooks, hooks_that_give_a_closure, two_optimizers, the_second_is_closed, made_again, made_late, gone, handed_over, another_group, own_groups, a_parameter_replaced, shared_between_models, used_twice,
+    step_hooks, hooks_that_give_a_closure, two_optimizers, the_second_is_closed, made_again, made_late, gone,
+    handed_over, another_group, own_groups, a_parameter_replaced, shared_between_models, used_twice,
     a_parametrization_later, averaged)}
-USAGES |= {"checkpointed": each_step(checkpointed(False)), "checkpointed, reentrant": each_step(checkpointed(True)), "scaler": scaler(), "scaler, clipped": scaler(unscale_and_clip),
-           "scaler, read in inference mode": scaler(finite), "scaler, too large": scaler(scale=2.**120), "warm-up": scheduled(True, warmup), "warm-up before the step": scheduled(False, warmup), "one cycle": scheduled(True, one_cycle)}
+USAGES |= {"checkpointed": each_step(checkpointed(False)), "checkpointed, reentrant": each_step(checkpointed(True)),
+           "scaler": scaler(), "scaler, clipped": scaler(unscale_and_clip),
+           "scaler, read in inference mode": scaler(finite), "scaler, too large": scaler(scale=2.**120),
+           "warm-up": scheduled(True, warmup), "warm-up before the step": scheduled(False, warmup),
+           "one cycle": scheduled(True, one_cycle)}
 USAGES |= {f"{f.__name__} between": between(f) for f in (
-    read_in_inference, read_in_inference_and_halve, read_in_inference_and_add, read_in_inference_and_clip, read_in_inference_and_zero)}
-USAGES |= {f"{f.__name__} between, never zeroed": between(f, zero=False) for f in (read_in_inference, read_in_inference_and_clip)}
+    read_in_inference, read_in_inference_and_halve, read_in_inference_and_add, read_in_inference_and_clip,
+    read_in_inference_and_zero)}
+USAGES |= {f"{f.__name__} between, never zeroed": between(f, zero=False)
+           for f in (read_in_inference, read_in_inference_and_clip)}
 USAGES |= {f.__name__: each_step(f) for f in (weight_as_input, weight_as_gradient)}
-SEEN = {"itself": lambda p: p, "expanded": lambda p: p[:1].expand(7, -1, -1, -1), "viewed": lambda p: p.view(7, -1).view(7, 2, 6, 5), "in a function": Turned.apply, "bare": Bare.apply,
+SEEN = {"itself": lambda p: p, "expanded": lambda p: p[:1].expand(7, -1, -1, -1),
+        "viewed": lambda p: p.view(7, -1).view(7, 2, 6, 5), "in a function": Turned.apply, "bare": Bare.apply,
         "checkpointed": lambda p: checkpoint(lambda t: t.view_as(t), p, use_reentrant=True)}
 USAGES |= {f"a parameter {name}": learned(seen) for name, seen in SEEN.items()}
-USAGES |= {f"a parameter {name}, {move.__name__}": learned(seen, move) for name, seen in SEEN.items() if name != "bare" for move in (signs_off, plain_step_off)}
+USAGES |= {f"a parameter {name}, {move.__name__}": learned(seen, move) for name, seen in SEEN.items() if name != "bare"
+           for move in (signs_off, plain_step_off)}
 USAGES |= {f"bf16, {f.__name__}": stale(f) for f in (
-    through_copy, through_clamp, through_mul, through_foreach, through_numpy, through_given, through_vector, through_shallow_copy, through_shared_memory, through_detached)}
+    through_copy, through_clamp, through_mul, through_foreach, through_numpy, through_given, through_vector,
+    through_shallow_copy, through_shared_memory, through_detached)}
 USAGES |= {f"bf16, {f.__name__}, kept": stale(f, True) for f in (through_mul, through_foreach)}
 USAGES["bf16, through what it holds"] = stale(through_what_it_holds())
 
@@ -1097,7 +1144,8 @@ def outcome(usage, start, optimizer, dtype, base):
     "Weights, gradients and what was seen."
     model = copy.deepcopy(start)
     seen = usage(model, lambda m, **kw: optimizer(m, **(base | kw)), Data(dtype))
-    return numbers([*model.parameters()]), numbers([p.grad for p in model.parameters()]), [p.grad is None for p in model.parameters()], numbers(seen)
+    return (numbers([*model.parameters()]), numbers([p.grad for p in model.parameters()]),
+            [p.grad is None for p in model.parameters()], numbers(seen))
 
 
 def plain(model, **kw): return torch.optim.SGD(model.parameters(), **kw)
@@ -1116,7 +1164,9 @@ def test_used_like_sgd(kind, name):
         start = embedded(kind, dtype)
         ours, theirs = (outcome(USAGES[name], start, optimizer, dtype, base) for optimizer in (FusedSGD, plain))
         assert ours[2] == theirs[2]
-        for what, a, b in zip(["weights", "gradients", "seen"], [ours[0], ours[1], ours[3]], [theirs[0], theirs[1], theirs[3]]):
+        for what, a, b in zip(["weights", "gradients", "seen"], [ours[0], ours[1], ours[3]],
+                              [theirs[0], theirs[1], theirs[3]]):
             assert len(a) == len(b)
             for i, (s, t) in enumerate(zip(a, b)):
-                assert torch.allclose(s, t, rtol=0, atol=1000*torch.finfo(dtype).eps*max(1, t.abs().max().item())), (what, i, dtype, base)
+                assert torch.allclose(s, t, rtol=0, atol=1000*torch.finfo(dtype).eps*max(1, t.abs().max().item())), (
+                    what, i, dtype, base)

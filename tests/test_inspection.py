@@ -21,7 +21,9 @@ from nets import (
 
 def test_a_model_that_draws_numbers_leaves_the_random_state_alone():
     class Noisy(nn.Module):
-        def __init__(self): super().__init__(); self.conv = nn.Conv2d(1, 2, 3)
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
         def forward(self, x): return self.conv(F.dropout(x))
     model, state = Noisy(), torch.get_rng_state()
     embed(model, (1, 5, 5))
@@ -35,7 +37,9 @@ def test_geometries_by_name(residual):
 
 @BOTH
 def test_lazy_modules_after_their_first_batch(to):
-    model, x = nn.Sequential(nn.LazyConv2d(3, 3, padding=1), nn.ReLU(), nn.LazyConvTranspose2d(2, 2), nn.Flatten(), nn.LazyLinear(4)), rand(2, 2, 4, 5).float()
+    model = nn.Sequential(nn.LazyConv2d(3, 3, padding=1), nn.ReLU(), nn.LazyConvTranspose2d(2, 2), nn.Flatten(),
+                          nn.LazyLinear(4))
+    x = rand(2, 2, 4, 5).float()
     with pytest.raises(ValueError, match="let it process one batch first"): embed(model, (2, 4, 5), to)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -45,7 +49,10 @@ def test_lazy_modules_after_their_first_batch(to):
 
 class Halves(nn.Module):
     "One convolution called with two shapes, and one that is never called."
-    def __init__(self, unused): super().__init__(); self.conv = nn.Conv2d(3, 3, 3, padding=1); self.other = plain() if unused else None
+    def __init__(self, unused):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.other = plain() if unused else None
     def forward(self, x): return self.conv(x) if self.other else self.conv(F.max_pool2d(self.conv(x), 2))
 
 
@@ -61,7 +68,9 @@ def hooked():
 
 
 class Asserts(nn.Module):
-    def __init__(self): super().__init__(); self.conv = plain()
+    def __init__(self):
+        super().__init__()
+        self.conv = plain()
     def forward(self, x):
         assert x.shape[-1] == 4, "only four pixels"
         return self.conv(x)
@@ -88,7 +97,8 @@ def pruned():
     (lambda: Halves(True), (3, 8, 8), {}, "other is never called"),
     (lambda: OwnConv(3, 4, 3), (3, 8, 8), {}, "OwnConv"),
     (lambda: nn.LazyConv2d(4, 3), (3, 8, 8), {}, "the model is lazy; let it process one batch first"),
-    (lambda: nn.Sequential(plain(), nn.LazyLinear(4)), (3, 8, 8), {}, "1.weight has no shape yet, because the model is lazy"),
+    (lambda: nn.Sequential(plain(), nn.LazyLinear(4)), (3, 8, 8), {},
+     "1.weight has no shape yet, because the model is lazy"),
     (lambda: parametrizations.weight_norm(plain()), (3, 8, 8), {}, "parametriz"),
     (lambda: parametrizations.spectral_norm(plain()), (3, 8, 8), {}, "parametriz"),
     (lambda: nn.Sequential(weight_norm(plain())), (3, 8, 8), {}, "plain convolution"),
@@ -118,8 +128,11 @@ def test_a_subclass_that_computes_the_same_is_embedded(to):
 
 
 @pytest.mark.parametrize("make", [
-    lambda: Net(lambda m, x: m.f(x), lambda m: setattr(m, "f", lambda x: m.conv(x))), lambda: Net(lambda m, x: m.conv.forward(x)),
-    lambda: Net(lambda m, x: F.conv2d(x, m.conv.weight)), lambda: Net(lambda m, x: type(m.conv).__call__(m.conv, x) if m.training else m.conv._conv_forward(x, m.conv.weight, None))])
+    lambda: Net(lambda m, x: m.f(x), lambda m: setattr(m, "f", lambda x: m.conv(x))),
+    lambda: Net(lambda m, x: m.conv.forward(x)),
+    lambda: Net(lambda m, x: F.conv2d(x, m.conv.weight)),
+    lambda: Net(lambda m, x: type(m.conv).__call__(m.conv, x) if m.training
+                else m.conv._conv_forward(x, m.conv.weight, None))])
 def test_a_convolution_that_is_not_called_is_not_blamed_for_it(make):
     with pytest.raises(ValueError, match="conv is used without being called as a module"): embed(make(), SHAPE)
 
@@ -151,17 +164,22 @@ def test_compiled_networks_that_ran_before(to):
 
 def test_a_network_without_parameters():
     model = as_buffers(nn.Conv2d(2, 3, 3), "weight", "bias")
-    assert close(embed(model, SHAPE)(torch.ones(1, *SHAPE)), model(torch.ones(1, *SHAPE)), 1e-5) and not list(embed(model, SHAPE).parameters())
+    assert close(embed(model, SHAPE)(torch.ones(1, *SHAPE)), model(torch.ones(1, *SHAPE)), 1e-5)
+    assert not list(embed(model, SHAPE).parameters())
 
 
 @pytest.mark.parametrize("name, make, says", [
-    ("loader", lambda: (i for i in range(3)), "loader holds a generator"), ("lock", threading.Lock, "lock holds a lock"), ("file", lambda: open(os.devnull), "file holds a TextIOWrapper"),
+    ("loader", lambda: (i for i in range(3)), "loader holds a generator"),
+    ("lock", threading.Lock, "lock holds a lock"), ("file", lambda: open(os.devnull), "file holds a TextIOWrapper"),
     ("pool", lambda: dict(of=[threading.RLock()]), "pool holds a dict")])
 def test_what_cannot_be_copied_is_named(name, make, says):
     model = nn.Sequential(nn.Sequential(nn.Conv2d(2, 3, 3)))
     setattr(model[0], name, make())
-    for call in (lambda: embed(model, SHAPE), lambda: merge_batchnorm(model, SHAPE), lambda: reinitialize(model), lambda: conv_geometries(model, SHAPE)):
-        with pytest.raises(ValueError, match=rf"Sequential cannot be copied, because 0\.{says} \(cannot pickle.*delete it first") as error: call()
+    for call in (lambda: embed(model, SHAPE), lambda: merge_batchnorm(model, SHAPE), lambda: reinitialize(model),
+                 lambda: conv_geometries(model, SHAPE)):
+        with pytest.raises(ValueError, match=rf"Sequential cannot be copied, because 0\.{says} \(cannot "
+                                             rf"pickle.*delete it first") as error:
+            call()
         assert len(str(error.value).splitlines()) == 1
 
 
@@ -186,11 +204,13 @@ def test_images_in_place_of_noise():
         return m.conv(x)*(1 if m.conv.weight.shape[-1] == 3 else 2) if m.wrong else m.conv(x)
     model, images = Net(picky, lambda m: setattr(m, "wrong", False)), 6 + rand(3, *SHAPE).abs()
     with pytest.raises(ValueError, match="too dark"): embed(model, SHAPE)
-    assert close(embed(model, SHAPE, images=images)(images), model(images), 1e-12) and conv_geometries(model, SHAPE, images=images)
+    assert close(embed(model, SHAPE, images=images)(images), model(images), 1e-12)
+    assert conv_geometries(model, SHAPE, images=images)
     model.wrong = True
     with pytest.raises(ValueError, match="another function"): embed(model, SHAPE, images=images)
     for wrong in (images[:, :1], images[0], images[:0], images[..., :3]):
-        with pytest.raises(ValueError, match=r"images must be a batch of shape \(N, 2, 5, 5\)"): embed(model, SHAPE, images=wrong)
+        with pytest.raises(ValueError, match=r"images must be a batch of shape \(N, 2, 5, 5\)"):
+            embed(model, SHAPE, images=wrong)
 
 
 class FrozenNorm(nn.Sequential):
@@ -204,15 +224,20 @@ def test_a_train_of_ones_own_that_returns_nothing():
     model, x = FrozenNorm(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), rand(2, *SHAPE).float()
     model.train(False)
     released = embed(model, SHAPE, fold_batchnorm=True)
-    assert type(released[1]) is nn.Identity and close(released(x), model(x), 1e-5) and type(merge_batchnorm(model, SHAPE)[1]) is nn.Identity
+    assert type(released[1]) is nn.Identity and close(released(x), model(x), 1e-5)
+    assert type(merge_batchnorm(model, SHAPE)[1]) is nn.Identity
 
 
 @pytest.mark.parametrize("call, says", [
-    (lambda m, x: embed(m, SHAPE, images=[x[0]]), "images must be a tensor.*not a list.*torch.stack"), (lambda m, x: conv_geometries(m, SHAPE, images=x.numpy()), "images must be a tensor.*not a ndarray"),
-    (lambda m, x: embed(m, SHAPE, layers=nn.Conv2d), "names of convolutions or a predicate.*not the class Conv2d"), (lambda m, x: embed(m, SHAPE, layers=3), "not a int"),
-    (lambda m, x: embed(lambda x: x, SHAPE), "torch.nn.Module with convolutions, not a function"), (lambda m, x: embed(Net, SHAPE, trim=True), "not the class Net"),
+    (lambda m, x: embed(m, SHAPE, images=[x[0]]), "images must be a tensor.*not a list.*torch.stack"),
+    (lambda m, x: conv_geometries(m, SHAPE, images=x.numpy()), "images must be a tensor.*not a ndarray"),
+    (lambda m, x: embed(m, SHAPE, layers=nn.Conv2d), "names of convolutions or a predicate.*not the class Conv2d"),
+    (lambda m, x: embed(m, SHAPE, layers=3), "not a int"),
+    (lambda m, x: embed(lambda x: x, SHAPE), "torch.nn.Module with convolutions, not a function"),
+    (lambda m, x: embed(Net, SHAPE, trim=True), "not the class Net"),
     (lambda m, x: embed(m, SHAPE, layers=lambda name, m: False), r"layers chooses no convolution.*\['conv'\]"),
-    (lambda m, x: embed(m, SHAPE, layers=[m.conv]), "no convolution is called Conv2d"), (lambda m, x: embed(m, SHAPE, layers=""), "no convolution is called ''")])
+    (lambda m, x: embed(m, SHAPE, layers=[m.conv]), "no convolution is called Conv2d"),
+    (lambda m, x: embed(m, SHAPE, layers=""), "no convolution is called ''")])
 def test_arguments_of_another_kind_are_refused(call, says):
     with pytest.raises(ValueError, match=says) as error: call(Net(lambda m, x: m.head(m.conv(x))), rand(2, *SHAPE))
     assert len(str(error.value).splitlines()) == 1
@@ -225,16 +250,20 @@ def test_images_show_convolutions_that_few_call(to, options):
     def more(m): m.other, m.factor = nn.Conv2d(2, 3, 3), lambda: 1
     model = Net(route, more).eval()
     images = torch.cat([rand(5, *SHAPE), 10 + rand(1, *SHAPE)])
-    with pytest.raises(ValueError, match="other is never called in evaluation mode for the images tried.*give images="): embed(model, SHAPE, to)
+    with pytest.raises(ValueError, match="other is never called in evaluation mode for the images tried.*give images="):
+        embed(model, SHAPE, to)
     released = embed(model, SHAPE, to, images=images, **options)
-    assert type(released.other) is RELEASED[to] and all(close(released(x), model(x), 1e-10) for x in (images[:2], images[5:]))
+    assert type(released.other) is RELEASED[to]
+    assert all(close(released(x), model(x), 1e-10) for x in (images[:2], images[5:]))
     wrong = Net(lambda m, x: m.conv(x) if x.mean() < 5 else m.other(x)*m.other.weight.shape[-1], more)
     with pytest.raises(ValueError, match="another function"): embed(wrong, SHAPE, to, images=images)
 
 
 class Plain(nn.Module):
     "Holds numbers alone."
-    def __init__(self): super().__init__(); self.factor, self.name = 2, "plain"
+    def __init__(self):
+        super().__init__()
+        self.factor, self.name = 2, "plain"
     def forward(self, x): return x*self.factor
 
 

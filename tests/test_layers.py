@@ -21,7 +21,8 @@ KINDS = {"fcn": FullyConnected, "lcn": LocallyConnected}
 BOTH = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
-def rand(*shape, seed=0, dtype=torch.float64): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def rand(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def plain(ci=2, co=4, size=(4, 5), kernel=(3, 2), stride=(1, 2), padding=((1, 1), (0, 1)), dilation=(1, 1), **kw):
@@ -29,12 +30,15 @@ def plain(ci=2, co=4, size=(4, 5), kernel=(3, 2), stride=(1, 2), padding=((1, 1)
 
 
 GEOMETRIES = {
-    "plain": plain(), "groups": plain(groups=2), "depthwise": plain(ci=4, groups=4), "reflect": plain(padding_mode="reflect"),
-    "circular": plain(padding=((2, 2), (1, 0)), padding_mode="circular"), "replicate": plain(padding=((2, 2), (3, 3)), padding_mode="replicate", groups=2),
+    "plain": plain(), "groups": plain(groups=2), "depthwise": plain(ci=4, groups=4),
+    "reflect": plain(padding_mode="reflect"),
+    "circular": plain(padding=((2, 2), (1, 0)), padding_mode="circular"),
+    "replicate": plain(padding=((2, 2), (3, 3)), padding_mode="replicate", groups=2),
     "transposed": plain(transposed=True, stride=(2, 3), padding=((1, 1), (0, 0)), output_padding=(1, 0), groups=2),
     "line": plain(size=(7,), kernel=(3,), stride=(2,), padding=((1, 1),), dilation=(2,)),
     "volume": plain(size=(2, 3, 2), kernel=(2, 2, 1), stride=(1,)*3, padding=((1, 0), (1, 1), (0, 0)), dilation=(1,)*3),
-    "outputs that read nothing": plain(transposed=True, kernel=(1, 1), stride=(3, 2), padding=((0, 0),)*2, output_padding=(2, 1))}
+    "outputs that read nothing": plain(transposed=True, kernel=(1, 1), stride=(3, 2), padding=((0, 0),)*2,
+                                       output_padding=(2, 1))}
 EVERY = pytest.mark.parametrize("g", GEOMETRIES.values(), ids=GEOMETRIES)
 
 
@@ -52,7 +56,8 @@ def gradients(call, layer, x):
     "Output, and gradients of input and parameters, of one random functional of the output."
     x = x.clone().requires_grad_()
     out = call(x)
-    return out.detach(), *torch.autograd.grad((out*rand(*out.shape, seed=2).to(out.dtype)).sum(), [x, *layer.parameters()])
+    return out.detach(), *torch.autograd.grad((out*rand(*out.shape, seed=2).to(out.dtype)).sum(),
+                                              [x, *layer.parameters()])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +71,8 @@ def one_thread():
 
 def same(a, b, tolerance=1e-12):
     "Whether two tuples of tensors agree."
-    return len(a) == len(b) and all(p.shape == q.shape and torch.allclose(p, q, rtol=tolerance, atol=tolerance) for p, q in zip(a, b))
+    return len(a) == len(b) and all(p.shape == q.shape and torch.allclose(p, q, rtol=tolerance, atol=tolerance)
+                                    for p, q in zip(a, b))
 
 
 def by_hand(layer, x):
@@ -78,7 +84,8 @@ def by_hand(layer, x):
             for c in range(g.out_channels) if p >= 0 else ():
                 first = c//co*ci
                 out[:, c, i] += x[:, first:first + ci, p] @ layer.weight[i, c, slot]
-    return (out if layer.bias is None else out + layer.bias.view(1, g.out_channels, -1)).unflatten(2, layer.out_shape[1:])
+    return (out if layer.bias is None else out + layer.bias.view(1, g.out_channels, -1)).unflatten(
+        2, layer.out_shape[1:])
 
 
 # What they compute
@@ -88,7 +95,8 @@ def by_hand(layer, x):
 def test_local_layer_by_hand(g, bias):
     layer = drawn(LocallyConnected, g, bias=bias)
     assert torch.allclose(layer(batch(layer)), by_hand(layer, batch(layer)), rtol=1e-12, atol=1e-12)
-    assert layer.weight.shape == g.local_shape and (layer.weight == 0).sum() == (g.reads < 0).sum()*layer.weight[0, :, 0].numel()
+    assert layer.weight.shape == g.local_shape
+    assert (layer.weight == 0).sum() == (g.reads < 0).sum()*layer.weight[0, :, 0].numel()
 
 
 def test_a_shuffled_layer_is_another_function():
@@ -106,7 +114,8 @@ def test_a_shuffled_layer_is_another_function():
 def test_dense_layer_is_linear():
     layer = drawn(FullyConnected)
     x = batch(layer)
-    assert torch.equal(layer(x).flatten(1), F.linear(x.flatten(1), layer.weight, layer.bias)) and layer(x).shape == (3, *layer.out_shape)
+    assert torch.equal(layer(x).flatten(1), F.linear(x.flatten(1), layer.weight, layer.bias))
+    assert layer(x).shape == (3, *layer.out_shape)
 
 
 @BOTH
@@ -126,7 +135,8 @@ def test_unbatched_and_empty_batches(kind, g):
 def test_inputs_in_any_memory_format(kind):
     layer = drawn(kind)
     x = batch(layer)
-    for strided in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3), x[:1].expand(3, -1, -1, -1)):
+    for strided in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3),
+                    x[:1].expand(3, -1, -1, -1)):
         assert same(gradients(layer, layer, strided), gradients(layer, layer, strided.contiguous()))
 
 
@@ -140,7 +150,8 @@ def test_other_inputs_are_refused(kind, bad):
 def test_other_output_sizes_are_refused(kind):
     layer = drawn(kind)
     x, own = batch(layer), layer.out_shape[1:]
-    for size in (None, own, list(own), torch.Size((3, *layer.out_shape))): assert torch.equal(layer(x, output_size=size), layer(x))
+    for size in (None, own, list(own), torch.Size((3, *layer.out_shape))):
+        assert torch.equal(layer(x, output_size=size), layer(x))
     with pytest.raises(ValueError, match="embed the network again"): layer(x, output_size=(9, 9))
 
 
@@ -233,7 +244,8 @@ def test_chunks_of_real_size():
     layer = drawn(LocallyConnected, plain(ci=32, co=4, size=(16, 16), stride=(1, 1), groups=2))
     x = batch(layer, n=24)
     assert 24*layer.pixels.numel()*32*8 > 2*layers.CHUNK and len(layers.chunks_of(layer.counts, 24*32*8)) > 8
-    plainly = lambda x: (layers.position_product(x, layer.weight, layer.pixels, layer.geometry).flatten(1) + layer.bias).unflatten(1, layer.out_shape)
+    plainly = lambda x: (layers.position_product(x, layer.weight, layer.pixels, layer.geometry).flatten(1)
+                         + layer.bias).unflatten(1, layer.out_shape)
     assert same(gradients(layer, layer, x), gradients(plainly, layer, x))
     assert "_InChunks" in graph_of(layer(x))
 
@@ -247,21 +259,25 @@ def graph_of(out):
 
 def jvp_by_dual_numbers(layer, x):
     with torch.autograd.forward_ad.dual_level():
-        return torch.autograd.forward_ad.unpack_dual(layer(torch.autograd.forward_ad.make_dual(x, rand(*x.shape, seed=4)))).tangent
+        return torch.autograd.forward_ad.unpack_dual(
+            layer(torch.autograd.forward_ad.make_dual(x, rand(*x.shape, seed=4)))).tangent
 
 
 def several_gradients_at_once(layer, x):
     x = x.clone().requires_grad_()
     out = layer(x)
-    return torch.autograd.grad(out, [x, layer.weight, layer.bias], rand(4, *out.shape, seed=4), is_grads_batched=True)[1]
+    return torch.autograd.grad(out, [x, layer.weight, layer.bias], rand(4, *out.shape, seed=4),
+                               is_grads_batched=True)[1]
 
 
 OTHER_WAYS = {
     "dual numbers": jvp_by_dual_numbers, "batched gradients": several_gradients_at_once,
     "jacobian, vectorized": lambda layer, x: torch.autograd.functional.jacobian(layer, x, vectorize=True),
     "hessian": lambda layer, x: torch.autograd.functional.hessian(lambda x: layer(x).pow(3).sum(), x),
-    "checkpoint": lambda layer, x: gradients(lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False), layer, x)[2],
-    "trace": lambda layer, x: torch.jit.trace(layer, x)(x), "export": lambda layer, x: torch.export.export(layer, (x,)).module()(x)}
+    "checkpoint": lambda layer, x: gradients(lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False),
+                                             layer, x)[2],
+    "trace": lambda layer, x: torch.jit.trace(layer, x)(x),
+    "export": lambda layer, x: torch.export.export(layer, (x,)).module()(x)}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -292,7 +308,8 @@ def saved(layer):
 
 
 @BOTH
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved], ids=["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved],
+                         ids=["deepcopy", "pickle", "torch.save"])
 def test_copies(monkeypatch, kind, copied):
     layer = drawn(kind)
     layer.bias.requires_grad_(False)
@@ -328,7 +345,8 @@ def test_on_the_meta_device(kind):
 def test_parameters_are_contiguous_leaves(kind):
     conv = nn.ConvTranspose2d(2, 4, 3, groups=2)
     for layer in drawn(kind), embed(conv, (2, 4, 5), next(name for name, k in KINDS.items() if k is kind)):
-        assert all(isinstance(p, nn.Parameter) and p.is_leaf and p.is_contiguous() and p.grad is None for p in layer.parameters())
+        assert all(isinstance(p, nn.Parameter) and p.is_leaf and p.is_contiguous() and p.grad is None
+                   for p in layer.parameters())
         assert layer.weight.untyped_storage().nbytes() == layer.weight.numel()*layer.weight.element_size()
 
 
@@ -343,18 +361,21 @@ def test_repr(kind):
 def test_parameters_and_inputs_can_be_shared_between_processes(kind):
     layer = drawn(kind)
     before = layer(batch(layer)).detach()
-    assert layer.share_memory() is layer and all(p.is_shared() for p in layer.parameters()) and torch.equal(layer(batch(layer)), before)
+    assert layer.share_memory() is layer and all(p.is_shared() for p in layer.parameters())
+    assert torch.equal(layer(batch(layer)), before)
 
 
 @BOTH
 def test_embedded_layers_can_be_shared_between_processes(kind):
     "Also large ones, whose memory the embedding asks for itself."
-    with torch.random.fork_rng(): layer = embed(nn.Conv2d(3, 16, 3, padding=1), (3, 32, 32), next(name for name, k in KINDS.items() if k is kind))
+    with torch.random.fork_rng():
+        layer = embed(nn.Conv2d(3, 16, 3, padding=1), (3, 32, 32), next(name for name, k in KINDS.items() if k is kind))
     x = rand(1, 3, 32, 32).float()
     before = layer(x).detach()
     layer.weight.share_memory_()
     layer.share_memory()
-    assert all(p.is_shared() for p in layer.parameters()) and torch.equal(layer(x), before) and torch.equal(saved(layer)(x), before)
+    assert all(p.is_shared() for p in layer.parameters()) and torch.equal(layer(x), before)
+    assert torch.equal(saved(layer)(x), before)
 
 
 @BOTH
@@ -431,7 +452,8 @@ def test_autocast(monkeypatch, kind, dtype, small):
         with torch.autocast("cpu", dtype=dtype): return layer(x)
     assert call(x).dtype == call(x[0]).dtype == dtype
     got = gradients(call, layer, x)
-    assert {t.dtype for t in got[1:]} == {torch.float32} and same([t.float() for t in got], wanted, 8e-2 if dtype == torch.bfloat16 else 1e-2)
+    assert {t.dtype for t in got[1:]} == {torch.float32}
+    assert same([t.float() for t in got], wanted, 8e-2 if dtype == torch.bfloat16 else 1e-2)
     with torch.autocast("cpu", enabled=False): assert layer(x).dtype == torch.float32
 
 

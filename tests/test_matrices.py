@@ -1,4 +1,5 @@
-"Kernels as matrices and local weights, against PyTorch's own convolutions, over drawn geometries; and wrong maps are noticed."
+"""Kernels as matrices and local weights, against PyTorch's own convolutions, over drawn geometries;
+and wrong maps are noticed."""
 import copy
 import math
 
@@ -23,11 +24,14 @@ def geometry_of(conv, x): return ConvGeometry.from_conv(conv, x.shape[2:])
 def functional(conv, x):
     "What torch.nn.functional computes, called without the module."
     name = f"conv{'_transpose' if conv.transposed else ''}{x.dim() - 2}d"
-    if conv.transposed: return getattr(F, name)(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+    if conv.transposed:
+        return getattr(F, name)(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.output_padding, conv.groups,
+                                conv.dilation)
     padding = conv.padding
     if conv.padding_mode != "zeros":
         span = [d*(k-1) for d, k in zip(conv.dilation, conv.kernel_size)]
-        pairs = [(t//2, t - t//2) for t in span] if padding == "same" else [(0, 0)]*len(span) if padding == "valid" else [(p, p) for p in padding]
+        pairs = ([(t//2, t - t//2) for t in span] if padding == "same"
+                 else [(0, 0)]*len(span) if padding == "valid" else [(p, p) for p in padding])
         x, padding = F.pad(x, [p for pair in reversed(pairs) for p in pair], mode=conv.padding_mode), 0
     return getattr(F, name)(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
 
@@ -60,11 +64,13 @@ def read_by_a_tap(conv, x):
 
 def alone_somewhere(g):
     "Whether each tap is, on each axis, somewhere the only one to read its pixel."
-    return all(any(row[u] >= 0 and row.count(row[u]) == 1 for row in table.tolist()) for table in g.axes for u in range(table.shape[1]))
+    return all(any(row[u] >= 0 and row.count(row[u]) == 1 for row in table.tolist())
+               for table in g.axes for u in range(table.shape[1]))
 
 
 def same_way_back(conv, x, to):
-    "Every tap that reads a pixel anywhere comes back bit for bit; the others, of which the released layer knows nothing, as zero."
+    """Every tap that reads a pixel anywhere comes back bit for bit; the others,
+    of which the released layer knows nothing, as zero."""
     back = nearest_cnn(embed(conv, shape_of(x), to, check=False), check=False)
     assert type(back) is type(conv) and back.weight.is_contiguous() and back.weight.dtype == conv.weight.dtype
     assert (back.bias is None) == (conv.bias is None) and (conv.bias is None or torch.equal(back.bias, conv.bias))
@@ -75,7 +81,8 @@ def same_way_back(conv, x, to):
 
 def matrix_by_autograd(conv, g):
     "The matrix of `conv`, without its bias, from the images of all unit inputs."
-    with torch.no_grad(): return conv(torch.eye(math.prod(g.in_shape), dtype=torch.float64).view(-1, *g.in_shape)).flatten(1).T
+    with torch.no_grad():
+        return conv(torch.eye(math.prod(g.in_shape), dtype=torch.float64).view(-1, *g.in_shape)).flatten(1).T
 
 
 def matrices_of_taps(conv, g):
@@ -134,7 +141,8 @@ def test_projections_are_orthogonal_and_nested(case):
         assert abs(float((other*(W - got)).sum())) <= 1e-10*float(W.norm()*V.norm())
     assert close(project_lcn(nearest, g), nearest, 1e-12) and close(project_cnn(local, g), nearest, 1e-12)
     K = matrix_from_kernel(conv.weight, g)
-    assert torch.equal(project_lcn(K, g), K) and (torch.equal if alone_somewhere(g) else lambda a, b: close(a, b, 1e-12))(project_cnn(K, g), K)
+    assert torch.equal(project_lcn(K, g), K)
+    assert (torch.equal if alone_somewhere(g) else lambda a, b: close(a, b, 1e-12))(project_cnn(K, g), K)
 
 
 @over_cases(times=300, smaller=1)
@@ -146,10 +154,13 @@ def test_shares_and_residuals(case):
     got, W = squares(drawn), drawn.weight.detach()
     local, nearest = project_lcn(W, g), project_cnn(W, g)
     wanted = dict(convolutional=nearest, unshared=local - nearest, off_local=W - local)
-    for part, matrix in wanted.items(): assert math.isclose(got[part], matrix.square().sum(), rel_tol=1e-10, abs_tol=1e-12)
+    for part, matrix in wanted.items():
+        assert math.isclose(got[part], matrix.square().sum(), rel_tol=1e-10, abs_tol=1e-12)
     table = shares(drawn)
-    assert math.isclose(table.loc["all", list(wanted)].sum(), 1, rel_tol=1e-12) and math.isclose(table.loc["all", "norm"], W.norm(), rel_tol=1e-12)
-    spread = 0 if drawn.bias is None else drawn.bias.detach().view(g.out_channels, -1).var(1, unbiased=False).sum()*math.prod(g.output_size)
+    assert math.isclose(table.loc["all", list(wanted)].sum(), 1, rel_tol=1e-12)
+    assert math.isclose(table.loc["all", "norm"], W.norm(), rel_tol=1e-12)
+    spread = (0 if drawn.bias is None
+              else drawn.bias.detach().view(g.out_channels, -1).var(1, unbiased=False).sum()*math.prod(g.output_size))
     table, wanted = residuals(drawn), dict(lcn=(W - local).norm(), cnn=((W - nearest).square().sum() + spread)**.5)
     for kind, norm in wanted.items():
         assert all(math.isclose(table.loc[name, kind], norm, rel_tol=1e-10, abs_tol=1e-10) for name in ("all", ""))
@@ -178,7 +189,8 @@ def test_a_transposed_convolution_may_need_its_output_padding():
 @BOTH
 @pytest.mark.parametrize("n, kw, size", [
     (1, dict(kernel_size=3, stride=2, padding=1), (5,)), (2, dict(kernel_size=(2, 3), groups=2, padding=1), (3, 3)),
-    (3, dict(kernel_size=2, dilation=2, padding=1, bias=False), (2, 3, 2)), (2, dict(kernel_size=3, padding=1, padding_mode="reflect"), (3, 2)),
+    (3, dict(kernel_size=2, dilation=2, padding=1, bias=False), (2, 3, 2)),
+    (2, dict(kernel_size=3, padding=1, padding_mode="reflect"), (3, 2)),
     (2, dict(kernel_size=2, stride=2, groups=2, transposed=True), (2, 2))])
 def test_gradcheck(to, n, kw, size):
     layer, x = embed(conv_of(n, 2, 2, **kw), (2, *size), to), rand(2, 2, *size).requires_grad_()
@@ -191,8 +203,10 @@ def test_gradcheck(to, n, kw, size):
 
 ASYMMETRIC = {
     "plain": (conv_of(2, 2, 3, (3, 2), stride=(1, 2), padding=(1, 0), seed=4), rand(2, 2, 4, 5, seed=4)),
-    "transposed": (conv_of(2, 2, 3, (3, 2), stride=(2, 1), padding=(1, 0), output_padding=(1, 0), transposed=True, seed=4), rand(2, 2, 4, 3, seed=4)),
-    "reflect": (conv_of(2, 2, 3, (3, 2), padding=(2, 1), stride=(1, 2), padding_mode="reflect", seed=4), rand(2, 2, 5, 6, seed=4))}
+    "transposed": (conv_of(2, 2, 3, (3, 2), stride=(2, 1), padding=(1, 0), output_padding=(1, 0), transposed=True,
+                           seed=4), rand(2, 2, 4, 3, seed=4)),
+    "reflect": (conv_of(2, 2, 3, (3, 2), padding=(2, 1), stride=(1, 2), padding_mode="reflect", seed=4),
+                rand(2, 2, 5, 6, seed=4))}
 CONTROLS = pytest.mark.parametrize("case", ASYMMETRIC.values(), ids=ASYMMETRIC)
 
 
@@ -204,7 +218,8 @@ def break_map(monkeypatch, how):
         monkeypatch.setattr(table.__module__ + "." + table.__name__, table.__wrapped__)  # nothing is remembered
 
 
-PERMUTED = {"rolled": lambda t: t.roll(1, 0), "shuffled": lambda t: t[torch.randperm(len(t), generator=torch.Generator().manual_seed(1))],
+PERMUTED = {"rolled": lambda t: t.roll(1, 0),
+            "shuffled": lambda t: t[torch.randperm(len(t), generator=torch.Generator().manual_seed(1))],
             "taps flipped": lambda t: t.flip(1)}
 PROPERTIES = {"function fcn": lambda *c: same_function(*c, "fcn"), "function lcn": lambda *c: same_function(*c, "lcn"),
               "gradient": same_gradient, "projections": projections_are_the_dense_ones}
@@ -216,7 +231,9 @@ PROPERTIES = {"function fcn": lambda *c: same_function(*c, "fcn"), "function lcn
 def test_a_permuted_map_is_noticed(monkeypatch, how, holds, case):
     holds(*case)
     break_map(monkeypatch, how)
-    if holds is projections_are_the_dense_ones and how is PERMUTED["taps flipped"]: return holds(*case)  # other names of the taps, the same subspaces
+    # other names of the taps, the same subspaces
+    if holds is projections_are_the_dense_ones and how is PERMUTED["taps flipped"]:
+        return holds(*case)
     with pytest.raises(AssertionError): holds(*case)
 
 
@@ -244,22 +261,27 @@ def test_a_shuffled_embedding_is_another_function(to, rows, case):
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kw", [dict(kernel_size=3, padding=1, groups=2), dict(kernel_size=(2, 3), padding=1, stride=2, padding_mode="replicate"),
-                                dict(kernel_size=3, stride=2, padding=1, output_padding=1, transposed=True)], ids=["plain", "replicate", "transposed"])
+@pytest.mark.parametrize("kw", [dict(kernel_size=3, padding=1, groups=2),
+                                dict(kernel_size=(2, 3), padding=1, stride=2, padding_mode="replicate"),
+                                dict(kernel_size=3, stride=2, padding=1, output_padding=1, transposed=True)],
+                         ids=["plain", "replicate", "transposed"])
 def test_dtypes(to, dtype, kw):
     conv, x = conv_of(2, 4, 6, dtype=dtype, **kw), rand(3, 4, 5, 6).to(dtype)
     layer = embed(conv, (4, 5, 6), to)
     assert {p.dtype for p in layer.parameters()} == {dtype} and layer(x).dtype == dtype
     exact, tolerance = copy.deepcopy(conv).double(), 8*torch.finfo(dtype).eps
     wanted = embed(exact, (4, 5, 6), to)
-    assert (torch.equal if conv.padding_mode == "zeros" else lambda a, b: close(a, b, tolerance))(layer.weight, wanted.weight.to(dtype))
-    assert close(layer(x).double(), exact(x.double()), tolerance) and close(layer(x).double(), conv(x).double(), 2*tolerance)
+    assert (torch.equal if conv.padding_mode == "zeros" else lambda a, b: close(a, b, tolerance))(
+        layer.weight, wanted.weight.to(dtype))
+    assert close(layer(x).double(), exact(x.double()), tolerance)
+    assert close(layer(x).double(), conv(x).double(), 2*tolerance)
     back = nearest_cnn(layer)
     assert back.weight.dtype == dtype and torch.equal(back.weight, conv.weight) and torch.equal(back.bias, conv.bias)
 
 
 @pytest.mark.parametrize("conv, size, says", [
-    (nn.Conv2d(1, 1, 5), (4, 4), "give a larger input or more padding"), (nn.ConvTranspose1d(1, 1, 2, padding=2), (2,), "does not fit"),
+    (nn.Conv2d(1, 1, 5), (4, 4), "give a larger input or more padding"),
+    (nn.ConvTranspose1d(1, 1, 2, padding=2), (2,), "does not fit"),
     (nn.Conv2d(1, 1, 5, padding=4, padding_mode="reflect"), (4, 4), "needs more than 4 input positions"),
     (nn.Conv2d(1, 1, 3), (4, 4, 4), "2 spatial axes")])
 def test_impossible_geometries_are_refused(conv, size, says):

@@ -29,8 +29,10 @@ def test_each_measure_is_made_once(study, monkeypatch):
 
 def test_networks_of_a_seed(study):
     assert list(one_seed(study, 0)) == ["CNN", "FCN", "eFCN 0", "eFCN 1", "eFCN 2", "eLCN 1"]
-    ends = over_networks(study, lambda m: shares(m).loc[["all"]], ["efcn", "elcn", "fcn"]).set_index(["network", "relax"]).off_local
-    table = study.measured().query("split == 'weights' and metric == 'off_local'").set_index(["network", "relax", "epoch"]).value
+    ends = over_networks(study, lambda m: shares(m).loc[["all"]], ["efcn", "elcn", "fcn"]).set_index(
+        ["network", "relax"]).off_local
+    table = study.measured().query("split == 'weights' and metric == 'off_local'").set_index(
+        ["network", "relax", "epoch"]).value
     assert math.isclose(ends["efcn", 1], table["efcn", 1, 3], rel_tol=1e-9) and ends["elcn", 1] == 0
 
 
@@ -45,7 +47,9 @@ def test_a_diverged_network_is_left_out(study, monkeypatch):
     right = type(study).open_run
     def open_run(self, network, seed, relax_time=None):
         run = right(self, network, seed, relax_time)
-        if (network, relax_time) == ("efcn", 1): monkeypatch.setattr(type(run), "diverged", property(lambda r: "at step 3" if r.path == run.path else None), raising=False)
+        if (network, relax_time) == ("efcn", 1):
+            monkeypatch.setattr(type(run), "diverged", property(lambda r: "at step 3" if r.path == run.path else None),
+                                raising=False)
         return run
     monkeypatch.setattr(type(study), "open_run", open_run)
     assert over_networks(study, lambda m: shares(m).loc[["all"]]).relax.tolist() == [0, 2]
@@ -57,13 +61,15 @@ def test_a_cnn_that_diverged_early_spoils_no_measure(study, monkeypatch):
     monkeypatch.setattr(type(study), "lost", lambda self, network, seed, relax_time=None, begin=False: bool(relax_time))
     assert over_networks(study, lambda m: shares(m).loc[["all"]]).relax.tolist() == [0]
     assert over_networks(study, lambda m: shares(m).loc[["all"]], begin=True).relax.tolist() == [0]
-    assert MEASURES["control"](study).relax.unique().tolist() == [0] and MEASURES["paths"](study).relax.unique().tolist() == [0]
+    assert MEASURES["control"](study).relax.unique().tolist() == [0]
+    assert MEASURES["paths"](study).relax.unique().tolist() == [0]
 
 
 def test_a_slowed_cnn_moves_as_its_embedding():
     "Several layers, no padding: in the first step every kernel moves as the mean of its copies does."
     torch.manual_seed(0)
-    cnn = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Conv2d(2, 3, 3, stride=2), nn.Flatten(), nn.Linear(3*6*6, 10)).double()
+    cnn = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Conv2d(2, 3, 3, stride=2), nn.Flatten(),
+                        nn.Linear(3*6*6, 10)).double()
     efcn, (x, y) = embed(cnn, (1, 16, 16)), tiny.DATA.train.batch(range(50))
     for model, optimizer in (cnn, slowed(cnn, (1, 16, 16), .3)), (efcn, torch.optim.SGD(efcn.parameters(), .3)):
         nn.functional.cross_entropy(model(x.double()), y).backward()
@@ -71,7 +77,8 @@ def test_a_slowed_cnn_moves_as_its_embedding():
     for p, q in zip(convert(efcn, "cnn").parameters(), cnn.parameters()): assert torch.allclose(p, q, atol=1e-12)
 
 
-@pytest.mark.parametrize("conv", [nn.Conv2d(1, 3, 5, padding=2, stride=2), nn.ConvTranspose2d(1, 2, 2, stride=2), nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect")])
+@pytest.mark.parametrize("conv", [nn.Conv2d(1, 3, 5, padding=2, stride=2), nn.ConvTranspose2d(1, 2, 2, stride=2),
+                                  nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect")])
 def test_a_slowed_cnn_with_padding(conv):
     conv = copy.deepcopy(conv)
     conv.reset_parameters()                                                       # it was drawn when this file was read
@@ -79,7 +86,8 @@ def test_a_slowed_cnn_with_padding(conv):
     x, y = tiny.DATA.train.batch(range(20))
     cnn(x.double())
     efcn = embed(cnn, (1, 16, 16))
-    for model, optimizer in (cnn, slowed(cnn, (1, 16, 16), .3, .9, .01)), (efcn, torch.optim.SGD(efcn.parameters(), .3, .9, weight_decay=.01)):
+    for model, optimizer in ((cnn, slowed(cnn, (1, 16, 16), .3, .9, .01)),
+                             (efcn, torch.optim.SGD(efcn.parameters(), .3, .9, weight_decay=.01))):
         nn.functional.cross_entropy(model(x.double()), y).backward()
         optimizer.step()
     for p, q in zip(convert(efcn, "cnn").parameters(), cnn.parameters()): assert torch.allclose(p, q, atol=1e-12)
@@ -89,7 +97,9 @@ class Moduli(nn.Module):
     def forward(self, x): return x.abs().flatten(1)
 
 
-def complex_net(): return embed(nn.Sequential(nn.Conv2d(1, 2, 3, dtype=torch.complex128), Moduli(), nn.Linear(392, 10).double()), (1, 16, 16))
+def complex_net():
+    return embed(nn.Sequential(nn.Conv2d(1, 2, 3, dtype=torch.complex128), Moduli(), nn.Linear(392, 10).double()),
+                 (1, 16, 16))
 
 
 def test_pictures_of_complex_rows_are_refused(study, monkeypatch):

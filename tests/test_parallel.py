@@ -25,7 +25,8 @@ from efcn_nb.service.files import Busy
 
 
 def study(out, marker):
-    return tiny.study(out, model=functools.partial(tiny.deadly, marker=str(marker), parent=os.getpid()), width=None, seeds=2, keep_weights=True)
+    return tiny.study(out, model=functools.partial(tiny.deadly, marker=str(marker), parent=os.getpid()), width=None,
+                      seeds=2, keep_weights=True)
 
 
 def results(study):
@@ -62,7 +63,8 @@ def test_threads_take_turns(serial, tmp_path):
 def test_processes_one_of_which_dies(serial, tmp_path):
     "The pool is lost, and a new one ends with the same records."
     ours = study(tmp_path/"s", tmp_path/"marker")
-    with pool() as executor, pytest.raises(WorkerLost, match=r"ended before its run did \(BrokenProcessPool\).*the same call goes on") as error: ours.run(executor=executor)
+    says = r"ended before its run did \(BrokenProcessPool\).*the same call goes on"
+    with pool() as executor, pytest.raises(WorkerLost, match=says) as error: ours.run(executor=executor)
     assert (tmp_path/"marker").exists() and len(str(error.value).splitlines()) == 1
     left = len(study(tmp_path/"s", tmp_path/"marker").unfinished())
     with pool() as executor: ours.run(executor=executor)
@@ -74,7 +76,8 @@ def test_processes_one_of_which_dies(serial, tmp_path):
 def test_workers_one_of_which_dies(serial, tmp_path):
     "The pool of `workers=`: a new one goes on."
     ours, threads = study(tmp_path/"s", tmp_path/"marker"), torch.get_num_threads()
-    with pytest.warns(UserWarning, match=r"ended before its run did \(BrokenProcessPool\).*: it goes on"): ours.run(workers=2)
+    with pytest.warns(UserWarning, match=r"ended before its run did \(BrokenProcessPool\).*: it goes on"):
+        ours.run(workers=2)
     assert (tmp_path/"marker").exists() and results(ours) == serial
     assert not multiprocessing.active_children() and torch.get_num_threads() == threads
 
@@ -103,12 +106,22 @@ def forking(): return ProcessPoolExecutor(1, multiprocessing.get_context("fork")
 
 
 CANNOT = dict(
-    fork=(lambda: dict(executor=forking()), dict(), "this executor forks its processes.*ask for workers=2 instead.*get_context\\('spawn'\\)"), hidden_fork=(lambda: dict(executor=Hidden(forking())), dict(), "this executor forks its processes"),
-    a_lambda=(lambda: dict(workers=2), dict(model=local()), "function local.<locals>.<lambda> cannot travel.*define it by def at the top"), a_lambda_to_a_pool=(lambda: dict(executor=pool(1)), dict(model=local()), "cannot travel"),
-    a_partial=(lambda: dict(workers=2), dict(model=functools.partial(local())), "function partial cannot travel"), a_lock=(lambda: dict(workers=3), dict(model=Locked()), "function Locked cannot travel.*cannot pickle"),
-    at_a_prompt=(lambda: dict(executor=pool(1)), dict(model=at_a_prompt), "function at_a_prompt is not there in other processes.*in a module of its own"),
-    none=(lambda: dict(workers=0), dict(), "workers must be a whole number, 1 or more, not 0"), half=(lambda: dict(workers=1.5), dict(), "workers must be a whole number, 1 or more, not 1.5"), some=(lambda: dict(workers="2"), dict(), "whole number"),
-    both=(lambda: dict(workers=2, executor=Hidden(None)), dict(), "either workers= or executor="), a_number=(lambda: dict(executor=2), dict(), "executor must be one of the kind of concurrent.futures, not 2.*take workers="))
+    fork=(lambda: dict(executor=forking()), dict(),
+          "this executor forks its processes.*ask for workers=2 instead.*get_context\\('spawn'\\)"),
+    hidden_fork=(lambda: dict(executor=Hidden(forking())), dict(), "this executor forks its processes"),
+    a_lambda=(lambda: dict(workers=2), dict(model=local()),
+              "function local.<locals>.<lambda> cannot travel.*define it by def at the top"),
+    a_lambda_to_a_pool=(lambda: dict(executor=pool(1)), dict(model=local()), "cannot travel"),
+    a_partial=(lambda: dict(workers=2), dict(model=functools.partial(local())), "function partial cannot travel"),
+    a_lock=(lambda: dict(workers=3), dict(model=Locked()), "function Locked cannot travel.*cannot pickle"),
+    at_a_prompt=(lambda: dict(executor=pool(1)), dict(model=at_a_prompt),
+                 "function at_a_prompt is not there in other processes.*in a module of its own"),
+    none=(lambda: dict(workers=0), dict(), "workers must be a whole number, 1 or more, not 0"),
+    half=(lambda: dict(workers=1.5), dict(), "workers must be a whole number, 1 or more, not 1.5"),
+    some=(lambda: dict(workers="2"), dict(), "whole number"),
+    both=(lambda: dict(workers=2, executor=Hidden(None)), dict(), "either workers= or executor="),
+    a_number=(lambda: dict(executor=2), dict(),
+              "executor must be one of the kind of concurrent.futures, not 2.*take workers="))
 
 
 @pytest.mark.parametrize("case", CANNOT)
@@ -116,11 +129,14 @@ CANNOT = dict(
 def test_what_workers_cannot_do(tmp_path, monkeypatch, case):
     how, changed, says = CANNOT[case]
     at_a_prompt.__module__ = "__main__"
-    monkeypatch.setattr(sys.modules["__main__"], "at_a_prompt", at_a_prompt, raising=False)  # here alone, as in a notebook
-    ours = tiny.study(tmp_path/"s", **dict(model=functools.partial(tiny.deadly, marker="", parent=os.getpid()), width=None) | changed)
+    # here alone, as in a notebook
+    monkeypatch.setattr(sys.modules["__main__"], "at_a_prompt", at_a_prompt, raising=False)
+    ours = tiny.study(tmp_path/"s", **dict(model=functools.partial(tiny.deadly, marker="", parent=os.getpid()),
+                                           width=None) | changed)
     given = how()
     with pytest.raises(ValueError, match=says) as error: ours.run(**given)
-    assert len(str(error.value).splitlines()) == 1 and not list(ours.out.glob("*/epoch-*")) and not (ours.out/"data.safetensors").exists()
+    assert len(str(error.value).splitlines()) == 1 and not list(ours.out.glob("*/epoch-*"))
+    assert not (ours.out/"data.safetensors").exists()
     for executor in (given.get("executor"), getattr(given.get("executor"), "pool", None)):
         if isinstance(executor, ProcessPoolExecutor): executor.shutdown()
 
@@ -137,7 +153,8 @@ def test_a_program_without_a_file(tmp_path, monkeypatch):
     main = types.ModuleType("__main__")
     main.__file__ = str(tmp_path/"<stdin>")
     monkeypatch.setitem(sys.modules, "__main__", main)
-    with pytest.raises(ValueError, match="<stdin> is no file; write the script to one"): tiny.study(tmp_path/"s").run(workers=2)
+    with pytest.raises(ValueError, match="<stdin> is no file; write the script to one"):
+        tiny.study(tmp_path/"s").run(workers=2)
 
 
 NO_GUARD = """
@@ -151,14 +168,18 @@ tiny.study("s").run(executor=pool)
 
 def run_script(folder, text):
     (folder/"script.py").write_text(text)
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(Path(tiny.__file__).parent), str(Path(tiny.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join(
+        [str(Path(tiny.__file__).parent), str(Path(tiny.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
     return subprocess.run([sys.executable, "script.py"], cwd=folder, env=env, capture_output=True, text=True)
 
 
 def test_a_script_without_a_guard(tmp_path):
     ended = run_script(tmp_path, NO_GUARD)
-    said = [line for line in ended.stderr.splitlines() if "below `if __name__ == '__main__':`, because each worker imports the script" in line]
-    assert ended.returncode == 1 and said[0].endswith("this worker ends") and said[-1].startswith("ValueError: no worker could start, so that nothing was computed") and "goes on" not in ended.stderr
+    said = [line for line in ended.stderr.splitlines()
+            if "below `if __name__ == '__main__':`, because each worker imports the script" in line]
+    assert ended.returncode == 1 and said[0].endswith("this worker ends")
+    assert said[-1].startswith("ValueError: no worker could start, so that nothing was computed")
+    assert "goes on" not in ended.stderr
     assert not list((tmp_path/"s").glob("*/epoch-*"))
 
 
@@ -247,14 +268,16 @@ def test_an_error_in_a_worker_keeps_its_words(tmp_path):
             future = Future()
             future.set_exception(RuntimeError("a bug in the network"))
             return future
-    with pytest.raises(RuntimeError, match="a bug in the network") as error: study(tmp_path/"s", tmp_path/"marker").run(executor=Executor())
+    with pytest.raises(RuntimeError, match="a bug in the network") as error:
+        study(tmp_path/"s", tmp_path/"marker").run(executor=Executor())
     assert type(error.value) is RuntimeError
 
 
 def test_a_broken_pool_says_so(tmp_path):
     class Executor:
         def submit(self, *args): raise BrokenProcessPool("it is broken")
-    with pytest.raises(WorkerLost, match="the same call goes on from there"): study(tmp_path/"s", tmp_path/"marker").run(executor=Executor())
+    with pytest.raises(WorkerLost, match="the same call goes on from there"):
+        study(tmp_path/"s", tmp_path/"marker").run(executor=Executor())
 
 
 def test_a_worker_that_writes_elsewhere_is_noticed(tmp_path):
@@ -264,13 +287,15 @@ def test_a_worker_that_writes_elsewhere_is_noticed(tmp_path):
             future = Future()
             future.set_result(None)
             return future
-    with pytest.raises(OSError, match="all workers must see that folder"): study(tmp_path/"s", tmp_path/"marker").run(executor=Executor())
+    with pytest.raises(OSError, match="all workers must see that folder"):
+        study(tmp_path/"s", tmp_path/"marker").run(executor=Executor())
 
 
 def test_a_pool_that_outlives_a_study(serial, tmp_path):
     "The same folder, other data: a worker must not go on with what it had opened."
     with pool(1) as executor:
-        tiny.study(tmp_path/"s", data="digits", epochs=1, relax_times=[], elcn_times=[], batch_size=1000).run(executor=executor)
+        tiny.study(tmp_path/"s", data="digits", epochs=1, relax_times=[], elcn_times=[],
+                   batch_size=1000).run(executor=executor)
         shutil.rmtree(tmp_path/"s")
         ours = study(tmp_path/"s", tmp_path/"marker")
         (tmp_path/"marker").touch()
@@ -292,9 +317,11 @@ def test_a_relative_folder(serial, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dies", [False, True], ids=["", "a worker dies"])
 def test_dask(serial, tmp_path, monkeypatch, dies):
     distributed = pytest.importorskip("distributed")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(tiny.__file__).parent), str(Path(tiny.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(
+        [str(Path(tiny.__file__).parent), str(Path(tiny.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
     if not dies: (tmp_path/"marker").touch()
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50, local_directory=tmp_path) as cluster, distributed.Client(cluster) as client:
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50,
+                                  local_directory=tmp_path) as cluster, distributed.Client(cluster) as client:
         ours = study(tmp_path/"s", tmp_path/"marker")
         ours.run(executor=client.get_executor())
     assert (tmp_path/"marker").exists() and results(ours) == serial
@@ -304,11 +331,14 @@ def test_dask(serial, tmp_path, monkeypatch, dies):
 def command(tmp_path):
     "Starts `efcn_relax` in a process of its own."
     (tmp_path/"command.py").write_text("import signal\nfrom efcn_nb.cli import efcn_relax\nif __name__ == '__main__':\n"
-        "    signal.signal(signal.SIGINT, signal.default_int_handler)  # as on a terminal, also where tests run in the background\n    efcn_relax()\n")
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(Path(tiny.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)  "
+        "# as on a terminal, also where tests run in the background\n    efcn_relax()\n")
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(Path(tiny.__file__).parents[1]),
+                                                        os.environ.get("PYTHONPATH", "")]))
     started = []
     def start(*argv):
-        started.append(subprocess.Popen([sys.executable, "command.py", *tiny.FLAGS, *argv], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        started.append(subprocess.Popen([sys.executable, "command.py", *tiny.FLAGS, *argv], cwd=tmp_path, env=env,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return started[-1]
     yield start
     for process in started: process.kill()
@@ -317,7 +347,8 @@ def command(tmp_path):
 def test_workers_of_the_command(command, tmp_path):
     alone, together = command("--out", "alone"), command("--out", "together", "--workers", "2")
     for process in (alone, together): assert process.communicate(timeout=600)[1] == "" and process.returncode == 0
-    for name in ("metrics.csv", "summary.csv", "claims.csv"): assert (tmp_path/"together"/name).read_bytes() == (tmp_path/"alone"/name).read_bytes()
+    for name in ("metrics.csv", "summary.csv", "claims.csv"):
+        assert (tmp_path/"together"/name).read_bytes() == (tmp_path/"alone"/name).read_bytes()
 
 
 def test_workers_end_when_their_parent_is_killed(command, tmp_path):
@@ -345,4 +376,5 @@ def test_workers_end_at_once_when_the_command_is_asked_to(command, tmp_path, nam
         assert process.poll() is None, process.communicate()[1]
         time.sleep(.05)
     process.send_signal(getattr(signal, name))
-    assert process.communicate(timeout=600)[1].strip() == "stopped; rerun the same command: it resumes after the last stored epoch"
+    assert (process.communicate(timeout=600)[1].strip()
+            == "stopped; rerun the same command: it resumes after the last stored epoch")

@@ -1,4 +1,5 @@
-"""Layers over two processes (gloo): outputs, gradients and steps of SGD are those of one process. As a script, this file is one of the two."""
+"""Layers over two processes (gloo): outputs, gradients and steps of SGD are those of one process.
+As a script, this file is one of the two."""
 import copy
 import json
 import os
@@ -23,7 +24,8 @@ def cnn(groups=1):
     "3 x 25 and 5 x 9 output units: two processes get unequal parts."
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 3*groups, 2, padding=1, groups=groups), nn.Tanh(),
+        return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                             nn.Conv2d(4, 3*groups, 2, padding=1, groups=groups), nn.Tanh(),
                              nn.Conv2d(3*groups, 5, 2), nn.Flatten(), nn.Linear(20, 3)).double()
 
 
@@ -32,7 +34,8 @@ def lcn(): return embed(cnn(groups=2), (2, 5, 5), "lcn")
 
 
 def tied():
-    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1), nn.Flatten(), nn.Linear(50, 3)).double()
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1), nn.Flatten(),
+                          nn.Linear(50, 3)).double()
     model[2].weight = model[0].weight
     return embed(model, (2, 5, 5))
 
@@ -43,15 +46,18 @@ def frozen():
     return model
 
 
-CASES = {"rows": (fcn, dict()), "columns": (fcn, dict(by="columns")), "locally connected": (lcn, dict()), "tied": (tied, dict()), "tied columns": (tied, dict(by="columns")),
-         "frozen": (frozen, dict()), "one of three": (fcn, dict(layers=["3"])), "first by columns": (fcn, dict(by="columns", layers=["0"]))}
+CASES = {"rows": (fcn, dict()), "columns": (fcn, dict(by="columns")), "locally connected": (lcn, dict()),
+         "tied": (tied, dict()), "tied columns": (tied, dict(by="columns")),
+         "frozen": (frozen, dict()), "one of three": (fcn, dict(layers=["3"])),
+         "first by columns": (fcn, dict(by="columns", layers=["0"]))}
 
 
 def whole(t): return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def steps(model, optimizer, count=3):
-    "Outputs, gradients with respect to the input and the parameters of the first step; then parameters after some steps."
+    """Outputs, gradients with respect to the input and the parameters of the first step;
+    then parameters after some steps."""
     g, seen = torch.Generator().manual_seed(1), []
     for _ in range(count):
         x, y = torch.randn(6, 2, 5, 5, generator=g).double().requires_grad_(), torch.randint(3, (6,), generator=g)
@@ -74,13 +80,17 @@ def case(name, mesh):
     spread = copy.deepcopy(single)
     shard(spread, mesh, **how)
     sharded = [m for m in spread.modules() if getattr(m, "through", None) is not None]
-    share = sum(p.to_local().numel() for p in {id(m.weight): m.weight for m in sharded}.values()) / sum(p.numel() for p in {id(m.weight): m.weight for m in sharded}.values())
-    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=.1, momentum=.9, weight_decay=.01) for m in (single, spread)]
+    weights = {id(m.weight): m.weight for m in sharded}.values()
+    share = sum(p.to_local().numel() for p in weights) / sum(p.numel() for p in weights)
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=.1, momentum=.9, weight_decay=.01)
+                  for m in (single, spread)]
     difference = apart(steps(single, optimizers[0]), steps(spread, optimizers[1]))
     gather(spread)
     x = torch.ones(2, 2, 5, 5).double()
-    return dict(layers=len(sharded), share=share, difference=difference, gathered=apart(single.parameters(), spread.parameters()), after=apart([single(x)], [spread(x)]),
-                plain=not any(isinstance(p, DTensor) for p in spread.parameters()), same=[p.requires_grad for p in single.parameters()] == [p.requires_grad for p in spread.parameters()])
+    return dict(layers=len(sharded), share=share, difference=difference,
+                gathered=apart(single.parameters(), spread.parameters()), after=apart([single(x)], [spread(x)]),
+                plain=not any(isinstance(p, DTensor) for p in spread.parameters()),
+                same=[p.requires_grad for p in single.parameters()] == [p.requires_grad for p in spread.parameters()])
 
 
 def without_the_sum(mesh):
@@ -98,27 +108,32 @@ def unfused(mesh):
     shard(models[1], mesh, layers=["3"])
     optimizers = [FusedSGD(m, .1) for m in models]
     def parameters(m, o): return steps(m, o)[-len(list(m.parameters())):]
-    return dict(ordinary=optimizers[1].ordinary, difference=apart(*(parameters(m, o) for m, o in zip(models, optimizers))))
+    return dict(ordinary=optimizers[1].ordinary,
+                difference=apart(*(parameters(m, o) for m, o in zip(models, optimizers))))
 
 
 def replicated(mesh):
-    "FusedSGD of a network that is wrapped into replicas afterwards, each with images of its own: gradients are averaged."
+    """FusedSGD of a network that is wrapped into replicas afterwards,
+    each with images of its own: gradients are averaged."""
     start = fcn()
     models, found = [copy.deepcopy(start) for _ in range(2)], []
-    for m, o in zip(models, (FusedSGD(models[0], .1, momentum=.9), torch.optim.SGD(models[1].parameters(), .1, momentum=.9))):
+    for m, o in zip(models, (FusedSGD(models[0], .1, momentum=.9),
+                             torch.optim.SGD(models[1].parameters(), .1, momentum=.9))):
         replica, g = nn.parallel.DistributedDataParallel(m), torch.Generator().manual_seed(dist.get_rank())
         for _ in range(3):
             o.zero_grad()
             F.cross_entropy(replica(torch.randn(6, 2, 5, 5, generator=g).double()), torch.arange(6) % 3).backward()
             o.step()
-    return dict(difference=apart(*(m.parameters() for m in models)), moved=apart(start.parameters(), models[0].parameters()))
+    return dict(difference=apart(*(m.parameters() for m in models)),
+                moved=apart(start.parameters(), models[0].parameters()))
 
 
 def main(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    found = {name: case(name, mesh) for name in CASES} | {"negative": without_the_sum(mesh), "fused": unfused(mesh), "replicated": replicated(mesh)}
+    found = {name: case(name, mesh) for name in CASES} | {"negative": without_the_sum(mesh), "fused": unfused(mesh),
+                                                          "replicated": replicated(mesh)}
     with open(f"{folder}/{rank}.json", "w") as f: json.dump(found, f)
     dist.destroy_process_group()
 
@@ -128,8 +143,10 @@ def found(tmp_path_factory):
     "What the two processes found."
     folder = tmp_path_factory.mktemp("two")
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), PYTHONWARNINGS="ignore")
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=env, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+                            PYTHONWARNINGS="ignore")
+    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=env, stderr=subprocess.PIPE,
+                                  text=True) for rank in range(2)]
     try: errors = [p.communicate(timeout=600)[1] for p in processes]
     finally:
         for p in processes: p.kill()
@@ -142,7 +159,9 @@ def test_the_same_as_one_process(found, name):
     for rank in range(2):
         r = found[rank][name]
         assert r["difference"] < 1e-10 and r["gathered"] < 1e-10 and r["after"] < 1e-10 and r["plain"] and r["same"], r
-        assert r["layers"] == {"locally connected": 3, "one of three": 1, "first by columns": 1}.get(name, 2 if "tied" in name else 3) and .3 < r["share"] < .7
+        assert r["layers"] == {"locally connected": 3, "one of three": 1, "first by columns": 1}.get(
+            name, 2 if "tied" in name else 3)
+        assert .3 < r["share"] < .7
     assert abs(found[0][name]["share"] + found[1][name]["share"] - 1) < 1e-12
 
 
@@ -150,7 +169,9 @@ def test_a_gradient_that_is_not_added_up_would_be_seen(found): assert min(f["neg
 
 
 def test_fused_training_leaves_sharded_layers_alone(found):
-    for f in found: assert list(f["fused"]["ordinary"]) == ["3"] and "plain parameter" in f["fused"]["ordinary"]["3"] and f["fused"]["difference"] < 1e-10
+    for f in found:
+        assert list(f["fused"]["ordinary"]) == ["3"] and "plain parameter" in f["fused"]["ordinary"]["3"]
+        assert f["fused"]["difference"] < 1e-10
 
 
 def test_fused_training_of_replicas_averages_gradients(found):
@@ -162,7 +183,8 @@ def test_a_mesh_is_needed():
 
 
 @pytest.mark.parametrize("make, options, says", [
-    (fcn, dict(by="diagonals"), "by must be 'rows' or 'columns'"), (fcn, dict(layers=["nowhere"]), "no released layer is called 'nowhere'"),
+    (fcn, dict(by="diagonals"), "by must be 'rows' or 'columns'"),
+    (fcn, dict(layers=["nowhere"]), "no released layer is called 'nowhere'"),
     (lambda: nn.Linear(2, 2), {}, "embed a CNN first")])
 def test_what_cannot_be_spread_is_refused(make, options, says):
     with pytest.raises(ValueError, match=says): shard(make(), SimpleNamespace(ndim=1), **options)

@@ -20,9 +20,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:Complex modules are a new featur
 
 
 CONVS = {
-    "plain": nn.Conv2d(2, 3, 3, padding=1), "strided": nn.Conv2d(2, 2, (3, 2), stride=2, padding=(0, 2), dilation=(1, 2)), "grouped": nn.Conv2d(4, 4, 3, groups=2),
-    "reflect": nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), "circular": nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"),
-    "transposed": nn.ConvTranspose2d(2, 2, 3, stride=2, padding=1), "1-d": nn.Conv1d(2, 3, 4, padding=3), "3-d": nn.Conv3d(1, 2, 2),
+    "plain": nn.Conv2d(2, 3, 3, padding=1),
+    "strided": nn.Conv2d(2, 2, (3, 2), stride=2, padding=(0, 2), dilation=(1, 2)),
+    "grouped": nn.Conv2d(4, 4, 3, groups=2),
+    "reflect": nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"),
+    "circular": nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"),
+    "transposed": nn.ConvTranspose2d(2, 2, 3, stride=2, padding=1), "1-d": nn.Conv1d(2, 3, 4, padding=3),
+    "3-d": nn.Conv3d(1, 2, 2),
 }
 CASES = pytest.mark.parametrize("name", CONVS)
 
@@ -38,7 +42,8 @@ def layer(name, seed=0, to="fcn"):
 
 def net(seed=0):
     torch.manual_seed(seed)
-    cnn = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 2, 3, stride=2), nn.Flatten(), nn.Linear(2*7*7, 10)).double()
+    cnn = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 2, 3, stride=2), nn.Flatten(),
+                        nn.Linear(2*7*7, 10)).double()
     return reinitialize(embed(cnn, (1, 16, 16)), seed)
 
 
@@ -68,7 +73,8 @@ def test_the_convolutional_part_is_the_least_squares_fit(name):
     fit = A @ torch.linalg.pinv(A) @ m.weight.detach().flatten()
     assert torch.allclose(split(m.weight, g)["convolutional"].flatten(), fit, atol=1e-9)
     assert torch.allclose(tied_sum(m.weight, g).flatten(), A.T @ m.weight.detach().flatten(), atol=1e-9)
-    assert dimensions(m).loc["", "convolutional"] == torch.linalg.matrix_rank(A) + (g.out_channels if m.bias is not None else 0)
+    biases = g.out_channels if m.bias is not None else 0
+    assert dimensions(m).loc["", "convolutional"] == torch.linalg.matrix_rank(A) + biases
 
 
 @CASES
@@ -82,7 +88,8 @@ def test_a_profile_against_a_loop(name):
         at = torch.unravel_index(torch.tensor(i), g.output_size)
         for pixel in range(g.matrix_shape[1]):
             p = torch.unravel_index(torch.tensor(pixel % math.prod(sizes)), sizes)
-            distance = max(min((abs(int(x) - q) for q in read[axis][int(at[axis])]), default=2**31) for axis, x in enumerate(p))
+            distance = max(min((abs(int(x) - q) for q in read[axis][int(at[axis])]), default=2**31)
+                           for axis, x in enumerate(p))
             found.setdefault((bool(mask[unit, pixel]), distance), []).append(m.weight[unit, pixel].item()**2)
     profile = radial_profile(m).set_index(["local", "distance"])
     assert set(profile.index) == set(found)
@@ -109,7 +116,8 @@ def test_projections_of_a_vector_are_those_of_its_tensors():
 
 @pytest.mark.parametrize("parts", [[], "local", ["convolutional", "conv"]])
 def test_parts_that_there_are_not(parts):
-    with pytest.raises(ValueError, match="parts must be some of convolutional, unshared, off_local, other"): project(net(), {}, parts)
+    with pytest.raises(ValueError, match="parts must be some of convolutional, unshared, off_local, other"):
+        project(net(), {}, parts)
     with pytest.raises(ValueError, match="parts must be some of"): ablate(net(), parts)
 
 
@@ -139,14 +147,17 @@ def test_templates_against_a_loop():
         by_image = torch.stack([cosine(rows[i], image*outside[i]) for image in x])
         by_class = {c: cosine(rows[i], mean*outside[i]) for c, mean in means.items()}
         best = max(by_class, key=lambda c: abs(by_class[c]))
-        assert found.image[i] == by_image.abs().argmax() and math.isclose(found.image_similarity[i], by_image[found.image[i]], abs_tol=1e-5)
-        assert found.class_name[i] == data.classes[best] and math.isclose(found.class_similarity[i], by_class[best], abs_tol=1e-5)
+        assert found.image[i] == by_image.abs().argmax()
+        assert math.isclose(found.image_similarity[i], by_image[found.image[i]], abs_tol=1e-5)
+        assert found.class_name[i] == data.classes[best]
+        assert math.isclose(found.class_similarity[i], by_class[best], abs_tol=1e-5)
 
 
 def test_thinned_keeps_classes_in_proportion():
     sorted_by_class = Data(*(tiny.DATA))._replace(train=load_data("digits").train).train
     order = sorted_by_class.y.argsort(stable=True)
-    sorted_by_class = type(sorted_by_class)(sorted_by_class.x[order], sorted_by_class.y[order], sorted_by_class.classes, sorted_by_class.mean, sorted_by_class.std, "sorted")
+    sorted_by_class = type(sorted_by_class)(sorted_by_class.x[order], sorted_by_class.y[order], sorted_by_class.classes,
+                                            sorted_by_class.mean, sorted_by_class.std, "sorted")
     assert sorted_by_class.thinned(100).y.bincount().min() >= 8
 
 
@@ -168,13 +179,18 @@ def test_empty_slots_are_no_part():
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (lambda m: off_local_rows(m, 5), "units must be a list of some of 0 to 511"), (lambda m: off_local_rows(m, [.5]), "units must be a list"),
-    (lambda m: off_local_rows(embed(nn.Conv2d(1, 2, 3), (1, 16, 16), to="lcn"), [1]), "need a fully-connected layer, not LocallyConnected"),
-    (lambda m: project(net(), {"0.weight": torch.zeros(3)}, PARTS), r"has 0.weight of shape \(3,\), the network of shape"),
+    (lambda m: off_local_rows(m, 5), "units must be a list of some of 0 to 511"),
+    (lambda m: off_local_rows(m, [.5]), "units must be a list"),
+    (lambda m: off_local_rows(embed(nn.Conv2d(1, 2, 3), (1, 16, 16), to="lcn"), [1]),
+     "need a fully-connected layer, not LocallyConnected"),
+    (lambda m: project(net(), {"0.weight": torch.zeros(3)}, PARTS),
+     r"has 0.weight of shape \(3,\), the network of shape"),
     (lambda m: project(net(), {"9.weight": torch.zeros(3)}, PARTS), "the network has no such parameter"),
     (lambda m: template_similarity(embed(nn.Conv2d(1, 2, 3), (1, 8, 8)), tiny.DATA.train), "take the first layer"),
-    (lambda m: split(torch.zeros(3, 3), m.geometry), "the weight must be a matrix"), (lambda m: ablate(net(), "other"), "parts must be some of convolutional, unshared, off_local, not 'other'"),
-    (lambda m: ablation(net(), tiny.DATA.test), "call .float"), (lambda m: template_similarity(m, tiny.DATA.train.thinned(1).__class__(tiny.DATA.train.x[:0], tiny.DATA.train.y[:0],
+    (lambda m: split(torch.zeros(3, 3), m.geometry), "the weight must be a matrix"),
+    (lambda m: ablate(net(), "other"), "parts must be some of convolutional, unshared, off_local, not 'other'"),
+    (lambda m: ablation(net(), tiny.DATA.test), "call .float"),
+    (lambda m: template_similarity(m, tiny.DATA.train.thinned(1).__class__(tiny.DATA.train.x[:0], tiny.DATA.train.y[:0],
         tiny.DATA.train.classes, tiny.DATA.train.mean, tiny.DATA.train.std, "nothing")), "there must be images")])
 def test_bad_input_gets_a_sentence(wrong, words):
     with pytest.raises(ValueError, match=words): wrong(net()[0])
@@ -200,16 +216,22 @@ def parts_of(m):
     return whole, real, imaginary
 
 
-def close_sum(whole, a, b, power=2): assert all(math.isclose(w**power, p**power + q**power, rel_tol=1e-9, abs_tol=1e-12) for w, p, q in zip(whole, a, b, strict=True)), (whole, a, b)
+def close_sum(whole, a, b, power=2):
+    assert all(math.isclose(w**power, p**power + q**power, rel_tol=1e-9, abs_tol=1e-12)
+               for w, p, q in zip(whole, a, b, strict=True)), (whole, a, b)
 
 
 INSTRUMENTS = {
-    "squares": lambda m: [x**.5 for x in squares(m).values()], "norm": lambda m: shares(m)["norm"], "shares": lambda m: (shares(m).iloc[:, :3].mul(shares(m)["norm"]**2, axis=0)**.5).to_numpy().flatten(),
-    "residuals": lambda m: residuals(m).to_numpy().flatten(), "biases": lambda m: bias_spread(m)[["mean", "spread"]].to_numpy().flatten(),
+    "squares": lambda m: [x**.5 for x in squares(m).values()], "norm": lambda m: shares(m)["norm"],
+    "shares": lambda m: (shares(m).iloc[:, :3].mul(shares(m)["norm"]**2, axis=0)**.5).to_numpy().flatten(),
+    "residuals": lambda m: residuals(m).to_numpy().flatten(),
+    "biases": lambda m: bias_spread(m)[["mean", "spread"]].to_numpy().flatten(),
     "split": lambda m: [p.abs().square().sum().item()**.5 for p in split(m.weight, m.geometry).values()],
-    "project": lambda m: [p.abs().square().sum().item()**.5 for part in ("convolutional", "unshared", "off_local") for p in project(m, dict(m.named_parameters()), part).values()],
+    "project": lambda m: [p.abs().square().sum().item()**.5 for part in ("convolutional", "unshared", "off_local")
+                          for p in project(m, dict(m.named_parameters()), part).values()],
     "ablate": lambda m: [p.abs().square().sum().item()**.5 for p in ablate(m, "convolutional").parameters()],
-    "profile": lambda m: radial_profile(m).mean_square**.5, "rows": lambda m: [off_local_rows(m, [0, 3])[0].abs().square().sum().item()**.5],
+    "profile": lambda m: radial_profile(m).mean_square**.5,
+    "rows": lambda m: [off_local_rows(m, [0, 3])[0].abs().square().sum().item()**.5],
 }
 
 
@@ -230,7 +252,8 @@ def test_a_complex_embedding_is_convolutional(dtype, to, size):
     "Small and in pieces, conjugated views too."
     net = embed(nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, dtype=dtype)), (2, size, size), to)
     table, norm = shares(net), torch.linalg.vector_norm(net[0].weight.to(torch.complex128)).item()
-    assert math.isclose(table.loc["all", "norm"], norm, rel_tol=1e-5) and math.isclose(table.loc["all", "convolutional"], 1, rel_tol=1e-6) and (residuals(net) < 1e-5*norm).all().all()
+    assert math.isclose(table.loc["all", "norm"], norm, rel_tol=1e-5)
+    assert math.isclose(table.loc["all", "convolutional"], 1, rel_tol=1e-6) and (residuals(net) < 1e-5*norm).all().all()
     with torch.no_grad(): net[0].weight.data = net[0].weight.conj()
     assert math.isclose(shares(net).loc["all", "norm"], norm, rel_tol=1e-5)
 
@@ -239,13 +262,19 @@ class Moduli(nn.Module):
     def forward(self, x): return x.abs().flatten(1)
 
 
-def complex_net(): return embed(nn.Sequential(nn.Conv2d(1, 2, 3, dtype=torch.complex128), Moduli(), nn.Linear(392, 10).double()), (1, 16, 16))
+def complex_net():
+    return embed(nn.Sequential(nn.Conv2d(1, 2, 3, dtype=torch.complex128), Moduli(), nn.Linear(392, 10).double()),
+                 (1, 16, 16))
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (lambda m: template_similarity(m[0], tiny.DATA.train), "templates are likened to real images, and this layer has complex weights"),
-    (lambda m: gradient(m, [(torch.ones(2, 1, 16, 16), torch.tensor([0, 1]))]), "the parameters are torch.complex128 and torch.float64; curvature needs a network all in float32 or all in float64"),
-    (lambda m: loss_line(m, [(torch.ones(2, 1, 16, 16), torch.tensor([0, 1]))], random_direction(m), [.1]), "curvature needs a network all in float32 or all in float64"),
+    (lambda m: template_similarity(m[0], tiny.DATA.train),
+     "templates are likened to real images, and this layer has complex weights"),
+    (lambda m: gradient(m, [(torch.ones(2, 1, 16, 16), torch.tensor([0, 1]))]),
+     "the parameters are torch.complex128 and torch.float64; curvature needs a network all in float32 or all "
+     "in float64"),
+    (lambda m: loss_line(m, [(torch.ones(2, 1, 16, 16), torch.tensor([0, 1]))], random_direction(m), [.1]),
+     "curvature needs a network all in float32 or all in float64"),
     (lambda m: ablation(m, tiny.DATA.test), "call .float"),
 ])
 def test_what_complex_weights_do_not_allow(wrong, words):
@@ -255,4 +284,5 @@ def test_what_complex_weights_do_not_allow(wrong, words):
 @pytest.mark.parametrize("parts", ["convolutional", ("unshared", "off_local"), "other"])
 def test_a_complex_direction_has_length_one(parts):
     d = random_direction(complex_net(), parts)
-    assert math.isclose(sum(x.abs().square().sum().item() for x in d.values()), 1, rel_tol=1e-9) and (d["0.weight"].imag.any() or parts == "other")
+    assert math.isclose(sum(x.abs().square().sum().item() for x in d.values()), 1, rel_tol=1e-9)
+    assert d["0.weight"].imag.any() or parts == "other"

@@ -24,7 +24,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 PLACES = [("fp32", "cpu"), ("bf16", "cpu")] + [pytest.param(p, "cuda", marks=needs_gpu) for p in PRECISIONS]
 
 
-def efcn(width=4, dtype=torch.float32): return embed(make_model("skinny", (3, 32, 32), 10, width=width), (3, 32, 32), trim=True).to(dtype)
+def efcn(width=4, dtype=torch.float32):
+    return embed(make_model("skinny", (3, 32, 32), 10, width=width), (3, 32, 32), trim=True).to(dtype)
 
 
 def vector(model): return torch.cat([p.detach().double().cpu().flatten() for p in model.parameters()])
@@ -40,7 +41,8 @@ def batches_in_float64(data, size, seed):
 
 @pytest.mark.parametrize("precision, device", PLACES)
 def test_each_precision_against_float64(precision, device):
-    "Four steps: where they end differs from where PyTorch's SGD ends in float64 as little as PyTorch's own steps in that precision do."
+    """Four steps: where they end differs from where PyTorch's SGD ends in float64 as little as PyTorch's own steps in
+    that precision do."""
     start, data = efcn(), noise(80).train
     exact = copy.deepcopy(start).double()
     optimizer = torch.optim.SGD(exact.parameters(), .01)
@@ -75,7 +77,8 @@ def test_evaluation_in_each_precision(precision, device):
 def test_weights_stay_in_float32_and_gradients_of_others_too():
     model = efcn()
     train_epoch(model, FusedSGD(model, .1), noise(20).train, 10, 0, precision="bf16")
-    assert {p.dtype for p in model.parameters()} == {torch.float32} and {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
 
 def test_switches_are_put_back():
@@ -84,7 +87,9 @@ def test_switches_are_put_back():
     assert (torch.backends.cuda.matmul.fp32_precision, torch.is_autocast_enabled("cpu")) == before
 
 
-@pytest.mark.parametrize("make", [lambda p: torch.optim.Adam(p, 1e-3), lambda p: torch.optim.SGD(p, .01, momentum=.9, nesterov=True), lambda p: torch.optim.AdamW(p, 1e-3), lambda p: torch.optim.RMSprop(p, 1e-4)],
+@pytest.mark.parametrize("make", [lambda p: torch.optim.Adam(p, 1e-3),
+                                  lambda p: torch.optim.SGD(p, .01, momentum=.9, nesterov=True),
+                                  lambda p: torch.optim.AdamW(p, 1e-3), lambda p: torch.optim.RMSprop(p, 1e-4)],
                          ids=["Adam", "Nesterov", "AdamW", "RMSprop"])
 @pytest.mark.parametrize("to", ["fcn", "lcn"])
 def test_other_optimizers_take_the_ordinary_path(make, to):
@@ -96,7 +101,9 @@ def test_other_optimizers_take_the_ordinary_path(make, to):
         optimizer.zero_grad()
         F.cross_entropy(plain(x), y).backward()
         optimizer.step()
-    double = lambda part: type("Double", (), dict(x=part.x, __len__=lambda s: len(part), batches=lambda s, *a: ((x.double(), y) for x, y in part.batches(*a))))()
+    def double(part):
+        def batches(s, *a): return ((x.double(), y) for x, y in part.batches(*a))
+        return type("Double", (), dict(x=part.x, __len__=lambda s: len(part), batches=batches))()
     train(ours, Data(double(data.train), double(data.test)), 1, batch_size=10, optimizer=make(ours.parameters()))
     assert (vector(ours) - vector(plain)).abs().max() < 1e-6 and (vector(ours) - vector(start)).abs().max() > 1e-5
 
@@ -106,15 +113,20 @@ def test_nothing_is_read_from_the_device_during_an_epoch(monkeypatch):
     reads, steps, data = [], [], noise(40).train
     for name in ("item", "__float__", "__bool__", "__int__", "tolist", "cpu", "numpy"):
         real = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, real=real, name=name, **kw: (reads.append((len(steps), name)), real(self, *a, **kw))[1])
+        def read(self, *a, real=real, name=name, **kw):
+            reads.append((len(steps), name))
+            return real(self, *a, **kw)
+        monkeypatch.setattr(torch.Tensor, name, read)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-    train_epoch(model, torch.optim.SGD(model.parameters(), .1), data, 10, 0, shuffle=False, after_step=lambda: steps.append(1))
+    train_epoch(model, torch.optim.SGD(model.parameters(), .1), data, 10, 0, shuffle=False,
+                after_step=lambda: steps.append(1))
     assert steps == [1]*4 and {at for at, _ in reads} == {4}, reads
 
 
 def test_a_loss_that_is_no_number_names_its_step():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-    with pytest.raises(Diverged) as error: train_epoch(model, torch.optim.SGD(model.parameters(), 1e38), noise(40).train, 10, 0)
+    with pytest.raises(Diverged) as error:
+        train_epoch(model, torch.optim.SGD(model.parameters(), 1e38), noise(40).train, 10, 0)
     assert error.value.args[0] in (2, 3)
 
 
@@ -122,7 +134,8 @@ def test_a_loss_that_is_no_number_names_its_step():
 def test_empty_splits(empty):
     data, none = noise(10), noise(10).train
     none = Dataset(none.x[:0], none.y[:0], none.classes, none.mean, none.std, none.name)
-    with pytest.raises(ValueError, match="there must be images to train on and to test on"): train(nn.Flatten(), Data(*((none, data.test) if empty == 0 else (data.train, none))), 1)
+    with pytest.raises(ValueError, match="there must be images to train on and to test on"):
+        train(nn.Flatten(), Data(*((none, data.test) if empty == 0 else (data.train, none))), 1)
 
 
 MEMORY = """
@@ -132,7 +145,8 @@ from efcn_nb.experiments.bench import noise
 from efcn_nb.service.timing import peak_memory
 from efcn_nb.experiments.relaxation import Study
 precision, momentum, out = sys.argv[1], float(sys.argv[2]), sys.argv[3]
-study = Study(noise(500), "alexnet", relax_times=[0], elcn_times=[], epochs=1, lr=1e-3, seeds=1, device="cpu", precision=precision, out=out, keep_weights=True, momentum=momentum)
+study = Study(noise(500), "alexnet", relax_times=[0], elcn_times=[], epochs=1, lr=1e-3, seeds=1, device="cpu",
+              precision=precision, out=out, keep_weights=True, momentum=momentum)
 cnn, fcn, relaxed = study.plan()
 study.carry_out(cnn)
 for run in fcn, relaxed: print(peak_memory(lambda: study.carry_out(run))/(4*study.weights))
@@ -142,10 +156,12 @@ print(len(list(study.out.glob("relaxed*/epoch-0001-*"))))
 
 @pytest.mark.parametrize("precision, momentum, most", [("fp32", 0, 1.4), ("bf16", 0, 1.9), ("fp32", .9, 2.4)])
 def test_memory_of_a_whole_run(tmp_path, precision, momentum, most):
-    """AlexNet's eFCN and its baseline, made, evaluated, trained, measured and stored: at most so many times its weights.
+    """AlexNet's eFCN and its baseline, made, evaluated, trained, measured and stored:
+    at most so many times its weights.
 
     That is once, half for a copy in bf16, once for momentum, and what a batch needs; a stored gradient would add 1."""
-    out = subprocess.run([sys.executable, "-c", MEMORY, precision, str(momentum), str(tmp_path/"s")], cwd=keep.ROOT, capture_output=True, text=True, timeout=3600)
+    out = subprocess.run([sys.executable, "-c", MEMORY, precision, str(momentum), str(tmp_path/"s")], cwd=keep.ROOT,
+                         capture_output=True, text=True, timeout=3600)
     *peaks, stored = map(float, out.stdout.split() or pytest.fail(out.stderr))
     if any(p != p for p in peaks): pytest.skip("this system does not tell the peak of memory")
     assert stored == 1 and max(peaks) < most, peaks
@@ -158,7 +174,9 @@ def test_steps_are_those_of_a_plain_loop():
     batches = [(torch.randn(4, 3, generator=draw), torch.randn(4, 2, generator=draw)) for _ in range(6)]
     net, other, calls = nn.Linear(3, 2), nn.Linear(3, 2), []
     other.load_state_dict(net.state_dict())
-    losses, expected = train_steps(net, torch.optim.SGD(net.parameters(), .1), iter(batches), F.l1_loss, after_step=lambda: calls.append(1)), []
+    losses = train_steps(net, torch.optim.SGD(net.parameters(), .1), iter(batches), F.l1_loss,
+                         after_step=lambda: calls.append(1))
+    expected = []
     for x, y in batches:
         loss = (other(x) - y).abs().mean()
         grads = torch.autograd.grad(loss, [*other.parameters()])
@@ -173,13 +191,15 @@ def test_steps_are_those_of_a_plain_loop():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_steps_keep_double_precision(dtype):
     net = nn.Linear(3, 2).to(dtype)
-    assert train_steps(net, torch.optim.SGD(net.parameters(), .1), [(torch.ones(4, 3, dtype=dtype), torch.ones(4, 2, dtype=dtype))], F.mse_loss).dtype == dtype
+    assert train_steps(net, torch.optim.SGD(net.parameters(), .1),
+                       [(torch.ones(4, 3, dtype=dtype), torch.ones(4, 2, dtype=dtype))], F.mse_loss).dtype == dtype
 
 
 def test_the_step_that_diverged():
     net, x = nn.Linear(3, 2), torch.ones(1, 3)
     batches = [(x, torch.zeros(1, 2)), (x*float("inf"), torch.zeros(1, 2)), (x, torch.zeros(1, 2))]
-    with pytest.raises(Diverged, match="^the loss was not finite at step 2; try a smaller learning rate$") as error: train_steps(net, torch.optim.SGD(net.parameters(), .1), batches, F.mse_loss)
+    with pytest.raises(Diverged, match="^the loss was not finite at step 2; try a smaller learning rate$") as error:
+        train_steps(net, torch.optim.SGD(net.parameters(), .1), batches, F.mse_loss)
     assert error.value.args == (2,) and str(Diverged("a sentence")) == "a sentence"
 
 
@@ -211,7 +231,8 @@ def frozen_norm(): return nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).eval(
 
 def nested():
     shared = nn.BatchNorm1d(2).eval()
-    return nn.Sequential(nn.Sequential(nn.Linear(2, 2), shared), nn.Sequential(nn.Dropout(), shared).eval(), nn.Sequential(nn.BatchNorm1d(2)))
+    return nn.Sequential(nn.Sequential(nn.Linear(2, 2), shared), nn.Sequential(nn.Dropout(), shared).eval(),
+                         nn.Sequential(nn.BatchNorm1d(2)))
 
 
 def root_alone():
@@ -220,8 +241,11 @@ def root_alone():
     return net
 
 
-MODES = {"frozen BatchNorm": frozen_norm, "nested and shared": nested, "the child trains": root_alone, "all train": lambda: frozen_norm().train(), "none trains": lambda: frozen_norm().eval(),
-         "merging": lambda: nn.Sequential(Merging(), nn.Linear(2, 2)), "merged": lambda: nn.Sequential(nn.Linear(2, 2), Merging().eval()), "stubborn": lambda: nn.Sequential(Stubborn(2), nn.Linear(2, 2))}
+MODES = {"frozen BatchNorm": frozen_norm, "nested and shared": nested, "the child trains": root_alone,
+         "all train": lambda: frozen_norm().train(), "none trains": lambda: frozen_norm().eval(),
+         "merging": lambda: nn.Sequential(Merging(), nn.Linear(2, 2)),
+         "merged": lambda: nn.Sequential(nn.Linear(2, 2), Merging().eval()),
+         "stubborn": lambda: nn.Sequential(Stubborn(2), nn.Linear(2, 2))}
 
 
 def flags(net): return [m.training for m in net.modules()]
@@ -237,7 +261,8 @@ def test_every_module_gets_its_own_mode_back(what, breaks):
     def check():
         assert flags(net) == before
         for name, value in net.state_dict().items(): torch.testing.assert_close(value, kept[name])
-    for call in (lambda model: evaluate(model, data, 3), lambda model: refresh(model, evaluated), lambda model: refresh(model, modes_kept)):
+    for call in (lambda model: evaluate(model, data, 3), lambda model: refresh(model, evaluated),
+                 lambda model: refresh(model, modes_kept)):
         hook = net.register_forward_hook(lambda *_: 1/0) if breaks else None
         if breaks:
             with pytest.raises(ZeroDivisionError): call(net)
@@ -256,22 +281,26 @@ def refresh(model, context):
 @pytest.mark.parametrize("make", [frozen_norm, nested])
 @pytest.mark.parametrize("own", [False, True])
 def test_frozen_statistics_survive_training(make, own):
-    "Frozen BatchNorm keeps its running statistics over epochs and the evaluations between them; the network that is all in evaluation mode trains as a whole."
+    """Frozen BatchNorm keeps its running statistics over epochs and the evaluations between them;
+    the network that is all in evaluation mode trains as a whole."""
     part = Dataset(torch.randn(12, 2), torch.arange(12) % 2, ["a", "b"], torch.zeros(2), torch.ones(2), "noise")
     net = make()
     before, optimizer = flags(net), torch.optim.SGD(net.parameters(), .1) if own else None
-    norms = {name: copy.deepcopy(m.state_dict()) for name, m in net.named_modules() if isinstance(m, nn.BatchNorm1d) and not m.training}
+    norms = {name: copy.deepcopy(m.state_dict())
+             for name, m in net.named_modules() if isinstance(m, nn.BatchNorm1d) and not m.training}
     seen = []
     train(net, Data(part, part), 2, batch_size=6, optimizer=optimizer, after_epoch=lambda *_: seen.append(flags(net)))
     assert seen == [before]*2 and flags(net) == before
     for name, kept in norms.items():
-        for key in ("running_mean", "running_var", "num_batches_tracked"): assert torch.equal(net.get_submodule(name).state_dict()[key], kept[key])
+        for key in ("running_mean", "running_var", "num_batches_tracked"):
+            assert torch.equal(net.get_submodule(name).state_dict()[key], kept[key])
     train(net.eval(), Data(part, part), 1, batch_size=6)
     assert all(flags(net)) and start_training(net) is net
 
 
 def test_batchnorm_is_recounted():
-    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Dropout(.5), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Dropout(.5), nn.Conv2d(3, 4, 3),
+                          nn.BatchNorm2d(4)).eval()
     weights, batches = [p.clone() for p in model.parameters()], torch.randn(2, 20, 2, 8, 8)
     recount_batchnorm(model, batches)
     x = torch.stack([model[0](batch).detach() for batch in batches]).double()

@@ -25,7 +25,8 @@ class Net(nn.Module):
     def forward(self, x): return self._forward(self, x)
 
 
-def trimmed(model, shape=(2, 8, 8)): return {name: g.unread for name, g in conv_geometries(model, shape, trim=True).items()}
+def trimmed(model, shape=(2, 8, 8)):
+    return {name: g.unread for name, g in conv_geometries(model, shape, trim=True).items()}
 
 
 def untrimmed(model, shape=(2, 8, 8)): return {name: (0,)*len(u) for name, u in trimmed(model, shape).items()}
@@ -36,24 +37,33 @@ def untrimmed(model, shape=(2, 8, 8)): return {name: (0,)*len(u) for name, u in 
 @BOTH
 @pytest.mark.parametrize("name, left_out", [("skinny", 15*8), ("alexnet", 15*24)])
 def test_networks_of_the_papers(name, left_out, to):
-    "The second convolution makes 8 x 8 outputs, of which the pooling reads 7 x 7; function and gradients are those of the whole."
+    """The second convolution makes 8 x 8 outputs, of which the pooling reads 7 x 7;
+    function and gradients are those of the whole."""
     torch.manual_seed(0)
     cnn = make_model(name, (3, 32, 32), 10, width=8).double().eval()
     whole, cut = embed(cnn, (3, 32, 32), to), embed(cnn, (3, 32, 32), to, trim=True)
     x, y = torch.randn(4, 3, 32, 32).double(), torch.arange(4)
     for model in cnn, whole, cut: F.cross_entropy(model(x), y).backward()
-    assert torch.allclose(cut(x), cnn(x), atol=1e-12) and sum(m.bias.numel() for m in whole.modules() if hasattr(m, "geometry")) - sum(m.bias.numel() for m in cut.modules() if hasattr(m, "geometry")) == left_out
+    assert torch.allclose(cut(x), cnn(x), atol=1e-12)
+    assert (sum(m.bias.numel() for m in whole.modules() if hasattr(m, "geometry"))
+            - sum(m.bias.numel() for m in cut.modules() if hasattr(m, "geometry")) == left_out)
     for (path, a), b in zip(whole.named_parameters(), cut.parameters()):
         if a.shape == b.shape: assert torch.allclose(a.grad, b.grad, atol=1e-13), path
     g = cut[3].geometry
     read = (torch.arange(8)[:, None] < 7) & (torch.arange(8) < 7)
     rows = read.flatten().repeat(g.out_channels)
-    if to == "fcn": assert torch.allclose(whole[3].weight.grad[rows], cut[3].weight.grad, atol=1e-13) and whole[3].weight.grad[~rows].abs().max() == 0
+    if to == "fcn":
+        assert torch.allclose(whole[3].weight.grad[rows], cut[3].weight.grad, atol=1e-13)
+        assert whole[3].weight.grad[~rows].abs().max() == 0
     assert all(torch.equal(p, q) for p, q in zip(nearest_cnn(cut).parameters(), cnn.parameters()))
 
 
-@pytest.mark.parametrize("pool, unread", [(nn.MaxPool2d(3, 2), (1, 1)), (nn.AvgPool2d(3, 2), (1, 1)), (nn.MaxPool2d(2), (0, 0)), (nn.MaxPool2d((5, 2)), (3, 0)), (nn.MaxPool2d(3, 2, ceil_mode=True), (0, 0)), (nn.LPPool2d(2, 3), (2, 2))], ids=str)
-def test_pooling(pool, unread): assert trimmed(nn.Sequential(conv(2, 3), nn.ReLU(), pool, nn.Flatten()))["0"][-2:] == unread
+@pytest.mark.parametrize("pool, unread", [(nn.MaxPool2d(3, 2), (1, 1)), (nn.AvgPool2d(3, 2), (1, 1)),
+                                          (nn.MaxPool2d(2), (0, 0)), (nn.MaxPool2d((5, 2)), (3, 0)),
+                                          (nn.MaxPool2d(3, 2, ceil_mode=True), (0, 0)), (nn.LPPool2d(2, 3), (2, 2))],
+                         ids=str)
+def test_pooling(pool, unread):
+    assert trimmed(nn.Sequential(conv(2, 3), nn.ReLU(), pool, nn.Flatten()))["0"][-2:] == unread
 
 
 def test_one_and_three_axes():
@@ -77,12 +87,17 @@ def test_a_convolution_at_the_end_that_reads_less():
 READ = dict(
     strided=Net(lambda s, x: s.b(s.a(x).relu()), b=nn.Conv2d(3, 2, 3, stride=2)),
     global_mean=Net(lambda s, x: s.a(x).mean((2, 3))), global_max=Net(lambda s, x: F.adaptive_max_pool2d(s.a(x), 1)),
-    adaptive=Net(lambda s, x: F.adaptive_avg_pool2d(s.a(x), 4)), softmax=Net(lambda s, x: F.max_pool2d(s.a(x).flatten(2).softmax(2).unflatten(2, (8, 8)), 3, 2)),
-    batchnorm=nn.Sequential(conv(2, 3), nn.BatchNorm2d(3), nn.MaxPool2d(3, 2)), layernorm=nn.Sequential(conv(2, 3), nn.LayerNorm((8, 8)), nn.MaxPool2d(3, 2)),
+    adaptive=Net(lambda s, x: F.adaptive_avg_pool2d(s.a(x), 4)),
+    softmax=Net(lambda s, x: F.max_pool2d(s.a(x).flatten(2).softmax(2).unflatten(2, (8, 8)), 3, 2)),
+    batchnorm=nn.Sequential(conv(2, 3), nn.BatchNorm2d(3), nn.MaxPool2d(3, 2)),
+    layernorm=nn.Sequential(conv(2, 3), nn.LayerNorm((8, 8)), nn.MaxPool2d(3, 2)),
     skip=Net(lambda s, x: F.max_pool2d(s.a(x), 3, 2).flatten(1) @ torch.ones(27, 1) + s.a(x).sum((1, 2, 3))[:, None]),
-    hides_nan=Net(lambda s, x: torch.where(s.a(x) > 0, s.a(x), 0).amax((2, 3)), a=conv(2, 1)), hides_nan_below=Net(lambda s, x: torch.where(s.a(x) < 0, s.a(x), 0).amin((2, 3)), a=conv(2, 1)),
-    nan_to_num=Net(lambda s, x: s.a(x).nan_to_num().sum((2, 3))), answers_in_classes=Net(lambda s, x: F.max_pool2d(s.a(x), 3, 2).flatten(1).argmax(1)),
-    asked_size=Net(lambda s, x: F.max_pool2d(s.a(x, output_size=[8, 8]), 3, 2), a=nn.ConvTranspose2d(2, 3, 3, padding=1)))
+    hides_nan=Net(lambda s, x: torch.where(s.a(x) > 0, s.a(x), 0).amax((2, 3)), a=conv(2, 1)),
+    hides_nan_below=Net(lambda s, x: torch.where(s.a(x) < 0, s.a(x), 0).amin((2, 3)), a=conv(2, 1)),
+    nan_to_num=Net(lambda s, x: s.a(x).nan_to_num().sum((2, 3))),
+    answers_in_classes=Net(lambda s, x: F.max_pool2d(s.a(x), 3, 2).flatten(1).argmax(1)),
+    asked_size=Net(lambda s, x: F.max_pool2d(s.a(x, output_size=[8, 8]), 3, 2),
+                   a=nn.ConvTranspose2d(2, 3, 3, padding=1)))
 
 
 @pytest.mark.parametrize("name", READ)
@@ -112,7 +127,8 @@ def test_merged_batchnorm_trims():
     model = nn.Sequential(conv(2, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(3, 2)).double().eval()
     cut = embed(model, (2, 8, 8), fold_batchnorm=True, trim=True)
     x = torch.randn(2, 2, 8, 8).double()
-    assert torch.allclose(cut(x), model(x), atol=1e-13) and trimmed(merge_batchnorm(model, (2, 8, 8)))["0"][-2:] == (1, 1)
+    assert torch.allclose(cut(x), model(x), atol=1e-13)
+    assert trimmed(merge_batchnorm(model, (2, 8, 8)))["0"][-2:] == (1, 1)
     assert math.prod(cut[0].geometry.output_size) in (49, 64)
 
 
@@ -120,7 +136,8 @@ def test_random_state_and_model_are_left_alone():
     model = nn.Sequential(conv(2, 3), nn.BatchNorm2d(3), nn.Dropout(), nn.MaxPool2d(3, 2)).train()
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
     conv_geometries(model, (2, 8, 8), trim=True)
-    assert torch.equal(torch.get_rng_state(), before) and model.training and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), before) and model.training
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
 # Outputs that are read for some images only
@@ -129,9 +146,12 @@ def gate(when): return lambda s, x: (lambda y: y[..., :6] + (y[..., 6:].sum() if
 
 
 GATES = {
-    "mean above 2": lambda x: x.mean() > 2, "mean below -3": lambda x: x.mean() < -3, "mean above 50": lambda x: x.mean() > 50, "mean below -50": lambda x: x.mean() < -50,
-    "loud": lambda x: x.std() > 5, "very loud": lambda x: x.abs().max() > 500, "quiet": lambda x: x.std() < .1, "black": lambda x: (x == 0).all(), "white": lambda x: (x == 1).all(),
-    "constant": lambda x: (x == x[0, 0, 0, 0]).all(), "positive": lambda x: (x >= 0).all(), "grey values": lambda x: (x >= 0).all() and x.max() > 200, "inverted": lambda x: (x == -1).all()}
+    "mean above 2": lambda x: x.mean() > 2, "mean below -3": lambda x: x.mean() < -3,
+    "mean above 50": lambda x: x.mean() > 50, "mean below -50": lambda x: x.mean() < -50,
+    "loud": lambda x: x.std() > 5, "very loud": lambda x: x.abs().max() > 500, "quiet": lambda x: x.std() < .1,
+    "black": lambda x: (x == 0).all(), "white": lambda x: (x == 1).all(),
+    "constant": lambda x: (x == x[0, 0, 0, 0]).all(), "positive": lambda x: (x >= 0).all(),
+    "grey values": lambda x: (x >= 0).all() and x.max() > 200, "inverted": lambda x: (x == -1).all()}
 
 
 @pytest.mark.parametrize("name", GATES)
@@ -144,7 +164,8 @@ def test_real_images_show_what_noise_does_not():
     "Read for images with a mark in the corner alone, of which no noise has one."
     model = Net(gate(lambda x: (x[:, 0, 0, 0] == 7).any())).double()
     images = torch.rand(6, 2, 8, 8).double()
-    assert trimmed(model)["a"][-1] == 2 and conv_geometries(model, (2, 8, 8), trim=True, images=images)["a"].unread[-1] == 2
+    assert trimmed(model)["a"][-1] == 2
+    assert conv_geometries(model, (2, 8, 8), trim=True, images=images)["a"].unread[-1] == 2
     images[-1, 0, 0, 0] = 7
     assert not any(conv_geometries(model, (2, 8, 8), trim=True, images=images)["a"].unread)
     whole = embed(model, (2, 8, 8), trim=True, images=images)

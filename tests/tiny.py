@@ -1,4 +1,5 @@
-"""The smallest studies that have every part, and a console in which commands start fast: for the tests of runs, relaxation and cli; images for those of controls and pruning."""
+"""The smallest studies that have every part, and a console in which commands start fast: for the tests of runs,
+relaxation and cli; images for those of controls and pruning."""
 import json
 import os
 import signal
@@ -14,8 +15,10 @@ from torch import nn
 from efcn_nb.materials.data import Data, Dataset, load_data
 from efcn_nb.experiments.relaxation import Study
 
-SETTINGS = dict(model="small", width=2, epochs=2, batch_size=40, seeds=1, relax_times=[0, 1, 2], elcn_times=[1], device="cpu")
-FLAGS = "--width 2 --epochs 1 --batch_size 500 --seeds 1 --relax 0,1 --elcn 0 --device cpu".split()  # as many parts, from the command line
+SETTINGS = dict(model="small", width=2, epochs=2, batch_size=40, seeds=1, relax_times=[0, 1, 2], elcn_times=[1],
+                device="cpu")
+# as many parts, from the command line
+FLAGS = "--width 2 --epochs 1 --batch_size 500 --seeds 1 --relax 0,1 --elcn 0 --device cpu".split()
 DATA = Data(*(replace(part, x=part.x[:100], y=part.y[:100]) for part in load_data("digits")))
 
 
@@ -26,7 +29,8 @@ def smooth_images(n=90, shape=(2, 8, 8), seed=0, classes=3):
     "Noise that is smooth, with labels that show in its mean."
     x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
     y = torch.arange(n) % classes
-    x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="circular"), 3, 1) + .3*y.view(-1, 1, 1, 1)*torch.linspace(-1, 1, shape[2])
+    shown = .3*y.view(-1, 1, 1, 1)*torch.linspace(-1, 1, shape[2])
+    x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="circular"), 3, 1) + shown
     return Dataset(x, y, [*map(str, range(classes))], torch.zeros(shape[0]), torch.ones(shape[0]), "smooth noise")
 
 
@@ -51,7 +55,8 @@ class Deadly(nn.Module):
 
 def deadly(shape, classes, marker, parent):
     "A small CNN with dropout, and with `Deadly` in it."
-    return nn.Sequential(nn.Conv2d(shape[0], 2, 5, stride=3), nn.ReLU(), nn.Dropout(.3), Deadly(marker, parent), nn.Flatten(), nn.Linear(32, classes))
+    return nn.Sequential(nn.Conv2d(shape[0], 2, 5, stride=3), nn.ReLU(), nn.Dropout(.3), Deadly(marker, parent),
+                         nn.Flatten(), nn.Linear(32, classes))
 
 
 SERVER = r"""
@@ -65,7 +70,8 @@ gc.freeze()
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 def die_at(moment):
-    'Kill this process before the file, in the midst of it, or before the training step number `moment[1]`, or after so many seconds.'
+    '''Kill this process before the file, in the midst of it, or before the training step number `moment[1]`,
+    or after so many seconds.'''
     what, left = moment
     if what == 'disk': return resource.setrlimit(resource.RLIMIT_FSIZE, (left, left))
     if what == 'clock': return threading.Timer(left, die).start()
@@ -117,14 +123,17 @@ class Console:
     "Runs `efcn_relax` in processes of its own, forked from one that has imported everything."
     def __init__(self, folder):
         self.folder, env = Path(folder), os.environ | dict(OMP_NUM_THREADS="1", TQDM_DISABLE="1", MPLBACKEND="Agg")
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       text=True, env=env,
                                        cwd=Path(__file__).resolve().parents[1])
 
     def __call__(self, *argv, cwd, die=None):
-        "Exit status, standard output, standard error of the command; `die` is a pair ('file', 'half', 'step' or 'clock', number): when it is killed; or ('disk', bytes that a file can have)."
+        """Exit status, standard output, standard error of the command; `die` is a pair ('file', 'half',
+        'step' or 'clock', number): when it is killed; or ('disk', bytes that a file can have)."""
         streams = {name: self.folder/name for name in ("stdout", "stderr")}
         for path in streams.values(): path.unlink(missing_ok=True)
-        case = dict(argv=list(map(str, argv)), cwd=str(cwd), die=die, **{name: str(path) for name, path in streams.items()})
+        case = dict(argv=list(map(str, argv)), cwd=str(cwd), die=die,
+                    **{name: str(path) for name, path in streams.items()})
         print(json.dumps(case), file=self.server.stdin, flush=True)
         return int(self.server.stdout.readline()), *(path.read_text() for path in streams.values())
 
