@@ -588,11 +588,11 @@ def ladder(device, graph, toy, clock):
             torch.cuda.empty_cache()
 
     size = 2**20 if toy else 2**30
-    a, b = (torch.empty(size // 4, device=device) for _ in range(2))
+    a, b = torch.empty(size // 4, device=device), torch.empty(size // 4, device=device)
     rung("ceiling", f"copy of {size / 2**30:g} GiB, read and written", lambda: lambda: b.copy_(a))
-    m, k = [torch.randn(512 if toy else 8192, 512 if toy else 8192, device=device).bfloat16() for _ in range(2)]
-    rung("ceiling", f"bf16 product of {len(m)}^3", lambda: lambda: m @ k)
-    del a, b, m, k
+    side = 512 if toy else 8192
+    m, k = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    rung("ceiling", f"bf16 product of {side}^3", lambda: lambda: m @ k)
     n = 4 * batch
     images = {
         s: (
