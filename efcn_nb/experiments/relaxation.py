@@ -625,7 +625,7 @@ _NO_FORK = ("this executor forks its processes, and a fork of a process in which
             "ever; ask for workers=2 instead, or make the pool with multiprocessing.get_context('spawn')")
 
 def _note_fork():
-    "In a forked process: remember of which."
+    "Record the parent's process id after a fork."
     global _FORKED_FROM
     _FORKED_FROM = os.getppid()
 
@@ -789,7 +789,7 @@ def _end_with(parent):
 
 @patch
 def _run_by(self:Study, workers, progress, content, tries=3):
-    "Do what is left by so many processes."
+    "Run the unfinished runs in `workers` processes."
     threads = max(1, (os.cpu_count() or 1)//workers)
     for left in reversed(range(tries)):
         with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _end_with, (os.getpid(),)) as pool:

@@ -71,7 +71,7 @@ def embed(
     to:str='fcn',        # 'fcn' releases sharing and locality, 'lcn' sharing alone
     layers=None,         # which convolutions: names, or a predicate of name and module; None for all
     fold_batchnorm=False,# merge every BatchNorm that follows a released convolution into it first
-    trim=False,          # leave out rows of outputs that nothing reads, as far as images of many kinds show
+    trim=False,          # leave out rows of outputs that nothing reads, as judged by passing several kinds of images
     check=True,          # prove on two images that the function is the same, and warn of convolutions that stay
     images=None          # (N, *input_shape): images to look at, None for noise; all, where some call what others do not
 )->nn.Module:            # a new network, on the same device and of the same dtype
