@@ -15,7 +15,8 @@ from sphinx.cmd.build import build_main
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, PAGES = ROOT / "nbs", ROOT / "_sphinx"
-SECTIONS = ["The embedding", "Experiments", "Experiments", "Measurements", "Figures"]  # by decade; then studies
+SECTIONS = dict(ladder="Ladder", materials="Materials", training="Training", instruments="Instruments",
+                experiments="Experiments", studies="Studies", gallery="Findings", service="Service")  # by folder
 PYTHON = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
           "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
 
@@ -46,7 +47,7 @@ def page(path):
             continue
         if cell.cell_type == "code": present(cell)
         at = len(cells)
-        cells.append(cell)
+        cells += as_text(cell)
     return dict2nb(dict(cells=[nb2dict(cell) for cell in cells], metadata=PYTHON, nbformat=4, nbformat_minor=5))
 
 
@@ -58,6 +59,16 @@ def present(cell):
     hidden = [tag for key, tag in hide.items() if said.get(key) == "false"]
     cell.metadata["tags"] = cell.metadata.get("tags", []) + hidden
     if "fig-alt" in said: cell.metadata["mystnb"] = {"image": {"alt": said["fig-alt"]}}
+
+
+def as_text(cell):
+    "The cell; one whose output is markdown becomes text, whose links lead to other pages."
+    outputs = cell.get("outputs") or [] if cell.cell_type == "code" else []
+    texts = [output.get("data", {}).get("text/markdown") for output in outputs]
+    if not texts or None in texts: return [cell]
+    cell.outputs = []
+    shown = [] if "remove-input" in cell.metadata.get("tags", []) else [cell]
+    return [*shown, *(mk_cell("".join(text), "markdown") for text in texts)]
 
 
 def documentation(cell, path):
@@ -89,15 +100,15 @@ def link_within(cell, path, pages, labels):
 
 
 def contents(paths):
-    "The tables of contents: reading order, then findings."
-    sections = {}
-    for path in sorted(paths, key=lambda path: (path.parent.name == "gallery", path.name)):
-        if path.stem == "index": continue
-        decade = int(path.name[0]) if path.name[0].isdigit() else -1
-        section = "Findings" if path.parent.name == "gallery" else (SECTIONS[decade:] or ["Studies"])[0]
-        sections.setdefault(section, []).append(path.relative_to(NBS).with_suffix("").as_posix())
+    "The tables of contents: a section for each folder, in the order of `SECTIONS`; what lies in none comes last."
+    order = [*SECTIONS, ""]
+    def place(path): return order.index(path.relative_to(NBS).parent.as_posix().strip(".")), path.name
+    found = {}
+    for path in sorted((path for path in paths if path.stem != "index"), key=place):
+        section = SECTIONS.get(path.parent.name, "Command line")
+        found.setdefault(section, []).append(path.relative_to(NBS).with_suffix("").as_posix())
     return [mk_cell("```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```" % (section, "\n".join(names)), "markdown")
-            for section, names in sections.items()]
+            for section, names in found.items()]
 
 
 def write_pages():
