@@ -69,6 +69,7 @@ def _add_protocol(a):
       help="relax times: epochs at which the CNN becomes an eFCN; default the model's protocol")
     a('--elcn', type=_integers, metavar='0,8',
       help="epochs at which it becomes an eLCN, a locally-connected network; default the model's protocol")
+    a('--lcn', dest='elcn', type=_integers, help=argparse.SUPPRESS) # its name before 0.1.0, in commands of records
     a('--epochs', type=int, help="of the CNN, and again of each network after it; default the model's protocol")
     a('--seeds', type=_seeds, default=3, help='how many (default 3), or a list such as 0,1,2')
     a('--fan_in', choices=('folded', 'padded'), default='folded', help="inputs that the FCN's initial weights count: "

@@ -62,8 +62,8 @@ def test_validation_images_are_training_images_of_every_class():
 
 
 @pytest.mark.parametrize("seeds, says", [
-    (3, "must be a list"), ([], "at least one"), ([1, 1], "twice"), ([.5], "whole number"), ([-1], "from 0 to"),
-    ([SEARCH_SEED], f"from 0 to {SEARCH_SEED - 1}")])
+    (3, "must be a list"), ([], "at least one"), ([1, 1], "twice"), ([.5], "whole number"), ([-1], "0 or more"),
+    ([SEARCH_SEED], f"seed {SEARCH_SEED} chooses the learning rates")])
 def test_seeds_that_cannot_be_reported(seeds, says):
     with pytest.raises(ValueError, match=says): reported_seeds(seeds)
 
@@ -83,3 +83,9 @@ def test_tables_are_written(tmp_path):
     write_tables(tmp_path, dict(one=table, two=table[:0]))
     assert pd.read_csv(tmp_path / "one.csv").equals(table) and not len(pd.read_csv(tmp_path / "two.csv"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.csv", "two.csv"]
+
+
+def test_a_cell_may_have_missing_values():
+    table = search(("a", math.nan, .1, 0, .5), ("a", math.nan, .2, 0, .6), ("a", 1, .1, 0, .7), ("a", 1, .2, 0, .4))
+    found = best_rates(table, ["network", "size"])
+    assert found.lr.tolist() == [.2, .1] and found.at_edge.tolist() == [True, True]

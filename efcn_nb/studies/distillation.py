@@ -22,7 +22,7 @@ from ..instruments.students import (
 from ..instruments.transfer_sets import (
     distil, fingerprints, Splits, standardised, teach, transfer_set, TransferSet)
 from ..experiments.search import (
-    best_rates, candidates, reported_seeds, SEARCH_SEED, validation_split, write_tables)
+    best_rates, candidates, make_plain, reported_seeds, SEARCH_SEED, validation_split, write_tables)
 from ..experiments.sweeps import sweep
 from ..experiments.effects import above, judged, not_judged
 from ..service.checks import distinct, one_of, whole
@@ -49,12 +49,19 @@ class DistillationSettings:
     batch_size:int = 100
     precision:str = 'fp32'                      # of the products
 
-    def __post_init__(self): _check_settings(self)
+    def __post_init__(self):
+        make_plain(self)
+        _check_settings(self)
 
 # %% ../../nbs/studies/61_distillation.ipynb #f2745627
 def _check_settings(s):
     "Raise `ValueError` for settings that nobody can train with."
     for name in distinct('students', s.students): find_student(name)
+    for name in ('larger_mlps', 'label_budgets'):
+        if not isinstance(getattr(s, name), tuple):
+            raise ValueError(f'{name} must be a list, empty for none, not {getattr(s, name)!r}')
+    for name in ('transfer', 'teacher'):
+        if not isinstance(getattr(s, name), dict): raise ValueError(f'{name} must be a dict of settings')
     distinct('budgets', s.budgets, whole, least=1)
     distinct('budgets and larger_mlps', [*s.budgets, *s.larger_mlps], whole, least=1)
     if len(s.label_budgets): distinct('label_budgets', s.label_budgets, whole, least=1)

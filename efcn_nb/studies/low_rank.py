@@ -21,7 +21,7 @@ from ..materials.models import MaxPool2d
 from ..training.loop import check_precision, Diverged, evaluate, fit, PRECISIONS
 from ..instruments.kernel_ranks import check_cuts, compression, cut_accuracies, CUTS, model_ranks
 from ..experiments.sweeps import sweep
-from ..experiments.search import best_rates, candidates, validation_split
+from ..experiments.search import best_rates, candidates, make_plain, validation_split
 from ..experiments.effects import above, judged, not_judged
 from ..service.checks import distinct, one_of, positive, real, whole
 
@@ -43,6 +43,7 @@ class Settings:
     measured:int=2_000         # training images for BatchNorm's statistics after an approximation
 
     def __post_init__(self):
+        make_plain(self)
         for name in ('width', 'kernel', 'epochs', 'search_epochs', 'batch_size', 'steps', 'measured'):
             whole(name, getattr(self, name), 1)
         if not self.kernel % 2: raise ValueError(f'kernel must be an odd number, not {self.kernel}')

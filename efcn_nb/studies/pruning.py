@@ -26,7 +26,7 @@ from ..training.rewinding import one_shot_masks, prunable, pruned_masks, step_ba
 from ..instruments.interactions import interaction_profile
 from ..instruments.locality import busiest_units, near_profile, near_ratio
 from ..experiments.effects import above, judged, not_judged
-from ..experiments.search import reported_seeds, write_tables
+from ..experiments.search import make_plain, write_tables
 from ..experiments.sweeps import sweep
 from ..service.checks import distinct, one_of, positive, real, whole
 
@@ -47,7 +47,7 @@ def _check_settings(s):
     if not isinstance(s.widths, (list, tuple)) or not s.widths:
         raise ValueError(f'widths must be a list of numbers of hidden units, not {s.widths!r}')
     for width in s.widths: whole('each of widths', width, 1)
-    reported_seeds(s.seeds)
+    distinct('seeds', s.seeds, whole, least=0)
 
 # %% ../../nbs/studies/63_pruning.ipynb #c81fb26a
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ class PruningSettings:
     seeds:tuple = (0, 1, 2)    # of weights, batches, orders of pixels and draws
     rounds:int = 11            # of pruning, after round 0 with all weights
 
-    def __post_init__(self): _check_settings(self)
+    def __post_init__(self):
+        make_plain(self)
+        _check_settings(self)
 
 # %% ../../nbs/studies/63_pruning.ipynb #031c0e2e
 CASES = {
@@ -428,7 +430,7 @@ def pruning_study(
 )->dict:                 # tables by name: rounds, profiles (of the last round), units, claims, interactions
     "Prune all cases, measure and judge; tables are written to `out` as csv files. Raises `ValueError` before any "\
     "work if something is impossible."
-    shape, seeds = data.train.shape, reported_seeds(settings.seeds)
+    shape, seeds = data.train.shape, settings.seeds
     _check_fits(data, _by_case(cases, settings), units)
     if networks: _check_fits(data, _by_network(networks, settings))
     if max(shape[1:]) < 4:

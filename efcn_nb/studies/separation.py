@@ -26,6 +26,7 @@ from ..training.loop import Diverged, fit
 from ..instruments.fourier import BITS, hinge, make_pattern, pattern_batches, sign_accuracy
 from ..instruments.sample_complexity import growth_exponents
 from ..instruments.subspaces import shares
+from ..experiments.search import make_plain
 from ..experiments.effects import above
 from ..service.checks import one_of, real, whole
 
@@ -127,7 +128,9 @@ class Settings:
     every:int=50            # steps between measurements
 
     def __post_init__(self):
+        make_plain(self)
         one_of('architecture', self.kind, KINDS)
+        whole('seed', self.seed)
         for name in ('n', 'width', 'steps', 'batch', 'every'): whole(name, getattr(self, name), 1)
         whole('relax', self.relax, 0, self.steps)
         real('lr', self.lr, 0)

@@ -26,7 +26,7 @@ from ..instruments.evolution import (
     blind_share, draw_weights, evolve, local_cnn, local_masks, prune_in_rounds, starting_masks)
 from ..experiments.sweeps import sweep
 from ..experiments.search import (
-    best_rates, candidates, reported_seeds, SEARCH_SEED, validation_split, write_tables)
+    best_rates, candidates, make_plain, reported_seeds, SEARCH_SEED, validation_split, write_tables)
 from ..experiments.effects import judged, not_judged
 from ..service.checks import distinct, one_of, whole
 
@@ -52,13 +52,14 @@ class TopologySettings:
     draws:int = 3                     # of each null
 
     def __post_init__(self):
+        make_plain(self)
         for kind in distinct('kinds', self.kinds): one_of('kind', kind, KINDS)
-        reported_seeds(self.seeds)
         candidates(self.lrs)
         check_fraction('zeta, the share of connections to replace,', self.zeta)
         for name in ('epochs', 'search_epochs', 'searches', 'batch_size', 'channels', 'every', 'rounds', 'draws'):
             whole(name, getattr(self, name), least=1)
-        if self.keep not in ((), []): distinct('keep', self.keep, whole, least=0)
+        reported_seeds(self.seeds, self.searches)
+        if self.keep != (): distinct('keep', self.keep, whole, least=0)
 
 # %% ../../nbs/studies/62_topology.ipynb #2538b259
 class _Training:
@@ -175,7 +176,7 @@ def sparse_runs(
     folder=None, progress:bool=None # see `sweep`
 )->SparseRuns:
     "Train networks of all kinds. Raises `Diverged` if all learning rates of a kind diverge."
-    splits, seeds = validation_split(data), reported_seeds(settings.seeds)
+    splits, seeds = validation_split(data), reported_seeds(settings.seeds, settings.searches)
     cnn = local_cnn(data.train.shape, len(data.train.classes), settings.channels)
     local = local_masks(embed(cnn, data.train.shape))
     best = _choose_rates(splits, settings, folder, progress)
