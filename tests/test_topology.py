@@ -242,7 +242,7 @@ def test_a_study_without_a_folder_does_nothing(out, monkeypatch):
     (dict(kinds="cnn"), r"kinds must be a list, such as \['cnn'\]"),
     (dict(kinds=["cnn", "cnn"]), "'cnn' is there twice"),
     (dict(seeds=[]), "seeds must hold at least one"), (dict(seeds=[0, 0]), "seeds must differ"),
-    (dict(seeds=[12345]), "whole number from 0 to 12344"), (dict(seeds=[-1]), "from 0 to"),
+    (dict(seeds=[12345]), "seed 12345 chooses the learning rates"), (dict(seeds=[-1]), "0 or more"),
     (dict(seeds=[.5]), "whole number"),
     (dict(lrs=0.), "learning rates must be a list"), (dict(lrs=[]), "learning rates must hold"),
     (dict(lrs=[0]), "positive"),
