@@ -163,7 +163,7 @@ def test_no_pairs_no_ratio():
     (lambda: near_ratio(torch.ones(2, 16).bool(), (1, 4, 4), keep="degree"), "unknown null model 'degree'"),
     (lambda: expected_histogram(torch.ones(2, 16).bool(), (1, 4, 4), "both"), "null model 'both'; known are"),
     (lambda: null_ratios(torch.ones(2, 16).bool(), (1, 4, 4), 0, seeded(0)), "draws must be a whole number, 1 or more"),
-    (lambda: null_ratios(torch.ones(2, 16).bool(), (1, 4, 4), 2, seeded(0), "rows"), "keep must be one of"),
+    (lambda: null_ratios(torch.ones(2, 16).bool(), (1, 4, 4), 2, seeded(0), "rows"), "unknown keep 'rows'; known are"),
     (lambda: busiest_units(torch.ones(2, 16).bool(), (1, 4, 4), 3), "count must be a whole number from 1 to 2, not 3"),
 ])
 def test_bad_input(call, said):
