@@ -73,6 +73,25 @@ def test_the_face_offers_its_names_and_imports_them_when_they_are_asked_for(tmp_
     assert said == "module 'efcn_nb' has no attribute 'nothing'\n"
 
 
+MOVED = """
+import importlib, sys, efcn_nb
+from efcn_nb.embedding import embed
+from efcn_nb.relaxation import claims, relax
+from efcn_nb.data import decode, load_data
+assert (embed, claims, relax, load_data) == (efcn_nb.embed, efcn_nb.claims, efcn_nb.relax, efcn_nb.load_data)
+for name, homes in efcn_nb._MOVED.items():
+    importlib.import_module(f"efcn_nb.{name}")
+    for home in homes.split(): importlib.import_module(f"efcn_nb.{home}")
+try: importlib.import_module("efcn_nb.embedding").nothing
+except AttributeError as error: print(error)
+"""
+
+
+def test_modules_of_the_first_version_are_found_by_their_old_names(tmp_path):
+    said = run(sys.executable, "-c", MOVED, cwd=tmp_path, PYTHONPATH=str(keep.ROOT))
+    assert said.startswith("efcn_nb.embedding has no nothing; since 0.1.0 its names are in ladder.embedding, ")
+
+
 def settings():
     config = configparser.ConfigParser()
     config.read(keep.ROOT / "settings.ini")
