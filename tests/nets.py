@@ -93,15 +93,6 @@ def over_cases(times=150, smaller=0):
     return decorate
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Threads only cost time on tensors as small as these."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def close(a, b, tolerance):
     "Whether `a` and `b` agree to `tolerance` relative to the largest value."
     if a.shape != b.shape or not a.numel(): return a.shape == b.shape

@@ -25,6 +25,8 @@ from efcn_nb.ladder.matrices import tied_sum
 from efcn_nb.ladder.embedding import embed
 from efcn_nb.instruments.subspaces import PARTS, dimensions, project
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # threads only cost time on tensors as small as these
+
 SUBSETS = [None, PARTS, "convolutional", "unshared", "off_local", "other", ("convolutional", "other"),
            ("unshared", "off_local")]
 
@@ -93,15 +95,6 @@ class Case:
 
 CASES = {f"{make.__name__}-{to}": (make, to)
          for make, to in [(plain, "fcn"), (plain, "lcn"), (deep, "fcn"), (deep, "lcn"), (noisy, "fcn")]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Small matrices are slower on several."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -24,8 +24,10 @@ from efcn_nb.materials.models import MODELS
 from efcn_nb.instruments.subspaces import project_cnn, project_lcn, residuals, shares
 
 from nets import (
-    as_buffers, BOTH, close, closure, frozen, function_with_default, kernel, made, Net, one_thread, OwnConv, plain,
+    as_buffers, BOTH, close, closure, frozen, function_with_default, kernel, made, Net, OwnConv, plain,
     rand, RELEASED, residual, settled, SHAPE, TIED, unchanged)
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # threads only cost time on tensors as small as these
 
 
 # Whole networks

@@ -17,6 +17,8 @@ from efcn_nb.ladder.embedding import embed
 from efcn_nb.ladder.geometry import ConvGeometry
 from efcn_nb.ladder.layers import FullyConnected, LocallyConnected
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # threads only cost time on tensors as small as these
+
 KINDS = {"fcn": FullyConnected, "lcn": LocallyConnected}
 BOTH = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
@@ -58,15 +60,6 @@ def gradients(call, layer, x):
     out = call(x)
     return out.detach(), *torch.autograd.grad((out*rand(*out.shape, seed=2).to(out.dtype)).sum(),
                                               [x, *layer.parameters()])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Threads only cost time on tensors as small as these."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def same(a, b, tolerance=1e-12):

@@ -15,7 +15,9 @@ from efcn_nb.ladder.embedding import embed, nearest_cnn, reinitialize
 from efcn_nb.ladder.geometry import PADDING_MODES, ConvGeometry
 from efcn_nb.instruments.subspaces import project_cnn, project_lcn, residuals, shares, squares
 
-from nets import BOTH, close, conv_of, one_thread, over_cases, rand, RELEASED, shape_of, TIED
+from nets import BOTH, close, conv_of, over_cases, rand, RELEASED, shape_of, TIED
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # threads only cost time on tensors as small as these
 
 
 def geometry_of(conv, x): return ConvGeometry.from_conv(conv, x.shape[2:])

@@ -19,8 +19,10 @@ from efcn_nb.ladder.folding import merge_batchnorm
 from efcn_nb.ladder.embedding import convert, embed, nearest_cnn, reinitialize
 
 from nets import (
-    alone, BOTH, Calls, close, closure, function_with_default, made, Net, one_thread, over_cases, rand, RELEASED,
+    alone, BOTH, Calls, close, closure, function_with_default, made, Net, over_cases, rand, RELEASED,
     SHAPE, shape_of, untouched)
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # threads only cost time on tensors as small as these
 
 
 ANOTHER = {  # name: forward pass, and where the two part

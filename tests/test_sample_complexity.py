@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from growth import power
 from efcn_nb.ladder.layers import LocallyConnected
 from efcn_nb.instruments.sample_complexity import (
     NORM_NETWORKS, TURNS, growth_exponents, norm_difference, norm_network, orthogonal, rotated_training,
@@ -56,8 +57,8 @@ def test_turned_inputs_keep_their_labels(kind):
     q = orthogonal(8, kind, seed=8).float()
     assert torch.equal(same, y) and not torch.equal(turned, x)
     torch.testing.assert_close(turned @ q, x, rtol=0, atol=1e-5)
-    assert torch.equal(norm_difference(50, 8, seed=9, turned=kind)[0] @ q,
-                       (norm_difference(50, 8, seed=9, turned=kind)[0]) @ q), "one turn for training and test samples"
+    test, test_turned = norm_difference(50, 8, seed=9)[0], norm_difference(50, 8, seed=9, turned=kind)[0]
+    torch.testing.assert_close(test_turned @ q, test, rtol=0, atol=1e-5)  # one turn for training and test samples
 
 
 # The networks
@@ -187,13 +188,6 @@ def test_needed_by_architecture_size_and_seed():
     needed = samples_needed(table, .75)
     assert len(needed) == 8 and needed[needed.architecture == "fcn"].samples.tolist() == pytest.approx([40]*4)
     assert needed[needed.architecture == "cnn"].samples.tolist() == pytest.approx([4*10**.5]*4)
-
-
-def power(exponents, sizes=(8, 16, 32), seeds=range(4), noise=.03):
-    "A table of samples needed that grow as size**exponent, with some noise."
-    draw = np.random.default_rng(0)
-    return pd.DataFrame([dict(architecture=a, size=s, seed=seed, samples=5*s**p*draw.uniform(1, 1 + noise))
-                         for a, p in exponents.items() for s in sizes for seed in seeds])
 
 
 def test_exponents():

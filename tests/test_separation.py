@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from growth import power
 from efcn_nb.ladder.layers import FullyConnected, LocallyConnected
 from efcn_nb.materials.models import count_weights
 from efcn_nb.experiments.sweeps import sweep
@@ -322,13 +323,6 @@ def test_missing_settings_are_asked_for_by_none():
 
 
 # Samples: claims about growth
-
-def power(exponents, sizes=(8, 16, 32), seeds=range(4), noise=.03):
-    "A table of samples needed that grow as size**exponent, with some noise."
-    draw = np.random.default_rng(0)
-    return pd.DataFrame([dict(architecture=a, size=s, seed=seed, samples=5*s**p*draw.uniform(1, 1 + noise))
-                         for a, p in exponents.items() for s in sizes for seed in seeds])
-
 
 def test_claims_about_samples():
     verdicts = lambda **exponents: sample_complexity_claims(power(exponents)).verdict.tolist()
