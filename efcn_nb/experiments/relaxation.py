@@ -7,8 +7,8 @@ __all__ = ['PAPER_TIMES', 'PROTOCOLS', 'with_networks', 'read_protocol', 'Study'
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #c692ef72
 import functools, json, math, os, re, secrets, shutil, textwrap, threading, time, warnings
-from concurrent.futures import FIRST_COMPLETED, wait
-from contextlib import contextmanager
+from concurrent.futures import as_completed, FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager, ExitStack
 from numbers import Real
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from tqdm import tqdm
 from ..ladder.inspection import process_blank
 from ..ladder.embedding import embed, reinitialize
 from ..materials.data import Data, Dataset, load_data
-from ..materials.models import make_model
+from ..materials.models import count_weights, make_model
+from ..training.cohorts import check_cohort, Cohort
 from ..training.fused import FusedSGD
 from ..training.loop import check_precision, Diverged, evaluate, find_device, train
 from ..instruments.subspaces import shares
@@ -128,6 +129,7 @@ class Study:
         self.settings = s | dict(model=model, seeds=_seed_list(seeds), precision=precision, shuffle=shuffle,
             fan_in=fan_in, width=width, keep_weights=keep_weights, momentum=momentum, weight_decay=weight_decay,
             trim=trim)
+        self._joining = {}               # which kinds of networks are trained together
         self._take_settings(device)
         self._take_data(data)
         self._open(out)
@@ -165,6 +167,11 @@ def _take_data(self:Study, data):
         trim=self.trim, device=self.device.type)
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #df8c8362
+@patch(as_prop=True)
+def steps_per_epoch(self:Study)->int:
+    "Steps in an epoch."
+    return math.ceil(len(self.data.train)/self.batch_size)
+
 @patch(as_prop=True)
 def model_name(self:Study)->str:
     "The name of the model in tables and folders."
@@ -384,42 +391,121 @@ def _train(self:Study, run, model, found, last, note, after_step=None):
 # %% ../../nbs/experiments/55_relaxation.ipynb #ae5dc7ea
 @patch
 @_in_single_precision()
+def _carry_out(self:Study, runs, after_step=None, after_epoch=None):
+    "Do what is left of `runs`, which can be trained together if there are several."
+    with ExitStack() as held_runs, suited(self.weights):
+        for run in runs: held_runs.enter_context(self._store(run).hold())
+        left = [run for run in runs if not self._done(run)]
+        if left and self._joins(left[0]): self._carry_out_together(left, after_step, after_epoch)
+        elif left: self._carry_out_alone(*left, after_step)
+
+@patch
 def carry_out(self:Study,
     run:dict,        # a member of `plan`
     after_step=None  # called without arguments after every step
 )->pd.DataFrame:
     "Do one run, or what is left of it; returns its table. Raises `Busy` if another process is at work on it."
-    store = self._store(run)
-    if not self._done(run):
-        with store.hold(), suited(self.weights):
-            if not self._done(run): self._carry_out(run, store, after_step)
+    if not self._done(run): self._carry_out([run], after_step)
     return self._table(run)
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #9ec68832
+class _Record:
+    "The table of one run while it is made, and the network and optimiser that are stored with it."
+    def __init__(self, study, run):
+        self.study, self.run, self.store, self.keep = study, run, study._store(run), study._keeps(run)
+        self.store.begin()
+        self.model, self.found = study.start(*_key(run)), self.store.load()
+        self.table, self.saved = with_networks(self.found.table) if self.found else None, time.monotonic()
+        self.optimizer, self.last, self.first = None, run['last'], self.found.epoch if self.found else run['first']
+        self.ended = False
+        if self.found: self.model.load_state_dict(self.found.weights)
+        else: self.note(self.first, self.first*study.steps_per_epoch, study._tested(self.model))
+
+    def add(self, epoch, step, measured):
+        rows = _rows(self.study, self.run, epoch, step, measured)
+        self.table = rows if self.table is None else pd.concat([self.table, rows], ignore_index=True)
+
+# %% ../../nbs/experiments/55_relaxation.ipynb #20e02f4a
 @patch
-def _carry_out(self:Study, run, store, after_step):
-    "`carry_out` for a run that this process holds."
-    store.begin()
-    model, found = self.start(*_key(run)), store.load()
-    table, saved, keep = with_networks(found.table) if found else None, time.monotonic(), self._keeps(run)
-    steps = math.ceil(len(self.data.train)/self.batch_size)
-    def add(epoch, step, measured):
-        nonlocal table
-        rows = _rows(self, run, epoch, step, measured)
-        table = rows if table is None else pd.concat([table, rows], ignore_index=True)
-    def note(epoch, step, measured, optimizer=None):
-        nonlocal saved
-        add(epoch, step, measured | _where(model, run))
-        if run['network'] == 'cnn' or epoch in keep or time.monotonic() - saved > 30:
-            store.save(epoch, model, table, optimizer, keep)
-            saved = time.monotonic()
+def note(self:_Record, epoch, step, measured):
+    "Add what was `measured`, or that the run has diverged; store the network if it is to be kept, or now and then."
+    if isinstance(measured, Diverged):
+        self.add(epoch, step, {('train', 'diverged'): 1.})
+        return self.end(diverged=str(measured))
+    self.add(epoch, step, measured | _where(self.model, self.run))
+    if epoch in self.keep or time.monotonic() - self.saved > 30:
+        self.store.save(epoch, self.model, self.table, self.optimizer, self.keep)
+        self.saved = time.monotonic()
+    if epoch == self.last: self.end()
+
+@patch
+def end(self:_Record, diverged=None):
+    "Mark the run as finished, unless that is done."
+    if not self.ended: self.store.finish(self.table, self.keep, diverged)
+    self.ended = True
+
+# %% ../../nbs/experiments/55_relaxation.ipynb #d5185430
+@patch
+def _carry_out_alone(self:Study, run, after_step=None):
+    "`carry_out` for a run that this process holds, and whose network is trained alone."
+    record = _Record(self, run)
+    def note(epoch, step, measured, optimizer):
+        record.optimizer = optimizer
+        record.note(epoch, step, measured)
         give_back_memory()                                    # what embedding, measuring and storing leave behind
-    if table is None: note(run['first'], run['first']*steps, self._tested(model))
-    try: self._train(run, model, found, run['last'], note, after_step)
-    except Diverged as e:
-        add(table.epoch.max() + 1, (table.epoch.max() + 1)*steps, {('train', 'diverged'): 1.})
-        store.finish(table, keep, diverged=str(e))
-    else: store.finish(table, keep)
+    try: self._train(run, record.model, record.found, record.last, note, after_step)
+    except Diverged as e: record.note(record.table.epoch.max() + 1, (record.table.epoch.max() + 1)*self.steps_per_epoch, e)
+    record.end()
+
+# %% ../../nbs/experiments/55_relaxation.ipynb #309c610b
+_SMALL = 5_000_000      # weights below which networks run on one thread each, and together
+_DRAWING = threading.Lock() # held by whoever draws from PyTorch's global random numbers
+
+def _kind(run):
+    "Networks of one kind have the same architecture."
+    return dict(cnn='cnn', elcn='lcn').get(run['network'], 'fcn')
+
+@patch
+@_in_single_precision()
+def _joins(self:Study, run)->bool:
+    "Whether networks of the kind of `run` are trained together."
+    kind, shape = _kind(run), self.data.train.shape
+    if kind not in self._joining:
+        self._joining[kind] = self.weights < _SMALL and self.device.type == 'cpu'
+        if self._joining[kind]:
+            cnn = self.cnn(run['seed'])
+            try: check_cohort(cnn if kind == 'cnn' else embed(cnn, shape, to=kind, trim=self.trim), shape)
+            except ValueError: self._joining[kind] = False
+    return self._joining[kind]
+
+# %% ../../nbs/experiments/55_relaxation.ipynb #1f8e2c99
+@patch
+def _train_together(self:Study, runs, models, founds, lasts, note, after_step=None):
+    "Train `models` as a cohort, each from its checkpoint (None for the beginning) to its last epoch; "\
+    "`note(k, epoch, step, measured, optimizer)` after every epoch of each."
+    c, first = self.config, [f.epoch if f else run['first'] for run, f in zip(runs, founds)]
+    cohort = Cohort(models, self.data.train.shape, c['lr'], c['momentum'], c['weight_decay'], check=False)
+    optimizers = [*cohort.optimizers]
+    for model, optimizer, found in zip(models, optimizers, founds):
+        if found:
+            model.load_state_dict(found.weights)
+            resume_optimizer(optimizer, found.memory)
+    def after_epoch(k, *measured): note(k, *measured, optimizers[k])
+    try: cohort.train(self.data, lasts, c['batch_size'], [run['seed'] for run in runs], first, c['shuffle'],
+                      c['precision'], after_epoch, after_step)
+    finally: cohort.close()
+
+# %% ../../nbs/experiments/55_relaxation.ipynb #389cbcc8
+@patch
+def _carry_out_together(self:Study, runs, after_step=None, after_epoch=None):
+    "`carry_out` for runs that this process holds, and whose networks are trained together."
+    with _DRAWING: records = [_Record(self, run) for run in runs]
+    def note(k, epoch, step, measured, optimizer):
+        records[k].optimizer = optimizer
+        records[k].note(epoch, step, measured)
+        if after_epoch: after_epoch(runs[k])
+    self._train_together(runs, *zip(*((r.model, r.found, r.last) for r in records)), note, after_step)
+    for record in records: record.end()
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #1e9b7b26
 @patch
@@ -437,10 +523,12 @@ def _recover(self:Study, seed, epoch):
     with store.hold(wait=True), suited(self.weights):
         if store.load(epoch): return
         model, found = self.cnn(seed), store.load(until=epoch)
-        def note(at, step, measured, optimizer):
+        def note(*measured):
+            at, step, _, optimizer = measured[-4:]
             if at == epoch: store.save(epoch, model, store.table[store.table.epoch <= epoch], optimizer)
-        if epoch: self._train(run, model, found, epoch, note)
-        else: store.save(0, model, store.table[store.table.epoch <= 0])
+        if not epoch: store.save(0, model, store.table[store.table.epoch <= 0])
+        elif self._joins(run): self._train_together([run], [model], [found], [epoch], note)
+        else: self._train(run, model, found, epoch, note)
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #6e71c15f
 @patch
@@ -515,18 +603,60 @@ def _check_disk(self:Study, workers):
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #5932730a
 @patch
+def _most(self:Study, kind):
+    "How many networks of a kind are trained together: as many as stay in the cache, eight at most."
+    weights = dict(cnn=count_weights(self.cnn(self.seeds[0])), lcn=self.local_weights, fcn=self.weights)[kind]
+    return max(1, min(8, 2**23//max(weights, 1)))
+
+@patch
+def _groups(self:Study, runs, places):
+    "`runs` in groups that are trained together, enough of them for so many `places` where that is done."
+    groups, kinds = [], {}
+    for run in runs: kinds.setdefault(_kind(run) if self._joins(run) else None, []).append(run)
+    for kind, alike in kinds.items():
+        size = 1 if kind is None else min(self._most(kind), math.ceil(len(alike)/places))
+        groups += [alike[k:k+size] for k in range(0, len(alike), size)]
+    return groups
+
+# %% ../../nbs/experiments/55_relaxation.ipynb #56c39578
+class _Stopped(Exception):
+    "The study was interrupted."
+
+@patch
+def _in_threads(self:Study, groups, threads, bar):
+    "Carry out `groups`, so many at a time, each by one thread."
+    stop = threading.Event()
+    def after_step():
+        if stop.is_set(): raise _Stopped
+    def work(runs):
+        bar.set_description_str(_label(runs[0]) if len(runs) == 1 else f'{len(runs)} networks {runs[0]["network"]}')
+        self._carry_out(runs, after_step, lambda run: bar.update(self._cost(run)))
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(work, runs) for runs in groups]
+        try:
+            for future in as_completed(futures): future.result()
+        finally:
+            stop.set()
+            for future in futures: future.cancel()
+
+# %% ../../nbs/experiments/55_relaxation.ipynb #c3509990
+@patch
+@_in_single_precision()
 def _run_here(self:Study, progress):
-    "Carry out the runs that are left, one after the other."
+    "Carry out the runs that are left: CNNs and baselines first, then the relaxed networks."
     with held(self.out):
         clear_away(self.out)
-        left = self.unfinished()
+        left, threads = self.unfinished(), torch.get_num_threads()
         self._check_disk(1)
-        steps = math.ceil(len(self.data.train)/self.batch_size)
-        with self._bar(left, progress) as bar:
-            for r in left:
-                if self._impossible(r): continue
-                bar.set_description_str(_label(r))
-                self.carry_out(r, lambda: bar.update(self._cost(r)/steps))
+        with self._bar(left, progress) as bar, suited(self.weights):
+            for wave in ([r for r in left if r['relax'] is None], [r for r in left if r['relax'] is not None]):
+                wave = [r for r in wave if not self._impossible(r)]
+                groups = self._groups(wave, threads)
+                together = [g for g in groups if self._joins(g[0])]
+                self._in_threads(together, threads, bar)
+                for run, in [g for g in groups if g not in together]:
+                    bar.set_description_str(_label(run))
+                    self.carry_out(run, lambda: bar.update(self._cost(run)/self.steps_per_epoch))
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #4c0f9774
 @patch
@@ -608,13 +738,13 @@ def _open_there(data, settings):
         warnings.simplefilter('ignore')
         return Study(_stored_data(data), **settings)
 
-def _work(call, settings, data, threads, parent, run):
-    "Carry out `run` in a worker that `parent` has asked to; the study is opened once in each `call` of `Study.run`."
+def _work(call, settings, data, threads, parent, runs):
+    "Carry out `runs` in a worker that `parent` has asked to; the study is opened once in each `call` of `Study.run`."
     refuse_fork(parent)
     with _ALONE:
         torch.set_num_threads(threads)
         if _OPENED.get('call') != call: _OPENED.update(call=call, study=_open_there(data, settings))
-        _OPENED['study'].carry_out(run)
+        _OPENED['study']._carry_out(runs)
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #5c1d90be
 @_in_single_precision()
@@ -644,24 +774,25 @@ def _try_out(self:Study, executor, content, most, threads):
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #d10187d8
 @patch
-def _ended(self:Study, future, run, bar):
-    "Note that `run` has ended; raises what went wrong in the worker."
+def _ended(self:Study, future, runs, bar):
+    "Note that `runs` have ended; raises what went wrong in the worker."
     future.result()
-    if not self._done(run):
-        raise OSError(f'a worker has done {_label(run)}, but not in {self.out.absolute()}; all workers must see '
-                      f'that folder')
-    bar.update((run['last'] - run['first'])*self._cost(run))
+    for run in runs:
+        if not self._done(run):
+            raise OSError(f'a worker has done {_label(run)}, but not in {self.out.absolute()}; all workers must see '
+                          f'that folder')
+        bar.update((run['last'] - run['first'])*self._cost(run))
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #aa8bea30
 @patch
-def _share_out(self:Study, executor, job, left, running, bar):
-    "Hand the runs that are `left` to `executor`, each as soon as its CNN is there, and wait for them."
+def _share_out(self:Study, executor, job, left, running, bar, workers):
+    "Hand the runs that are `left` to `executor`, in groups, as soon as their CNNs are there, and wait for them."
     cnns = {r['seed']: r for r in self.plan() if r['network'] == 'cnn'}
     while left or running:
         left = [r for r in left if not self._impossible(r)]
-        for run in [r for r in left if r['relax'] is None or self._done(cnns[r['seed']])]:
-            left.remove(run)
-            running[executor.submit(_work, *job, run)] = run
+        ready = [r for r in left if r['relax'] is None or self._done(cnns[r['seed']])]
+        left = [r for r in left if r not in ready]
+        for runs in self._groups(ready, workers): running[executor.submit(_work, *job, runs)] = runs
         for future in wait(running, return_when=FIRST_COMPLETED).done: self._ended(future, running.pop(future), bar)
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #71fd40be
@@ -678,7 +809,7 @@ def _run_there(self:Study, executor, progress, threads, content):
         try:
             if content: self._try_out(executor, content, min(workers, len(left)), threads)
             _store_data(self.data, job[2])
-            with self._bar(left, progress) as bar: self._share_out(executor, job, left, running, bar)
+            with self._bar(left, progress) as bar: self._share_out(executor, job, left, running, bar, workers)
         except Exception as e:
             if not is_lost_worker(e): raise
             raise WorkerLost(f'a worker ended before its run did ({type(e).__name__}); all that it had stored is in '

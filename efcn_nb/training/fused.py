@@ -240,6 +240,11 @@ def descend(self:_Fused, where, grad):
     if self.low is not None: self.low[where].copy_(weight)
 
 @patch
+def descend_product(self:_Fused, x, grad):
+    "Move the weights of a dense layer down `grad.T @ x`."
+    self.descend_all(_Factors(self.name, x, grad))
+
+@patch
 def descend_all(self:_Fused, factors):
     "Move the weights down the product of `factors`."
     self.distrust()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'find_device', 'check_precision', 'products', 'start_training', 'evaluate', 'batchnorms',
-           'recount_batchnorm', 'Diverged', 'train_steps', 'fit', 'train_epoch', 'train']
+           'recount_batchnorm', 'epoch_seed', 'Diverged', 'train_steps', 'fit', 'train_epoch', 'measure_epoch',
+           'check_training', 'train']
 
 # %% ../../nbs/training/22_loop.ipynb #e265975f
 import math
@@ -116,7 +117,7 @@ def recount_batchnorm(
     return model
 
 # %% ../../nbs/training/22_loop.ipynb #cab5df96
-def _epoch_seed(seed, epoch):
+def epoch_seed(seed, epoch):
     "A seed for `epoch` of the run with `seed`; different for all pairs in use."
     return seed * 1_000_003 + epoch
 
@@ -194,19 +195,32 @@ def train_epoch(
         losses = train_steps(model, optimizer, data.batches(batch_size, order), loss, precision, after_step)
     return dict(accuracy=float(sum(right))/len(data), loss=float((losses * torch.tensor(sizes)).sum())/len(data))
 
-# %% ../../nbs/training/22_loop.ipynb #53356672
-def _one_epoch(model, optimizer, data, epoch, steps, batch_size, seed, shuffle, precision, after_step):
-    "Train `epoch`, and measure; raises `Diverged` with a sentence."
-    blame = f'(epoch {epoch}); try a smaller learning rate than {optimizer.param_groups[0]["lr"]}'
-    own = _epoch_seed(seed, epoch)
-    try: running = train_epoch(model, optimizer, data.train, batch_size, own, shuffle, precision, after_step)
-    except Diverged as e:
-        raise Diverged(f'the loss was not finite at step {(epoch-1)*steps + e.args[0]} {blame}') from None
+# %% ../../nbs/training/22_loop.ipynb #4364bca6
+def measure_epoch(
+    model:torch.nn.Module,
+    running,            # what `train_epoch` has returned, or the `Diverged` that it has raised
+    data, epoch:int,    # the epoch that is over
+    steps:int,          # in an epoch
+    batch_size:int, precision:str,
+    lr:float            # for the sentence
+)->dict:                # (split, metric): value
+    "What was measured in `epoch` and on the test set after it; raises `Diverged` with a sentence."
+    blame = f'(epoch {epoch}); try a smaller learning rate than {lr}'
+    if isinstance(running, Diverged):
+        raise Diverged(f'the loss was not finite at step {(epoch-1)*steps + running.args[0]} {blame}')
     found = evaluate(model, data.test, max(batch_size, 250), precision)
     if not math.isfinite(found['loss']): raise Diverged(f'the loss was not finite after step {epoch*steps} {blame}')
     return {('train', k): v for k,v in running.items()} | {('test', k): v for k,v in found.items()}
 
-def _check_settings(data, epochs, lr, batch_size, precision):
+# %% ../../nbs/training/22_loop.ipynb #53356672
+def _one_epoch(model, optimizer, data, epoch, steps, batch_size, seed, shuffle, precision, after_step):
+    "Train `epoch`, and measure; raises `Diverged` with a sentence."
+    own = epoch_seed(seed, epoch)
+    try: running = train_epoch(model, optimizer, data.train, batch_size, own, shuffle, precision, after_step)
+    except Diverged as e: running = e
+    return measure_epoch(model, running, data, epoch, steps, batch_size, precision, optimizer.param_groups[0]['lr'])
+
+def check_training(data, epochs, lr, batch_size, precision):
     "Raise `ValueError` unless one can train so."
     if epochs < 0: raise ValueError(f'the number of epochs must be 0 or more, not {epochs}')
     if batch_size < 1: raise ValueError(f'batch_size must be 1 or more, not {batch_size}')
@@ -234,7 +248,7 @@ def train(
     """Train from epoch `first` to `epochs`; of a network in training mode, modules in evaluation mode stay so.
 
     Raises `ValueError` for impossible settings, `Diverged` if the loss stops being finite."""
-    _check_settings(data, epochs, lr, batch_size, precision)
+    check_training(data, epochs, lr, batch_size, precision)
     steps, measured, own = math.ceil(len(data.train)/batch_size), {}, optimizer is None
     if own: optimizer = FusedSGD(model, lr)
     start_training(model)
