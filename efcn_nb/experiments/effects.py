@@ -12,6 +12,8 @@ from typing import NamedTuple
 import pandas as pd
 from scipy import stats
 
+from ..service.checks import whole
+
 # %% ../../nbs/experiments/53_effects.ipynb #a71126ec
 class Estimate(NamedTuple):
     "A mean over seeds and its 95 % interval, from `low` to `high`."
@@ -25,12 +27,16 @@ class Estimate(NamedTuple):
     @property
     def high(self): return self.mean + self.half
 
+# %% ../../nbs/experiments/53_effects.ipynb #2dea8eb5
 def interval(
     d:pd.Series,   # an effect for each seed; missing ones are left out
     tries:int=1,   # how many effects it was picked from (Bonferroni)
     tests:int=None # inputs that each seed was measured on, of an effect in shares of them; None if unknown
 )->Estimate:
-    "Student's interval; infinite for one seed, and if `d` does not vary, rounding apart, unless `tests` are known."
+    "Student's interval; infinite for one seed, and if `d` does not vary, rounding apart, unless `tests` are known. "\
+    "Raises `ValueError` for `tries` or `tests` below 1."
+    whole('tries', tries, 1)
+    if tests is not None: whole('tests', tests, 1)
     d = pd.Series(d, dtype=float).dropna()
     n, spread = len(d), d.std()
     varies = n > 1 and spread > 1e-12*d.abs().max()
@@ -54,14 +60,23 @@ class Judgement(NamedTuple):
     half: float   # half width of the interval
     verdict: str  # 'holds', 'fails' or 'undecided'
 
+# %% ../../nbs/experiments/53_effects.ipynb #040fb023
+def _number_of_cases(by_case):
+    "Columns of `by_case`; raises `ValueError` for what cannot be judged."
+    if not isinstance(by_case, pd.DataFrame):
+        raise ValueError(f'the cases must be a DataFrame with a column for each, not {type(by_case).__name__}')
+    if not len(by_case.columns): raise ValueError('there is no case to judge: the table has no columns')
+    twice = by_case.columns[by_case.columns.duplicated()]
+    if len(twice): raise ValueError(f'each case must have a name of its own, but {twice[0]!r} is there twice')
+    return len(by_case.columns)
+
 def judge(
     by_case:pd.DataFrame, # effects that should be positive: a row for each seed, a column for each case
     every:bool,           # whether the claim is about every case, or about some
     tests:int=None        # see `interval`
 )->Judgement:
-    "The deciding case and the verdict. Raises `ValueError` without a case."
-    m = len(by_case.columns)
-    if not m: raise ValueError('there is no case to judge: the table has no columns')
+    "The deciding case and the verdict. Raises `ValueError` without a case, or if two have one name."
+    m = _number_of_cases(by_case)
     found = {t: interval(by_case[t], 1 if every else m, tests) for t in by_case}
     other = [interval(by_case[t], m if every else 1, tests) for t in by_case]
     low = lambda t: (-math.inf, -math.inf) if math.isnan(found[t].mean) else (found[t].low, found[t].mean)
@@ -88,7 +103,9 @@ def judged(
     gains:pd.Series, # paired effects that should be positive, one for each seed, in shares of one
     effect:str=None  # how to say it; None for the mean in points
 )->dict:
-    "The line of a claim about one effect."
+    "The line of a claim about one effect; 'not judged' if it is missing for all seeds."
+    gains = pd.Series(gains, dtype=float)
+    if gains.isna().all(): return not_judged(claim, 'needs cases that are not there')
     found = interval(gains)
     said = effect or f'{100*found.mean:+.1f} points'
     return claim_row(claim, said, found.spread, found.half, gains.count(), verdict(found.low, found.high))
