@@ -102,7 +102,8 @@ def test_intervals_are_those_of_the_claims():
 
 GOOD = made_up({("cnn", None): .7, ("fcn", None): .5, ("efcn", 0): .6, ("efcn", 2): .8, ("efcn", 4): .7})
 OF_THE_PROTOCOL = [check_table, diverged_runs, protocol_epochs, final_values, summary, claims, claim_intervals,
-                   plot_curves, plot_curve_panels, plot_relax_times, plot_deviation, plot_accuracy_deviation, plot_study]
+                   plot_curves, plot_curve_panels, plot_relax_times, plot_deviation, plot_accuracy_deviation,
+                   plot_study]
 OF_MEASURES = [plot_ablation, plot_profile]
 NO_TABLES = dict(
     old=(GOOD.rename(columns=dict(network="phase")), "does not name the networks; read it with read_protocol"),
@@ -143,7 +144,8 @@ def test_what_is_no_table_of_a_measure(function, case):
 
 NAMES = ["cnn", "fcn", "relaxed", "lcn"]
 OLD_AND_NEW = dict(
-    old=dict(phase=NAMES), categories=dict(phase=pd.Categorical(NAMES)), new=dict(network=["cnn", "fcn", "efcn", "elcn"]),
+    old=dict(phase=NAMES), categories=dict(phase=pd.Categorical(NAMES)),
+    new=dict(network=["cnn", "fcn", "efcn", "elcn"]),
     new_categories=dict(network=pd.Categorical(["cnn", "fcn", "efcn", "elcn"])),
     both=dict(phase=["cnn", "fcn", None, None], network=[None, None, "efcn", "elcn"]),
     both_the_same=dict(phase=NAMES, network=NAMES),
