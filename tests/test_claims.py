@@ -120,6 +120,32 @@ def test_what_is_no_table_of_the_protocol(function, case):
     assert len(str(error.value).splitlines()) == 1
 
 
+NOT_COMPARABLE = dict(
+    no_cnn=(GOOD[GOOD.network != "cnn"], "run all three"), no_efcn=(GOOD[GOOD.network != "efcn"], "run all three"),
+    no_accuracy=(GOOD[GOOD.metric != "accuracy"], "the claims need accuracy|run all three"),
+    no_deviation=(GOOD[GOOD.metric == "accuracy"], "the claims need off_local of the relaxed networks"),
+    no_unshared=(GOOD[GOOD.metric != "unshared"], "the claims need unshared of the relaxed networks"),
+    two_studies=(pd.concat([GOOD, GOOD]), "several values for one run; judge one study at a time"))
+
+
+@pytest.mark.parametrize("case", NOT_COMPARABLE)
+@pytest.mark.parametrize("function", [claims, claim_intervals])
+def test_tables_that_the_claims_cannot_compare(function, case):
+    table, says = NOT_COMPARABLE[case]
+    with pytest.raises(ValueError, match=says) as error: function(table)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_categories_are_as_good_as_text():
+    table = with_lost(GOOD, ("cnn", 0, math.nan), ("efcn", 1, 0))
+    categories = table.assign(**{name: pd.Categorical(table[name]) for name in ("network", "split", "metric")})
+    for function in OF_THE_PROTOCOL[1:7]:
+        found, expected = function(categories), function(table)
+        if isinstance(found, pd.DataFrame): pd.testing.assert_frame_equal(found, expected, check_dtype=False)
+        else: assert found == expected
+    assert plot_study(categories)
+
+
 ABLATION = pd.DataFrame([dict(network="efcn", seed=seed, relax=relax, kept=kept, accuracy=.5 + .01*seed)
                          for seed in range(3) for relax in (0, 2)
                          for kept in ("convolutional + unshared + off_local", "convolutional + unshared", "off_local")])

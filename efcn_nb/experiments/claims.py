@@ -19,7 +19,7 @@ def check_table(
     table,           # what should be a table of the protocol
     needs=_MEASURED, # columns
     maker='relax'    # the function that makes such tables
-)->pd.DataFrame:     # `table`
+)->pd.DataFrame:     # `table`, with text for categories
     "Raise `ValueError` unless `table` has the columns that are needed."
     if not isinstance(table, pd.DataFrame):
         raise ValueError(f'the table must be a DataFrame as {maker} returns it, not {type(table).__name__}')
@@ -27,7 +27,8 @@ def check_table(
         raise ValueError('the table does not name the networks; read it with read_protocol')
     missing = [name for name in needs if name not in table]
     if missing: raise ValueError(f'the table has no column {missing[0]}; it must be as {maker} returns it')
-    return table
+    text = {name: table[name].astype(object) for name in needs if isinstance(table[name].dtype, pd.CategoricalDtype)}
+    return table.assign(**text) if text else table
 
 # %% ../../nbs/experiments/56_claims.ipynb #99dcfb68
 def diverged_runs(
@@ -35,7 +36,7 @@ def diverged_runs(
 )->pd.DataFrame:       # network, seed, relax, and the epoch that was not finished
     "The runs that diverged."
     columns = ['network', 'seed', 'relax', 'epoch']
-    check_table(table, [*columns, 'metric'])
+    table = check_table(table, [*columns, 'metric'])
     return table[table.metric == 'diverged'][columns]
 
 def _is_lost(rows, table):
@@ -62,7 +63,8 @@ def final_values(
 )->pd.DataFrame:            # network, seed, relax, epoch, value
     "Value of `metric` after the last epoch of every run that did not diverge; the CNN's after the protocol's epochs "\
     "('cnn') and after its last ('cnn+')."
-    E = protocol_epochs(check_table(table))
+    table = check_table(table)
+    E = protocol_epochs(table)
     t = table[(table.metric == metric) & (table.split == split)]
     last = t.groupby(['network', 'seed', 'relax'], dropna=False).epoch.transform('max') == t.epoch
     cnn = t[(t.network == 'cnn') & (t.epoch == E)]
@@ -203,10 +205,20 @@ def _far_is_fcn(table, margin=.02):
     return claim_row(_FAR, effect, found.spread, found.half, gains.count(), verdict)
 
 # %% ../../nbs/experiments/56_claims.ipynb #647f23b2
-def _all_claims(table, ablation, control, chance):
-    "Claims 1 to 4; raises `ValueError` if the table has not the networks that they compare."
+def _check_comparable(table):
+    "Raise `ValueError` unless `table` has the networks and metrics that the claims compare, and each run once."
     if not {'efcn', 'fcn', 'cnn'} <= set(check_table(table).network):
         raise ValueError('the claims compare relaxed networks with CNN and FCN; run all three')
+    measured = {*table[table.network == 'efcn'].metric}
+    missing = [metric for metric in ('accuracy', 'off_local', 'unshared') if metric not in measured]
+    if missing: raise ValueError(f'the claims need {missing[0]} of the relaxed networks, which is not in the table')
+    twice = final_values(table).duplicated(['network', 'seed', 'relax'])
+    if twice.any(): raise ValueError('the table has several values for one run; judge one study at a time')
+
+# %% ../../nbs/experiments/56_claims.ipynb #7823faef
+def _all_claims(table, ablation, control, chance):
+    "Claims 1 to 4; raises `ValueError` if the table has not the networks that they compare."
+    _check_comparable(table)
     over_fcn = _gains(table, 'fcn')
     if not len(over_fcn.columns):
         raise ValueError('no seed has both an FCN and a relaxed network that did not diverge, so there is nothing to '
