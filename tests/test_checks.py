@@ -4,11 +4,14 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
 from efcn_nb.service.checks import distinct, first_line, one_of, positive, real, warn_caller, whole
 
 
 GOOD = [
+    (one_of, (2, [1, 2]), {}), (one_of, (None, ["cp", None]), {}), (one_of, (True, [False, True]), {}),
+    (one_of, (.5, (.25, .5)), {}), (whole, (10**400,), {}), (real, (10**300,), {}),
     (one_of, ("cp", ["cp", "tt"]), {}), (one_of, ("cp", dict(cp=1)), {}),
     (whole, (3,), {}), (whole, (0,), dict(least=0)), (whole, (5,), dict(least=1, most=5)), (whole, (-2,), dict(most=0)),
     (whole, (np.int64(4),), dict(least=1)),
@@ -28,6 +31,13 @@ REFUSED = [
     (one_of, ("xy", ["cp", "tt"]), {}, "unknown it 'xy'; known are cp, tt"),
     (one_of, (None, ["cp", "tt"]), {}, "unknown it None; known are cp, tt"),
     (one_of, (["cp"], ["cp", "tt"]), {}, "unknown it ['cp']; known are cp, tt"),
+    (one_of, (3, [1, 2]), {}, "unknown it 3; known are 1, 2"),
+    (one_of, ("1", [1, None]), {}, "unknown it '1'; known are 1, None"),
+    (one_of, (True, [1, 2]), {}, "unknown it True; known are 1, 2"),
+    (one_of, (1, ["cp"]), {}, "unknown it 1; known are cp"),
+    (one_of, (np.arange(2), ["cp", 1]), {}, "unknown it array([0, 1]); known are cp, 1"),
+    (one_of, (np.array("cp"), ["cp"]), {}, "unknown it array('cp', dtype='<U2'); known are cp"),
+    (one_of, (torch.ones(2), ["cp", 1]), {}, "unknown it tensor([1., 1.]); known are cp, 1"),
     (whole, (2.5,), {}, "it must be a whole number, not 2.5"),
     (whole, (2.,), {}, "it must be a whole number, not 2.0"),
     (whole, ("3",), {}, "it must be a whole number, not '3'"),
@@ -46,6 +56,21 @@ REFUSED = [
     (positive, (math.nan,), {}, "it must be a positive number, not nan"),
     (positive, (math.inf,), {}, "it must be a positive number, not inf"),
     (positive, (True,), {}, "it must be a positive number, not True"),
+    (whole, (np.array(3),), dict(least=1), "it must be a whole number, 1 or more, not array(3)"),
+    (whole, (torch.tensor(3),), dict(least=1), "it must be a whole number, 1 or more, not tensor(3)"),
+    (whole, (np.eye(2),), dict(most=1), "it must be a whole number, 1 or less, not array([[1., 0.], [0., 1.]])"),
+    (whole, (10**400,), dict(most=9), f"it must be a whole number, 9 or less, not 1{199*'0'} ..."),
+    (whole, (10**5000,), dict(most=9), "it must be a whole number, 9 or less, not a number of thousands of digits"),
+    (real, (np.array(.5),), dict(least=0), "it must be a number, 0 or more, not array(0.5)"),
+    (real, (torch.tensor(.5),), {}, "it must be a number, not tensor(0.5000)"),
+    (real, (10**400,), {}, f"it must be a number, not 1{199*'0'} ..."),
+    (real, (1j,), {}, "it must be a number, not 1j"),
+    (positive, (np.array(.5),), {}, "it must be a positive number, not array(0.5)"),
+    (positive, (torch.tensor(.5),), {}, "it must be a positive number, not tensor(0.5000)"),
+    (positive, (10**400,), {}, f"it must be a positive number, not 1{199*'0'} ..."),
+    (distinct, (np.array(3),), {}, "it must be a list, such as [array(3)], not array(3)"),
+    (distinct, (torch.tensor(3),), {}, "it must be a list, such as [tensor(3)], not tensor(3)"),
+    (distinct, (torch.tensor([0, 1]), whole), {}, "each of it must be a whole number, not tensor(0)"),
     (distinct, (3,), {}, "it must be a list, such as [3], not 3"),
     (distinct, ("ab",), {}, "it must be a list, such as ['ab'], not 'ab'"),
     (distinct, ({},), {}, "it must be a list, such as [{}], not {}"),

@@ -8,8 +8,11 @@ import pytest
 
 import tiny
 from efcn_nb.experiments import relaxation
-from efcn_nb.experiments.claims import claim_intervals, claims, diverged_runs, final_values, protocol_epochs, summary
+from efcn_nb.experiments.claims import (check_table, claim_intervals, claims, diverged_runs, final_values,
+                                        protocol_epochs, summary)
 from efcn_nb.experiments.measures import MEASURES, measured
+from efcn_nb.experiments.plots import (plot_ablation, plot_accuracy_deviation, plot_curve_panels, plot_curves,
+                                       plot_deviation, plot_profile, plot_relax_times, plot_study)
 from efcn_nb.experiments.relaxation import read_protocol, with_networks
 
 RECORDS = Path(__file__).resolve().parents[1]/"nbs"/"records"
@@ -93,6 +96,93 @@ def test_intervals_are_those_of_the_claims():
         half = said.set_index("claim").interval[row.claim]
         assert half == f"±{50*(row.high - row.low):.1f}"
     assert said.effect[0] == f"{100*found['mean'][0]:+.1f} points at relax time {found.relax[0]:g}"
+
+
+# A table that is none of the protocol's
+
+GOOD = made_up({("cnn", None): .7, ("fcn", None): .5, ("efcn", 0): .6, ("efcn", 2): .8, ("efcn", 4): .7})
+OF_THE_PROTOCOL = [check_table, diverged_runs, protocol_epochs, final_values, summary, claims, claim_intervals,
+                   plot_curves, plot_curve_panels, plot_relax_times, plot_deviation, plot_accuracy_deviation,
+                   plot_study]
+OF_MEASURES = [plot_ablation, plot_profile]
+NO_TABLES = dict(
+    old=(GOOD.rename(columns=dict(network="phase")), "does not name the networks; read it with read_protocol"),
+    bare=(pd.DataFrame(), "does not name the networks; read it with read_protocol"),
+    without_relax=(GOOD.drop(columns="relax"), "has no column relax; it must be as .* returns it"),
+    nothing=(None, "must be a DataFrame as .* returns it, not NoneType"), rows=([{}], "must be a DataFrame"))
+
+
+@pytest.mark.parametrize("case", NO_TABLES)
+@pytest.mark.parametrize("function", OF_THE_PROTOCOL + OF_MEASURES, ids=lambda function: function.__name__)
+def test_what_is_no_table_of_the_protocol(function, case):
+    table, says = NO_TABLES[case]
+    with pytest.raises(ValueError, match=says) as error: function(table)
+    assert len(str(error.value).splitlines()) == 1
+
+
+NOT_COMPARABLE = dict(
+    no_cnn=(GOOD[GOOD.network != "cnn"], "run all three"), no_efcn=(GOOD[GOOD.network != "efcn"], "run all three"),
+    no_accuracy=(GOOD[GOOD.metric != "accuracy"], "the claims need accuracy|run all three"),
+    no_deviation=(GOOD[GOOD.metric == "accuracy"], "the claims need off_local of the relaxed networks"),
+    no_unshared=(GOOD[GOOD.metric != "unshared"], "the claims need unshared of the relaxed networks"),
+    two_studies=(pd.concat([GOOD, GOOD]), "several values for one run; judge one study at a time"))
+
+
+@pytest.mark.parametrize("case", NOT_COMPARABLE)
+@pytest.mark.parametrize("function", [claims, claim_intervals])
+def test_tables_that_the_claims_cannot_compare(function, case):
+    table, says = NOT_COMPARABLE[case]
+    with pytest.raises(ValueError, match=says) as error: function(table)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_categories_are_as_good_as_text():
+    table = with_lost(GOOD, ("cnn", 0, math.nan), ("efcn", 1, 0))
+    categories = table.assign(**{name: pd.Categorical(table[name]) for name in ("network", "split", "metric")})
+    for function in OF_THE_PROTOCOL[1:7]:
+        found, expected = function(categories), function(table)
+        if isinstance(found, pd.DataFrame): pd.testing.assert_frame_equal(found, expected, check_dtype=False)
+        else: assert found == expected
+    assert plot_study(categories)
+
+
+ABLATION = pd.DataFrame([dict(network="efcn", seed=seed, relax=relax, kept=kept, accuracy=.5 + .01*seed)
+                         for seed in range(3) for relax in (0, 2)
+                         for kept in ("convolutional + unshared + off_local", "convolutional + unshared", "off_local")])
+CONTROL = GOOD[GOOD.network == "efcn"]
+NO_SUPPLEMENTS = dict(
+    old_ablation=(dict(ablation=ABLATION.rename(columns=dict(network="phase"))), "read it with read_protocol"),
+    no_efcn=(dict(ablation=ABLATION.assign(network="elcn")), "ablation has no eFCN of which convolutional"),
+    part=(dict(ablation=ABLATION[ABLATION.kept != "off_local"]), "ablation has no eFCN of which off_local is kept"),
+    measured=(dict(ablation=GOOD), "no column kept; it must be as measure_ablation returns it"),
+    control=(dict(control=CONTROL.drop(columns="epoch")), "no column epoch; it must be as measure_control returns it"),
+    a_path=(dict(control="control.csv"), "must be a DataFrame as measure_control returns it, not str"))
+
+
+@pytest.mark.parametrize("case", NO_SUPPLEMENTS)
+@pytest.mark.parametrize("function", [claims, claim_intervals])
+def test_what_is_no_table_of_a_measure(function, case):
+    given, says = NO_SUPPLEMENTS[case]
+    assert len(function(GOOD, ABLATION, CONTROL)) == 7
+    with pytest.raises(ValueError, match=says) as error: function(GOOD, **given)
+    assert len(str(error.value).splitlines()) == 1
+
+
+NAMES = ["cnn", "fcn", "relaxed", "lcn"]
+OLD_AND_NEW = dict(
+    old=dict(phase=NAMES), categories=dict(phase=pd.Categorical(NAMES)),
+    new=dict(network=["cnn", "fcn", "efcn", "elcn"]),
+    new_categories=dict(network=pd.Categorical(["cnn", "fcn", "efcn", "elcn"])),
+    both=dict(phase=["cnn", "fcn", None, None], network=[None, None, "efcn", "elcn"]),
+    both_the_same=dict(phase=NAMES, network=NAMES),
+    both_in_categories=dict(phase=pd.Categorical(NAMES), network=pd.Categorical(["cnn", None, "efcn", None])))
+
+
+@pytest.mark.parametrize("case", OLD_AND_NEW)
+def test_old_and_new_names_of_the_networks(case):
+    found = with_networks(pd.DataFrame(OLD_AND_NEW[case] | dict(relax=[None, None, 0, 4])))
+    assert found.network.tolist() == ["cnn", "fcn", "efcn", "elcn"] and [*found].count("network") == 1
+    assert "phase" not in found
 
 
 # Of version 0.0.1: the column phase, eFCNs 'relaxed', eLCNs 'lcn'

@@ -85,6 +85,35 @@ def test_rows():
     assert not_judged("c", "why") == claim_row("c", "why", math.nan, math.nan, 0, "not judged")
 
 
+TWINS = pd.DataFrame([[.1, .2], [.2, .3]], columns=["a", "a"])
+NOT_JUDGED = [
+    (lambda: judge(None, True), "the cases must be a DataFrame with a column for each, not NoneType"),
+    (lambda: judge([.1, .2], True), "the cases must be a DataFrame with a column for each, not list"),
+    (lambda: judge(pd.DataFrame(), True), "there is no case to judge: the table has no columns"),
+    (lambda: judge(TWINS, False), "each case must have a name of its own, but 'a' is there twice"),
+    (lambda: above("c", TWINS), "each case must have a name of its own, but 'a' is there twice"),
+    (lambda: judge(pd.DataFrame(CASES), True, tests=0), "tests must be a whole number, 1 or more, not 0"),
+    (lambda: interval([.1, .2], tries=0), "tries must be a whole number, 1 or more, not 0"),
+    (lambda: interval([.1, .2], tries=.5), "tries must be a whole number, 1 or more, not 0.5"),
+    (lambda: interval([.1, .2], tests=-1), "tests must be a whole number, 1 or more, not -1")]
+
+
+@pytest.mark.parametrize("call, said", NOT_JUDGED)
+def test_what_cannot_be_judged(call, said):
+    with pytest.raises(ValueError) as error: call()
+    assert str(error.value) == said
+
+
+@pytest.mark.parametrize("form", [list, tuple, np.array])
+def test_effects_in_any_form(form):
+    assert judged("c", form([.10, .12, math.nan])) == judged("c", pd.Series([.10, .12, math.nan]))
+
+
+@pytest.mark.parametrize("gains", [[], [math.nan]*3, pd.Series(dtype=float)])
+def test_an_effect_that_no_seed_has(gains):
+    assert judged("c", gains, "said") == not_judged("c", "needs cases that are not there")
+
+
 # Where every test input is answered rightly there is no spread: what is left are the inputs that were not tested
 
 @pytest.mark.parametrize("seeds, tests, half", [(3, 1000, .001), (5, 60, .01), (1, 1000, math.inf)])

@@ -1,6 +1,7 @@
 "Imports between our notebooks run from lower numbers to higher ones, so that reading order and import order are one."
 import ast
 import re
+from importlib import import_module
 
 import pytest
 
@@ -59,6 +60,41 @@ def test_an_upward_import_is_noticed():
     assert upwards("ladder.layers", {"ladder.embedding"}) == {"ladder.embedding"}
     assert upwards("ladder.embedding", {"ladder.layers", "service.files"}) == set()
     assert upwards("studies.topology", {"studies.separation"}) == {"studies.separation"}
+
+
+def private(source, package):
+    "Names with an underscore that `source` imports from our modules, or looks up in a module of ours that it imports."
+    tree, modules, found = ast.parse(source), set(), []
+    is_private = re.compile("_(?!_)").match
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    for node, alias in [(node, alias) for node in imports for alias in node.names]:
+        line, last = ast.unparse(type(node)(**(vars(node) | dict(names=[alias])))), alias.name.rpartition(".")[2]
+        if not keep.own_imports(line, package): continue
+        if is_private(last): found.append(line)
+        if any(name.rpartition(".")[2] == last for name in NUMBERS): modules.add(alias.asname or alias.name)
+    looked_up = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_private(node.attr)]
+    return found + [ast.unparse(node) for node in looked_up if ast.unparse(node.value) in modules]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_private_name_of_another_module_is_used(name):
+    assert not private(FILES[name].read_text(), f"{keep.PACKAGE}.{name}".rpartition(".")[0])
+
+
+def test_a_private_import_is_noticed():
+    package = f"{keep.PACKAGE}.ladder"
+    assert private("from .masks import hold_to_masks, _own", package) == ["from .masks import _own"]
+    assert private(f"from {keep.PACKAGE}.ladder import masks\nmasks._own(1)", "") == ["masks._own"]
+    assert not private("from .masks import hold_to_masks\nfrom os import _exit\nhold_to_masks.__name__", package)
+
+
+def test_no_two_modules_have_a_public_name_in_common():
+    homes = {}
+    for name in NUMBERS:
+        for public in getattr(import_module(f"{keep.PACKAGE}.{name}"), "__all__", []):
+            homes.setdefault(public, []).append(name)
+    twice = {public: found for public, found in homes.items() if len(found) > 1}
+    assert not twice
 
 
 @pytest.mark.parametrize("name", NUMBERS)

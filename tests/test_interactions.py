@@ -13,7 +13,7 @@ from efcn_nb.instruments.interactions import first_weights, interaction_profile,
 from efcn_nb.ladder.embedding import embed
 from efcn_nb.materials.controls import permute_pixels, pixel_order
 from efcn_nb.materials.models import make_model
-from efcn_nb.studies.pruning import make_dense
+from efcn_nb.materials.models import make_dense
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

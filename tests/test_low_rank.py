@@ -25,13 +25,13 @@ from efcn_nb.instruments.kernel_ranks import (
     composed_kernel, compression, cut_kernel, effective_rank, kernel_ranks, operator_rank, stable_rank)
 from efcn_nb.experiments.search import validation_split
 from efcn_nb.studies.low_rank import (
-    SHUFFLED, Settings, by_ratio, held_network, learn_held, low_rank_claims, low_rank_grid, post_hoc,
+    SHUFFLED, LowRankSettings, by_ratio, held_network, learn_held, low_rank_claims, low_rank_grid, post_hoc,
     post_hoc_study, steadiness, train_held)
 from efcn_nb.training.loop import Diverged, evaluate, fit, recount_batchnorm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = Settings(width=6, kernel=3, epochs=1, search_epochs=1, batch_size=20)
+TINY = LowRankSettings(width=6, kernel=3, epochs=1, search_epochs=1, batch_size=20)
 
 
 def tiny(**changed): return replace(TINY, **changed)
@@ -53,7 +53,7 @@ def data(): return Data(noise(40), noise(20, seed=1))
 
 
 def network(width=6, kernel=3, seed=0, shape=(1, 8, 8), classes=2):
-    return held_network(shape, classes, Settings(width=width, kernel=kernel), seed)
+    return held_network(shape, classes, LowRankSettings(width=width, kernel=kernel), seed)
 
 
 def held(format, ratio, shuffle="none", width=6, kernel=3, seed=0, shape=(1, 8, 8), classes=2):
@@ -79,12 +79,12 @@ WRONG = [
 
 @pytest.mark.parametrize("wrong, words", WRONG)
 def test_impossible_settings(wrong, words):
-    with pytest.raises(ValueError, match=words): Settings(**wrong)
+    with pytest.raises(ValueError, match=words): LowRankSettings(**wrong)
 
 
 def test_settings_are_one_value():
-    given = Settings(lrs=[.02, .01], seeds=[np.int64(3), 1])
-    assert given == Settings(lrs=(.01, .02), seeds=(3, 1)) and {given: 1} and type(given.seeds[0]) is int
+    given = LowRankSettings(lrs=[.02, .01], seeds=[np.int64(3), 1])
+    assert given == LowRankSettings(lrs=(.01, .02), seeds=(3, 1)) and {given: 1} and type(given.seeds[0]) is int
     with pytest.raises(AttributeError): given.width = 3
 
 
@@ -185,7 +185,7 @@ def test_training_is_the_loop_written_out(data):
     "Adam by its formula, rate and norm by theirs; gradients go on into the cores."
     model = held("tt", 4, "everything", width=5)
     other = copy.deepcopy(model)
-    losses = train_held(model, data.train, .02, Settings(epochs=2, batch_size=16), seed=3)
+    losses = train_held(model, data.train, .02, LowRankSettings(epochs=2, batch_size=16), seed=3)
     other.train()
     p = [*other.parameters()]
     m, v = [torch.zeros_like(q) for q in p], [torch.zeros_like(q) for q in p]

@@ -13,10 +13,11 @@ from efcn_nb.ladder.masks import mask_from_text
 from efcn_nb.materials.controls import permute_pixels, pixel_order
 from efcn_nb.materials.data import Data
 from efcn_nb.instruments.locality import busiest_units, near_profile, near_ratio
+from efcn_nb.instruments.pruning_rounds import locality_table, profile_table, round_masks
+from efcn_nb.materials.models import make_dense
 from efcn_nb.experiments.runs import run_id
 from efcn_nb.studies.pruning import (
-    CASES, METHODS, NETWORKS, PruningSettings, interaction_table, locality_table, make_dense,
-    profile_table, prune_rounds, pruning_claims, pruning_study, round_masks)
+    CASES, METHODS, PRUNING_NETWORKS, PruningSettings, interaction_table, prune_rounds, pruning_claims, pruning_study)
 from efcn_nb.training import rewinding
 from efcn_nb.training.loop import train_steps
 from efcn_nb.training.rewinding import step_batches, survivors
@@ -225,7 +226,7 @@ def test_locality_of_rounds(table):
 
 def test_interaction_table(data, tmp_path):
     table = interaction_table(data, settings=fast(), folder=tmp_path)
-    assert table.groupby("network").size().to_dict() == {name: 7 for name in NETWORKS}
+    assert table.groupby("network").size().to_dict() == {name: 7 for name in PRUNING_NETWORKS}
     assert table.equals(interaction_table(data, settings=fast(), folder=tmp_path))
     rounds = prune_rounds(data, ["fcn", "permuted"], fast(), tmp_path).groupby(["case", "round"]).accuracy.first()
     found = table.groupby("network").accuracy.first()

@@ -1,5 +1,7 @@
 "Patterns, networks, runs, rows of digits and claims, against products, loops and closed forms."
+import inspect
 import math
+from dataclasses import fields
 from functools import partial
 
 import numpy as np
@@ -12,13 +14,14 @@ from torch import nn
 from growth import power
 from efcn_nb.ladder.layers import FullyConnected, LocallyConnected
 from efcn_nb.materials.models import count_weights
+from efcn_nb.experiments.effects import by_seed
 from efcn_nb.experiments.sweeps import sweep
 from efcn_nb.instruments.fourier import KPattern, make_pattern, pattern_batches, sign_accuracy
 from efcn_nb.materials.controls import pixel_order
 from efcn_nb.studies import separation
 from efcn_nb.studies.separation import (
-    BITS, DIGIT_KINDS, KINDS, by_seed, digit_rows, digit_scans, digit_slots, final_rows, follow, learn_digits,
-    learn_pattern, make_digit_net, make_local_net, sample_complexity_claims, width_within)
+    BITS, DIGIT_KINDS, PATTERN_KINDS, DigitSettings, PatternSettings, digit_rows, digit_scans, digit_slots, final_rows,
+    follow, learn_digits, learn_pattern, make_digit_net, make_local_net, sample_complexity_claims, width_within)
 from efcn_nb.training.loop import Diverged
 
 
@@ -51,7 +54,7 @@ def by_hand(kind, net, x, k):
     return torch.stack(out, 2).relu().flatten(1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PATTERN_KINDS)
 @pytest.mark.parametrize("n, k", [(9, 3), (8, 3), (5, 1), (4, 4)])
 def test_networks_compute_what_they_say(kind, n, k):
     net, x = with_readout(make_local_net(kind, n, k, width=3, seed=2)), signs(40, n)
@@ -60,7 +63,7 @@ def test_networks_compute_what_they_say(kind, n, k):
 
 
 def test_kinds_start_from_the_same_or_other_weights():
-    nets = {kind: make_local_net(kind, 12, 4, seed=3) for kind in KINDS}
+    nets = {kind: make_local_net(kind, 12, 4, seed=3) for kind in PATTERN_KINDS}
     dense = nets["efcn"][0].weight.view(16, 9, 12)
     for i in range(9): assert torch.equal(dense[:, i, i:i+4], nets["cnn"][0].weight[:, 0])
     assert (dense != 0).sum() == 16*9*4                                              # nothing off-local
@@ -75,7 +78,7 @@ def test_seeds_make_networks_and_leave_the_global_state_alone():
     assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PATTERN_KINDS)
 def test_width_meets_the_budget(kind):
     for budget in (300, 301, 5000):
         width = width_within(kind, 13, 4, budget)
@@ -365,3 +368,22 @@ def test_a_run_is_known_by_its_settings():
                                             relax=0, steps=1000, batch=128, lr=.006, optimizer="adam", every=50)
     assert _defaults(learn_digits) == dict(bits="consecutive", width=32, hidden=64, seed=0, relax=0, steps=1000,
                                            batch=128, lr=.001, optimizer="adam", every=100)
+
+
+@pytest.mark.parametrize("learn, settings", [(learn_pattern, PatternSettings), (learn_digits, DigitSettings)])
+def test_a_run_takes_the_settings_by_name_or_place(learn, settings):
+    taken = inspect.signature(learn).parameters.values()
+    own = {field.name: field.default for field in fields(settings) if field.name not in ("kind", "n")}
+    assert {p.name: p.default for p in taken if p.default is not p.empty} == own
+    assert {p.kind for p in taken} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
+def test_arguments_by_place():
+    by_place = learn_pattern("efcn", 6, 2, "anywhere", 4, 1, 10, 20, 8, .01, "sgd", 5, True, None)
+    by_name = learn_pattern(kind="efcn", n=6, k=2, bits="anywhere", width=4, seed=1, relax=10, steps=20, batch=8,
+                            lr=.01, optimizer="sgd", every=5, reorder=True)
+    assert by_place == by_name
+    by_place = learn_digits("efcn", 3, "consecutive", 2, 1, 10, 20, 8, .01, "sgd", 5, 4)
+    by_name = learn_digits(kind="efcn", n=3, width=2, seed=1, relax=10, steps=20, batch=8, lr=.01, optimizer="sgd",
+                           every=5, hidden=4)
+    assert by_place == by_name

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from efcn_nb.studies.distillation import DistillationSettings
-from efcn_nb.studies.low_rank import Settings as LowRankSettings
+from efcn_nb.studies.low_rank import LowRankSettings
 from efcn_nb.studies.pruning import PruningSettings
 from efcn_nb.studies.separation import DigitSettings, PatternSettings
 from efcn_nb.studies.topology import TopologySettings

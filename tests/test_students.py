@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from efcn_nb.instruments.students import (
-    NETWORKS, STUDENTS, find_student, make_student, make_teacher, merge_bottleneck, starting_network, student,
+    STUDENT_NETWORKS, STUDENTS, find_student, make_student, make_teacher, merge_bottleneck, starting_network, student,
     student_width)
 from efcn_nb.ladder.embedding import embed
 from efcn_nb.ladder.layers import FullyConnected, LocallyConnected
@@ -134,7 +134,7 @@ def test_nothing_to_merge():
 def test_starts():
     conv, shape = student(2, 1, 1_200, (1, 16, 16), 10), (1, 16, 16)
     x = torch.randn(8, *shape)
-    made = {name: starting_network(name, conv, shape, 10, seed=4) for name in NETWORKS}
+    made = {name: starting_network(name, conv, shape, 10, seed=4) for name in STUDENT_NETWORKS}
     for name in ("conv", "efcn", "elcn"): torch.testing.assert_close(made[name](x), conv(x), atol=1e-5, rtol=1e-4)
     kinds = dict(efcn=FullyConnected, fcn=FullyConnected, elcn=LocallyConnected, lcn=LocallyConnected)
     for name, kind in kinds.items(): assert sum(isinstance(m, kind) for m in made[name].modules()) == 2

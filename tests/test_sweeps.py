@@ -76,6 +76,27 @@ def test_arguments_that_are_no_scalars_are_no_columns():
         assert found.columns.tolist() == ["a", "k"]
 
 
+OWN = dict(n=1)
+LEFT_OUT = dict(
+    a_number=([OWN, dict(n=1, lr=.5)], "lr", [.1, .5]), first=([dict(n=1, lr=.5), OWN], "lr", [.5, .1]),
+    a_word=([OWN, dict(n=1, kind="fcn")], "kind", ["cnn", "fcn"]), whole=([OWN, dict(n=1, k=3)], "k", [2, 3]),
+    nothing=([OWN, dict(n=1, order=3)], "order", [None, 3]),
+    a_list=([dict(n=1, k=[1, 2]), dict(n=1, k=3)], "k", [None, 3]),
+    its_own_column=([OWN, dict(n=1, value=3)], "value", [7, 7]))
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_argument_that_is_left_out_has_its_default(tmp_path, case, kept):
+    "Where another setting gives it; else it is no column."
+    def of(n, kind="cnn", lr=.1, k=2, order=None, value=5): return [dict(value=7)]
+    configs, name, values = LEFT_OUT[case]
+    found = sweep(of, configs, tmp_path if kept else None)
+    assert found[name].astype(object).where(found[name].notna(), None).tolist() == values
+    assert {*found} == {"value", "n", name} and found.columns[:2].tolist() == ["value", "n"]
+    if case == "whole": assert found.k.dtype == int
+
+
 def test_tables_are_known_by_all_arguments(tmp_path):
     "Defaults, whatever their kind, and what a `partial` gives, by name or by place."
     def of(kind, n, options={"a": 1}): return [dict(kind=kind, a=options["a"])]

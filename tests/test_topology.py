@@ -17,7 +17,7 @@ from efcn_nb.instruments.evolution import blind_share, local_cnn, local_masks, p
 from efcn_nb.instruments.topologies import null_distances, topology_distance
 from efcn_nb.studies import topology as study
 from efcn_nb.studies.topology import (
-    KINDS, TopologySettings, sparse_runs, start_shares, topology_claims, topology_distances, topology_study,
+    TOPOLOGY_KINDS, TopologySettings, sparse_runs, start_shares, topology_claims, topology_distances, topology_study,
     train_kind)
 from efcn_nb.training.loop import Diverged
 
@@ -48,7 +48,7 @@ def rows_of(kind, seed=0, start=0, lr=.01, keep=(), **changed):
 def own_masks(): return local_masks(embed(local_cnn((1, 8, 8), 3, 2), (1, 8, 8)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOPOLOGY_KINDS)
 def test_every_kind_trains_and_follows_its_seed(kind):
     state = torch.random.get_rng_state()
     table, masks = rows_of(kind, keep=[2], rounds=2)
@@ -313,7 +313,7 @@ def made(gain=.05, relative=.9, share=.6, seeds=4, noise=.002, both=1.):
     g = np.random.default_rng(0)
     better = {"SET random": gain, "static local": gain, "SET local": 2*gain}
     rows = []
-    for kind, seed, epoch in itertools.product(KINDS, range(seeds), (0, 9)):
+    for kind, seed, epoch in itertools.product(TOPOLOGY_KINDS, range(seeds), (0, 9)):
         accuracy = .5 + better.get(kind, 0)*(epoch > 0) + noise*g.normal()
         rows.append(dict(kind=kind, seed=seed, start=seed, epoch=epoch, accuracy=accuracy))
     table = pd.DataFrame(rows)
@@ -329,7 +329,7 @@ def made(gain=.05, relative=.9, share=.6, seeds=4, noise=.002, both=1.):
 
 def made_distances(relative, seeds, noise, both):
     "Distances that end at the share `relative` of chance, and a tenth farther on that side for the same start."
-    kinds, names = KINDS[3:4] + KINDS[5:], ("the CNN", "own start", "other start", "same start")
+    kinds, names = TOPOLOGY_KINDS[3:4] + TOPOLOGY_KINDS[5:], ("the CNN", "own start", "other start", "same start")
     step, rows = -.1 if relative < 1 else .1, []
     for kind, name, seed, epoch in itertools.product(kinds, names, range(seeds), (0, 9)):
         r = relative + step*(name == "same start") + noise() if epoch else 1/relative

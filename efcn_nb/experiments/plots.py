@@ -16,7 +16,7 @@ import seaborn as sns
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from .claims import diverged_runs, final_values
+from .claims import check_table, diverged_runs, final_values, protocol_epochs
 
 # %% ../../nbs/experiments/58_plots.ipynb #84f7ae98
 COLOURS = dict(cnn='black', fcn='tab:red', efcn='tab:green', elcn='tab:cyan', lcn='tab:blue')
@@ -66,6 +66,7 @@ def plot_curves(
     ax=None
 ):
     "`metric` against epochs: CNN and FCN in black and red, eFCNs coloured by relax time; returns the axes."
+    check_table(table)
     ax = _axes(ax, 5)
     t = table[(table.metric == metric) & (table.split == split)]
     for network, style in ('cnn', '--'), ('fcn', '-'):
@@ -89,6 +90,7 @@ def plot_curve_panels(
     columns:int=3
 ):
     "`metric` against epochs, a panel for each relax time; returns the figure."
+    check_table(table)
     t = table[(table.metric == metric) & (table.split == split)]
     palette = _relax_palette(t[t.network == 'efcn'].relax.unique())
     rows = -(-len(palette)//columns)
@@ -135,7 +137,7 @@ def plot_relax_times(
 ):
     "Final test accuracy against relax time, one dot a seed, with the levels (mean and range over seeds) of CNN and "\
     "FCN; returns the axes."
-    ax, ends, lost = _axes(ax), final_values(table), diverged_runs(table)
+    ends, lost, ax = final_values(table), diverged_runs(table), _axes(ax)
     relaxed = table[table.network.isin(['efcn', 'elcn'])]
     place = {t: i for i, t in enumerate(sorted(relaxed.relax.unique()))}
     _levels(ax, ends)
@@ -162,6 +164,7 @@ def plot_deviation(
 ):
     "Share of the squared weights outside a subspace against epochs since relaxing, on a logarithmic axis; returns "\
     "the axes."
+    check_table(table)
     ax = _axes(ax)
     t = table[(table.metric == metric) & (table.split == 'weights') & table.network.isin(['efcn', 'fcn'])]
     t = t.assign(since=t.epoch - t.relax.fillna(0))
@@ -184,8 +187,8 @@ def plot_accuracy_deviation(
 ):
     "Final test accuracy against the final off-local share of the squared weights, a point for each eFCN and FCN; "\
     "returns the axes."
-    ax, run = _axes(ax), ['network', 'seed', 'relax']
-    accuracy, off = final_values(table), final_values(table, 'off_local', 'weights')
+    run = ['network', 'seed', 'relax']
+    accuracy, off, ax = final_values(table), final_values(table, 'off_local', 'weights'), _axes(ax)
     ends = accuracy.merge(off[[*run, 'value']], on=run, suffixes=('', '_off'))
     ends = ends[ends.value_off > 0]
     fcn, relaxed = ends[ends.network == 'fcn'], ends[ends.network == 'efcn']
@@ -267,6 +270,7 @@ def plot_ablation(
 ):
     "Accuracy of the eFCNs with some parts of their weights alone, against relax time; one dot a seed, lines through "\
     "the means; returns the axes."
+    check_table(table, ['network', 'seed', 'relax', 'kept', 'accuracy'], 'measure_ablation')
     ax, table = _axes(ax, 5), table[table.network == 'efcn']
     place = {t: i for i, t in enumerate(sorted(table.relax.unique()))}
     for kept, (label, colour) in KEPT.items():
@@ -286,6 +290,7 @@ def plot_profile(
 ):
     "Root mean square of the weights outside the window against their distance from it, means over seeds, coloured by "\
     "relax time, the FCN in red; at 0 those inside; returns the axes."
+    check_table(table, ['network', 'relax', 'distance', 'local', 'mean_square'], 'measure_profiles')
     ax = _axes(ax)
     table = table[table.local | (table.distance > 0)]
     table = table.assign(rms=table.mean_square**.5)
@@ -449,6 +454,7 @@ def plot_study(
     title:str=''        # of the data and the network
 ):
     "Training curves, final accuracy against relax time and deviation side by side; returns the figure."
+    protocol_epochs(check_table(table))                                 # before anything is drawn
     set_style()
     fig, axes = plt.subplots(1, 3, figsize=(14, 3.4), layout='constrained')
     for plot, ax in zip([plot_curves, plot_relax_times, plot_deviation], axes): plot(table, ax=ax)

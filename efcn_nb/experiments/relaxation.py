@@ -43,11 +43,15 @@ def with_networks(
     table:pd.DataFrame # that the protocol has written, with today's names or those up to version 0.0.1
 )->pd.DataFrame:
     "`table` with today's names of the networks."
+    if 'phase' in table and 'network' in table:                         # rows of both kinds
+        names = table.network.astype(object).fillna(table.phase.astype(object))
+        table = table.assign(network=names).drop(columns='phase')
     table = table.rename(columns=dict(phase='network'))
     if 'network' not in table or 'relax' not in table: return table
-    relaxed = table.relax.notna()
+    names = table.network
+    if isinstance(names.dtype, pd.CategoricalDtype): names = names.astype(object)
     today = {old: new for new, old in _PHASES.items()}
-    return table.assign(network=table.network.where(~relaxed, table.network.replace(today)))
+    return table.assign(network=names.where(table.relax.isna(), names.replace(today)))
 
 def read_protocol(
     path # of a table that `efcn_relax` has written, such as metrics.csv or ablation.csv

@@ -35,6 +35,17 @@ def _check_configs(compute, configs, stored):
                                  "None") from None
 
 # %% ../../nbs/experiments/51_sweeps.ipynb #b7d3f56c
+def _known_defaults(compute, configs):
+    "Defaults (no lists, not None) of the arguments of `compute` that some of the `configs` give."
+    asked = {name for config in configs for name in config}
+    return {name: value for name, value in _defaults(compute).items()
+            if name in asked and value is not None and pd.api.types.is_scalar(value)}
+
+def _beside(table, config):
+    "`table` with the arguments in `config` that are no list as columns, unless it has them."
+    return table.assign(**{k: v for k, v in config.items() if k not in table and pd.api.types.is_scalar(v)})
+
+# %% ../../nbs/experiments/51_sweeps.ipynb #bb27a955
 def _made(compute, config):
     "The table that `compute` makes of `config`. Raises `ValueError` if it makes none."
     found = compute(**config)
@@ -65,17 +76,19 @@ def sweep(
     """All tables of a study; `attrs['environments']` has a text for each place where they were computed.
 
     Those in `folder` are read: a table is known by its arguments, defaults included; delete it if `compute` has
-    changed otherwise. Raises `ValueError`, before anything is computed, for arguments that do not fit.
+    changed otherwise. An argument that some `configs` give has its default in the rows of the others. Raises
+    `ValueError`, before anything is computed, for arguments that do not fit.
     """
     configs = list(configs)
     _check_configs(compute, configs, folder is not None)
     if progress is None: progress = is_watched()
-    rows, places = [], {}
+    rows, columns, places, default = [], {}, {}, _known_defaults(compute, configs)
     for config in tqdm(configs, desc=label, disable=not progress, leave=False):
         table, environments = _cell(compute, config, folder, label)
         places |= dict.fromkeys(', '.join(f'{k} {v}' for k, v in e.items()) for e in environments)
-        given = {k: v for k, v in config.items() if k not in table and pd.api.types.is_scalar(v)}
-        rows += table.assign(**given).to_dict('records')
-    found = pd.DataFrame(rows)
+        table, left = _beside(table, config), {k: v for k, v in default.items() if k not in config}
+        if len(table): columns |= dict.fromkeys(table)
+        rows += [left | row for row in table.to_dict('records')]
+    found = pd.DataFrame(rows, columns=[*columns] if rows else None)
     found.attrs['environments'] = [*places]
     return found

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NULLS', 'check_density', 'check_fraction', 'check_mask', 'random_mask', 'erdos_renyi_density', 'magnitude_mask',
-           'prune_mask', 'shuffle_mask', 'Masked', 'masks_of', 'hold_to_masks', 'release_masks', 'mask_bytes',
-           'mask_to_text', 'mask_from_text', 'masks_to_rows', 'masks_from_rows', 'masks_digest']
+           'prune_mask', 'shuffle_mask', 'Masked', 'masks_of', 'owns_weight', 'share_memory', 'hold_to_masks',
+           'drop_parametrization', 'release_masks', 'mask_bytes', 'mask_to_text', 'mask_from_text', 'masks_to_rows',
+           'masks_from_rows', 'masks_digest']
 
 # %% ../../nbs/ladder/03_masks.ipynb #3aa0a762
 import base64, hashlib, math, zlib
@@ -188,7 +189,9 @@ def _layers(model):
     "Modules that have a weight, by every name that they have in `model`."
     return {name: m for name, m in _modules(model).items() if torch.is_tensor(getattr(m, 'weight', None))}
 
-def _is_plain(layer):
+def owns_weight(
+    layer:nn.Module
+)->bool:
     "Whether the weight is the layer's own, and not computed by a parametrization or a hook."
     return 'weight' in layer._parameters or 'weight' in layer._buffers
 
@@ -208,7 +211,9 @@ def _span(p):
     last = sum((k - 1)*s for k, s in zip(p.shape, p.stride()))
     return p.data_ptr(), p.data_ptr() + p.element_size()*(1 + last)
 
-def _overlap(p, q):
+def share_memory(
+    p:torch.Tensor, q:torch.Tensor
+)->bool:
     "Whether two tensors are one, or have memory in common."
     if p is q: return True
     a, b = _span(p), _span(q)
@@ -233,7 +238,7 @@ def _check_ties(model, layers, masks):
             for key, q in [*m._parameters.items(), *m._buffers.items()]]
     for name in masks:
         for other, key, q in kept:
-            if not _overlap(_own(layers[name]), q): continue
+            if not share_memory(_own(layers[name]), q): continue
             if key == 'original': other = other.removesuffix('parametrizations.weight').rstrip('.')
             _check_pair(layers, masks, name, other, key, q)
 
@@ -250,7 +255,7 @@ def _check_layer(layers, name, mask):
     "Raise `ValueError` unless the layer `name` can be held to `mask`."
     if name not in layers:
         raise ValueError(f'the network has no layer {name!r} with a weight; it has {", ".join(map(repr, layers))}')
-    if not _held(layers[name]) and not _is_plain(layers[name]):
+    if not _held(layers[name]) and not owns_weight(layers[name]):
         raise ValueError(f'the weight of layer {name!r} is parametrized in another way: remove that first')
     try: check_mask(mask, layers[name].weight.shape)
     except ValueError as e: raise ValueError(f'layer {name!r}: {e}') from None
@@ -280,7 +285,9 @@ def hold_to_masks(
     _reunite(places)
 
 # %% ../../nbs/ladder/03_masks.ipynb #f7b797d4
-def _make_plain(layer):
+def drop_parametrization(
+    layer:nn.Module # whose weight is parametrized; changed in place
+):
     "Make the weight of a parametrized layer a plain parameter."
     shared = type(layer)
     layer.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
@@ -291,7 +298,7 @@ def release_masks(
 ):
     "Make the weights of all held layers plain parameters again, zero outside their masks."
     places = {m: _place(_own(m)) for m in _modules(model).values() if _held(m)}
-    for layer in places: _make_plain(layer)
+    for layer in places: drop_parametrization(layer)
     _reunite(places)
 
 # %% ../../nbs/ladder/03_masks.ipynb #8af88351

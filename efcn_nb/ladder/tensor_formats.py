@@ -17,7 +17,7 @@ from tensorly.decomposition import parafac, tensor_ring_als, tensor_train, tucke
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .masks import _is_plain, _make_plain, _overlap
+from .masks import owns_weight, drop_parametrization, share_memory
 from ..service.checks import one_of, whole
 
 # %% ../../nbs/ladder/04_tensor_formats.ipynb #f7986e5b
@@ -196,7 +196,7 @@ def _others(layer, p):
     "Modules anywhere in the process, but for `layer`, that keep the parameter `p` or one that lies in its memory."
     modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and m is not layer]
     kept = [(m, q) for m in modules for key in ('_parameters', '_buffers') for q in (vars(m).get(key) or {}).values()]
-    return [m for m, q in kept if q is not None and _overlap(p, q)]
+    return [m for m, q in kept if q is not None and share_memory(p, q)]
 
 def _remedy(layer, others):
     "What to do about modules that keep the kernel of `layer`, too, in words."
@@ -222,7 +222,7 @@ def _check_holdable(conv, start):
         raise ValueError(f'{type(conv).__name__} has no kernel (out channels, in channels, *taps) to hold to a rank')
     if start == 'random' and not 0 < kernel.norm() < math.inf:
         raise ValueError('the kernel must have a finite norm above 0, which the composed one takes over')
-    if not _is_plain(conv):
+    if not owns_weight(conv):
         raise ValueError('the kernel is parametrized already: remove that first (parametrize.remove_parametrizations)')
     _check_alone(conv, kernel)
 
@@ -261,7 +261,7 @@ def release_rank(
     held = parametrize.is_parametrized(conv, 'weight') and conv.parametrizations.weight[0]
     if not isinstance(held, LowRank):
         raise ValueError(f'{type(conv).__name__} has no kernel that is held to a rank')
-    _make_plain(conv)
+    drop_parametrization(conv)
 
 # %% ../../nbs/ladder/04_tensor_formats.ipynb #8e7f57a0
 def held_layers(

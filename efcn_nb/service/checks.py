@@ -15,14 +15,21 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 # %% ../../nbs/service/92_checks.ipynb #e830c0ba
+def _said(value):
+    "How Python prints `value`, in one line of reasonable length."
+    try: text = ' '.join(line.strip() for line in repr(value).splitlines())
+    except ValueError: return 'a number of thousands of digits'        # which Python does not print
+    return text if len(text) <= 200 else f'{text[:200]} ...'
+
 def one_of(
     name:str, # of the argument
     value,
-    known     # the words that it may be
+    known     # the words, numbers or None that it may be
 ):            # `value`
     "Raise `ValueError` unless `value` is one of `known`."
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f'unknown {name} {value!r}; known are {", ".join(known)}')
+    same = [one for one in known if isinstance(value, type(one)) and isinstance(value, bool) == isinstance(one, bool)]
+    if not any(value == one for one in same):
+        raise ValueError(f'unknown {name} {_said(value)}; known are {", ".join(map(str, known))}')
     return value
 
 # %% ../../nbs/service/92_checks.ipynb #bae92b89
@@ -40,19 +47,24 @@ def whole(
     "Raise `ValueError` unless `value` is a whole number from `least` to `most`."
     good = isinstance(value, Integral) and not isinstance(value, bool)
     if not good or least is not None and value < least or most is not None and value > most:
-        raise ValueError(f'{name} must be a whole number{_between(least, most)}, not {value!r}')
+        raise ValueError(f'{name} must be a whole number{_between(least, most)}, not {_said(value)}')
     return value
 
 # %% ../../nbs/service/92_checks.ipynb #543a9ee8
+def _is_finite(value):
+    "Whether `value` is a number that a `float` can hold."
+    if not isinstance(value, Real) or isinstance(value, bool): return False
+    try: return math.isfinite(value)
+    except OverflowError: return False
+
 def real(
     name:str, # of the argument
     value,
     least:float=None, most:float=None # what it may be, both included
 )->float:     # `value`
     "Raise `ValueError` unless `value` is a finite number from `least` to `most`."
-    good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or least is not None and value < least or most is not None and value > most:
-        raise ValueError(f'{name} must be a number{_between(least, most)}, not {value!r}')
+    if not _is_finite(value) or least is not None and value < least or most is not None and value > most:
+        raise ValueError(f'{name} must be a number{_between(least, most)}, not {_said(value)}')
     return value
 
 def positive(
@@ -60,8 +72,8 @@ def positive(
     value
 )->float:     # `value`
     "Raise `ValueError` unless `value` is a finite number above 0."
-    good = isinstance(value, Real) and not isinstance(value, bool)
-    if not good or not 0 < value < math.inf: raise ValueError(f'{name} must be a positive number, not {value!r}')
+    if not _is_finite(value) or value <= 0:
+        raise ValueError(f'{name} must be a positive number, not {_said(value)}')
     return value
 
 # %% ../../nbs/service/92_checks.ipynb #04d832bc
@@ -73,13 +85,14 @@ def distinct(
     **options
 )->list:        # of the values
     "Raise `ValueError` unless `values` is a list of one value or more, all different, that pass `check`."
-    if isinstance(values, (str, bytes, dict, Real)) or not hasattr(values, '__iter__'):
-        raise ValueError(f'{name} must be a list, such as [{values!r}], not {values!r}')
+    alone = isinstance(values, (str, bytes, dict, Real)) or not hasattr(values, '__iter__')
+    if alone or getattr(values, 'ndim', 1) == 0:
+        raise ValueError(f'{name} must be a list, such as [{_said(values)}], not {_said(values)}')
     values = list(values)
     if not values: raise ValueError(f'{name} must hold at least one value')
     for value in values if check else (): check(f'each of {name}', value, *args, **options)
     twice = [value for i, value in enumerate(values) if value in values[:i]]
-    if twice: raise ValueError(f'{name} must differ from each other, but {twice[0]!r} is there twice')
+    if twice: raise ValueError(f'{name} must differ from each other, but {_said(twice[0])} is there twice')
     return values
 
 # %% ../../nbs/service/92_checks.ipynb #f7cef561

@@ -18,15 +18,16 @@ from ..materials.data import Data
 from ..materials.models import count_weights
 from ..training.loop import check_precision, Diverged, evaluate, find_device, PRECISIONS
 from ..instruments.students import (
-    CONVS, find_student, MLPS, NETWORKS, starting_network, student, STUDENTS, student_width)
+    CONVS, find_student, MLPS, STUDENT_NETWORKS, starting_network, student, STUDENTS, student_width)
 from ..instruments.transfer_sets import (
     distil, fingerprints, Splits, standardised, teach, transfer_set, TransferSet)
 from ..experiments.search import (
-    best_rates, candidates, make_plain, reported_seeds, SEARCH_SEED, validation_split, write_tables)
+    best_rates, candidates, reported_seeds, SEARCH_SEED, validation_split, write_tables)
 from ..experiments.sweeps import sweep
 from ..experiments.effects import above, judged, not_judged
 from ..service.checks import distinct, one_of, whole
 from ..service.files import make_folder
+from ..service.tables import make_plain
 
 # %% ../../nbs/studies/61_distillation.ipynb #e956362a
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class DistillationSettings:
     embedded:str = 'conv2'                      # the convolutional student that is embedded; None for none
     embedded_budget:int = 3_160                 # its weights; the embedded networks have far more
     relax_times:tuple = None                    # epochs after which it is embedded, beside 0; None for `epochs`
-    networks:tuple = NETWORKS                   # that are compared with it
+    networks:tuple = STUDENT_NETWORKS                   # that are compared with it
     seeds:tuple = (0, 1, 2)
     lrs:tuple = (1e-3, 3e-3, 1e-2)              # of which each cell chooses
     epochs:int = 30                             # of all students
@@ -67,7 +68,7 @@ def _check_settings(s):
     if len(s.label_budgets): distinct('label_budgets', s.label_budgets, whole, least=1)
     if s.embedded is not None: one_of('convolutional student', s.embedded, CONVS)
     if s.relax_times is not None: distinct('relax_times', s.relax_times, whole, least=0)
-    for name in distinct('networks', s.networks): one_of('network', name, NETWORKS)
+    for name in distinct('networks', s.networks): one_of('network', name, STUDENT_NETWORKS)
     reported_seeds(s.seeds)
     candidates(s.lrs)
     for name in ('embedded_budget', 'epochs', 'search_epochs', 'batch_size'): whole(name, getattr(s, name), 1)

@@ -11,13 +11,13 @@ from torch import nn
 from efcn_nb.service.timing import take_turns
 from efcn_nb.materials.data import Data, load_folder
 from efcn_nb.ladder.tensor_formats import FORMATS, fit_rank, hold_to_rank, tensor_shape
-from efcn_nb.studies.low_rank import low_rank_grid, post_hoc_study, Settings
+from efcn_nb.studies.low_rank import low_rank_grid, LowRankSettings, post_hoc_study
 
 torch.set_num_threads(1)
 folder, out = sys.argv[1], Path(sys.argv[2] if len(sys.argv) > 2 else ".")
 data = load_folder(folder, size=(16, 16), name="CIFAR-10 (JPEG), 10,000 images, 16x16")
 data = Data(data.train.thinned(10_000), data.test.thinned(5_000))
-settings = Settings(epochs=3, search_epochs=2, lrs=(.005, .01, .02), seeds=(0, 1, 2), precision="bf16")
+settings = LowRankSettings(epochs=3, search_epochs=2, lrs=(.005, .01, .02), seeds=(0, 1, 2), precision="bf16")
 ratios = (2, 5, 15, 50, 150, 500)
 
 
