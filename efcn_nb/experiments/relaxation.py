@@ -458,7 +458,9 @@ def _carry_out_alone(self:Study, run, after_step=None):
         record.note(epoch, step, measured)
         give_back_memory()                                    # what embedding, measuring and storing leave behind
     try: self._train(run, record.model, record.found, record.last, note, after_step)
-    except Diverged as e: record.note(record.table.epoch.max() + 1, (record.table.epoch.max() + 1)*self.steps_per_epoch, e)
+    except Diverged as e:
+        epoch = record.table.epoch.max() + 1
+        record.note(epoch, epoch*self.steps_per_epoch, e)
     record.end()
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #309c610b
