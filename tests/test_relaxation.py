@@ -340,9 +340,10 @@ def test_weights_wanted_later_are_the_final_ones(done, tmp_path, monkeypatch):
     assert run in study.unfinished() and study.open_run("efcn", 0, run["relax"]).finished
     # a checkpoint after every epoch
     monkeypatch.setattr(relaxation.time, "monotonic", iter(range(0, 10**6, 100)).__next__)
-    real = Study._train
-    def one_epoch_less(self, run, model, found, last, *a): return real(self, run, model, found, last - 1, *a)
-    monkeypatch.setattr(Study, "_train", one_epoch_less)
+    real = Study._train_together
+    def one_epoch_less(self, runs, models, founds, lasts, *a):
+        return real(self, runs, models, founds, [last - 1 for last in lasts], *a)
+    monkeypatch.setattr(Study, "_train_together", one_epoch_less)
     with monkeypatch.context() as m:
         m.setattr(relaxation.Run, "finish", lambda *a, **kw: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt): study.carry_out(run)

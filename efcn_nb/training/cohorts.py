@@ -312,7 +312,9 @@ def hold(self:Cohort,
     mask            # bool, of the parameter's shape: True where it keeps its value
 ):
     "Keep entries of a parameter where they are; raises `ValueError` if the mask does not fit."
-    parameter = dict(self.models[member].named_parameters())[name]
+    parameters = dict(self.models[member].named_parameters())
+    if name not in parameters: raise ValueError(f'there is no parameter {name!r}; there are {", ".join(parameters)}')
+    parameter = parameters[name]
     if mask.dtype != torch.bool or mask.shape != parameter.shape:
         raise ValueError(f'the mask of {name} must be bool of shape {tuple(parameter.shape)}, '
                          f'not {mask.dtype} of shape {tuple(mask.shape)}')
@@ -362,7 +364,8 @@ def train_epoch(self:Cohort,
 )->list:                  # for each member its running mean accuracy and loss, or the `Diverged` that alone it raises
     "One epoch of all members; each does what `train_epoch` does with it alone."
     whole('batch_size', batch_size, 1)
-    for generator, seed in zip(self.generators, seeds, strict=True): generator.manual_seed(seed)
+    if len(seeds) != len(self): raise ValueError(f'there must be one seed for each of {len(self)} networks')
+    for generator, seed in zip(self.generators, seeds): generator.manual_seed(seed)
     losses, right, sizes = [], [], []
     for index in self._orders(len(data), seeds, shuffle).to(data.x.device).split(batch_size, 1):
         found = self._step(*data.batch(index.flatten()), precision)
