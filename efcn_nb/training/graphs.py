@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['normalised', 'gathered', 'adds_in_fp32', 'BatchMajor', 'Trainer', 'captured', 'Group']
 
-# %% ../../nbs/training/25_graphs.ipynb #03b02b83
+# %% ../../nbs/training/25_graphs.ipynb #db7adfd5
 import functools, warnings
 from contextlib import nullcontext
 
@@ -20,7 +20,7 @@ from ..ladder.layers import FullyConnected
 from .loop import check_precision, products
 from ..service.checks import first_line, positive, whole
 
-# %% ../../nbs/training/25_graphs.ipynb #0f94c068
+# %% ../../nbs/training/25_graphs.ipynb #e38c8f74
 def normalised(
     x:torch.Tensor,     # images of `data`: uint8 or float32 (n, C, *spatial)
     data,               # a `Dataset`: its mean and deviation by channel count
@@ -39,7 +39,7 @@ def gathered(
     "A batch, normalised."
     return normalised(data.x.index_select(0, rows), data, dtype), data.y.index_select(0, rows)
 
-# %% ../../nbs/training/25_graphs.ipynb #45881c4e
+# %% ../../nbs/training/25_graphs.ipynb #82069e96
 @functools.cache
 def adds_in_fp32(
     device:torch.device
@@ -53,7 +53,7 @@ def adds_in_fp32(
         return False
     return bool((W == -15).all())
 
-# %% ../../nbs/training/25_graphs.ipynb #a2d2579d
+# %% ../../nbs/training/25_graphs.ipynb #20e087b8
 class _Product(torch.autograd.Function):
     "Outputs of a `BatchMajor` layer; the backward pass moves its weights."
     @staticmethod
@@ -72,7 +72,7 @@ class _Product(torch.autograd.Function):
         layer.descend(grad, x)
         return dx, grad.sum(0, dtype=layer.bias.dtype), None
 
-# %% ../../nbs/training/25_graphs.ipynb #f493c22e
+# %% ../../nbs/training/25_graphs.ipynb #f7067790
 class BatchMajor(nn.Module):
     """A released dense layer whose backward pass moves its weights, down the gradient of the batch.
 
@@ -98,7 +98,7 @@ class BatchMajor(nn.Module):
     def forward(self, x):
         return _Product.apply(x.flatten(1).to(self.low.dtype), self.bias, self).unflatten(1, self.out_shape)
 
-# %% ../../nbs/training/25_graphs.ipynb #98e0e7ba
+# %% ../../nbs/training/25_graphs.ipynb #6079e8f3
 @patch
 @torch.no_grad()
 def descend(self:BatchMajor,
@@ -112,7 +112,7 @@ def descend(self:BatchMajor,
     else: W.add_((grad.t() @ x).to(W.dtype), alpha=-self.lr)
     self.refresh()
 
-# %% ../../nbs/training/25_graphs.ipynb #2e02db70
+# %% ../../nbs/training/25_graphs.ipynb #9c9b1912
 def _moves_alone(layer, users):
     "Whether `layer` can move its weights in the backward pass, given the ids of all uses of parameters."
     plain = type(layer) is FullyConnected and not parametrize.is_parametrized(layer) and layer.through is None
@@ -126,12 +126,12 @@ def _taken_over(model, lr, dtype):
     for name, layer in found.items(): model.set_submodule(name, BatchMajor(layer, lr, dtype))
     return found
 
-# %% ../../nbs/training/25_graphs.ipynb #6b32e65a
+# %% ../../nbs/training/25_graphs.ipynb #eac55083
 class Trainer:
     """One network with its images and all that a step needs, in buffers on the device.
 
-    Plain SGD. The order of the images is that of `loop.train` with the same seed. `slow` divides the steps of
-    parameters by name. Dropout draws from the device's generator. Raises `ValueError` for impossible settings.
+    Plain SGD on images in the order of `loop.train` with the same seed. Dropout draws from the device's generator.
+    Raises `ValueError` for impossible settings.
     """
     def __init__(self,
         model:nn.Module,      # trained in place; released layers are exchanged until `close`
@@ -151,11 +151,7 @@ class Trainer:
         self.dtype, self.layers = dtype, _taken_over(model, lr, dtype)
         self._lay_out(slow)
 
-    def close(self):
-        "Put the layers back that `model` had; they hold the weights as they are now."
-        for name, layer in self.layers.items(): self.model.set_submodule(name, layer)
-
-# %% ../../nbs/training/25_graphs.ipynb #218ea63f
+# %% ../../nbs/training/25_graphs.ipynb #edabe8d3
 @patch
 def _lay_out(self:Trainer, slow):
     "The buffers of a step, and what it moves."
@@ -169,11 +165,22 @@ def _lay_out(self:Trainer, slow):
     self.params = list(named.values())
     factors = [torch.as_tensor(1/(slow or {}).get(name, 1), dtype=p.dtype, **place) for name, p in named.items()]
     self.slow = factors if slow else None
+    self._lay_out_counters(place)
+
+@patch
+def _lay_out_counters(self:Trainer, place):
+    "Order, batch, and what an epoch counts."
     self.steps, self.order = len(self.data)//self.batch_size, torch.arange(len(self.data), **place)
     self.window = torch.arange(self.batch_size, **place)
     self.at, self.hits = (torch.zeros((), dtype=torch.long, **place) for _ in range(2))
     self.loss = torch.zeros((), dtype=torch.promote_types(self.params[0].dtype, torch.float32), **place)
     self.scale = torch.ones_like(self.loss)
+
+# %% ../../nbs/training/25_graphs.ipynb #1c2e5bd3
+@patch
+def close(self:Trainer):
+    "Put the layers back that `model` had; they hold the weights as they are now."
+    for name, layer in self.layers.items(): self.model.set_submodule(name, layer)
 
 @patch
 def set_rate(self:Trainer,
@@ -182,7 +189,7 @@ def set_rate(self:Trainer,
     "Go on at the rate `lr`, in a graph, too: a number on the device changes."
     self.scale.fill_(lr/self.lr)
 
-# %% ../../nbs/training/25_graphs.ipynb #e4304280
+# %% ../../nbs/training/25_graphs.ipynb #f003a609
 @patch
 def _products(self:Trainer):
     "The precision of the products of a forward pass."
@@ -204,13 +211,14 @@ def _step_on(self:Trainer, rows, share=None):
         self.loss += loss.detach() if share is None else share*loss.detach()
         self.hits += (out.argmax(1) == y).sum()
 
+# %% ../../nbs/training/25_graphs.ipynb #fa131b87
 @patch
 def step(self:Trainer):
     "A step on the batch at which the counter stands."
     self._step_on(self.order.index_select(0, self.at*self.batch_size + self.window))
     self.at += 1
 
-# %% ../../nbs/training/25_graphs.ipynb #dd7f6122
+# %% ../../nbs/training/25_graphs.ipynb #af0e7559
 @patch
 def begin(self:Trainer,
     epoch:int
@@ -226,6 +234,7 @@ def finish(self:Trainer):
     rows = self.order[self.steps*self.batch_size:]
     if len(rows): self._step_on(rows, len(rows)/self.batch_size)
 
+# %% ../../nbs/training/25_graphs.ipynb #0ac51038
 @patch
 def warm_up(self:Trainer):
     "Two steps that move nothing: what has to happen before a capture, such as the choice of kernels."
@@ -238,7 +247,7 @@ def warm_up(self:Trainer):
     self.scale.copy_(scale)
     for b, value in zip(own, before): b.copy_(value)
 
-# %% ../../nbs/training/25_graphs.ipynb #3079486b
+# %% ../../nbs/training/25_graphs.ipynb #f266e2ce
 @patch
 @torch.no_grad()
 def right_answers(self:Trainer,
@@ -259,6 +268,7 @@ def numbers(self:Trainer)->torch.Tensor: # float64, on the device
     found = [self.loss, self.hits, *map(self.right_answers, self.held_out.values())]
     return torch.stack([f.double() for f in found])
 
+# %% ../../nbs/training/25_graphs.ipynb #d0c23c04
 @patch
 def measures(self:Trainer,
     numbers:list # as read from `numbers`
@@ -269,7 +279,7 @@ def measures(self:Trainer,
     found = {name: n/len(data) for n, (name, data) in zip(right, self.held_out.items())}
     return dict(train_loss=loss/batches, train=hits/batches/self.batch_size) | found
 
-# %% ../../nbs/training/25_graphs.ipynb #c39d6b4a
+# %% ../../nbs/training/25_graphs.ipynb #b59aa79e
 _streams = []
 
 def captured(
@@ -292,7 +302,7 @@ def captured(
     torch.cuda.synchronize()
     return graph.replay
 
-# %% ../../nbs/training/25_graphs.ipynb #815441ac
+# %% ../../nbs/training/25_graphs.ipynb #012eed86
 class Group:
     """Trainers that go on together; on a GPU, some steps of all are one graph, in which each trainer is a branch.
 
@@ -312,6 +322,7 @@ class Group:
             if graph: raise ValueError(f'a graph needs a GPU, and the networks are on {device}; use graph=None')
         elif graph is not False: self._capture(capture, graph)
 
+# %% ../../nbs/training/25_graphs.ipynb #a11da1ce
 def _common(trainers, name):
     "The value of an attribute that all trainers share."
     values = [getattr(t, name) for t in trainers]
@@ -319,7 +330,7 @@ def _common(trainers, name):
         raise ValueError(f'a group needs trainers with the same {name}, not {values}')
     return values[0]
 
-# %% ../../nbs/training/25_graphs.ipynb #b8f6512b
+# %% ../../nbs/training/25_graphs.ipynb #6f94d467
 @patch
 def _capture(self:Group, capture, required):
     "Make `replay`, of as many steps at once as divide an epoch; without it every step is launched by the host."
@@ -335,6 +346,7 @@ def _capture(self:Group, capture, required):
         return
     self.at_once, self.how = n, f'{n} steps of {len(self.trainers)} networks a graph'
 
+# %% ../../nbs/training/25_graphs.ipynb #a63ef3ec
 @patch
 def epoch(self:Group,
     number:int
