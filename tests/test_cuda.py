@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from efcn_nb.instruments.subspaces import shares
 from efcn_nb.ladder.embedding import embed, nearest_cnn
 from efcn_nb.materials.data import Data, Dataset
-from efcn_nb.training.fused import FusedSGD
-from efcn_nb.training.graphs import BatchMajor, Group, Trainer, adds_in_fp32
+from efcn_nb.training.fused import FusedSGD, adds_in_fp32
+from efcn_nb.training.graphs import BatchMajor, Group, Trainer
 from efcn_nb.training.loop import PRECISIONS, evaluate, products, train
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

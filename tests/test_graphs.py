@@ -15,9 +15,10 @@ import tiny
 from test_reads import reads
 from efcn_nb.ladder.embedding import embed
 from efcn_nb.materials.models import small
-from efcn_nb.training import graphs
-from efcn_nb.training.graphs import BatchMajor, Group, Trainer, adds_in_fp32, gathered
-from efcn_nb.training.loop import train_epoch
+from efcn_nb.training import fused, graphs
+from efcn_nb.training.fused import FusedSGD, adds_in_fp32
+from efcn_nb.training.graphs import BatchMajor, Group, Trainer, gathered
+from efcn_nb.training.loop import products, train_epoch
 
 DATA, TEST = tiny.DATA
 CPU = torch.device("cpu")
@@ -212,26 +213,72 @@ def test_bad_input_gets_a_sentence(wrong, words):
 
 # What only a GPU computes
 
-def added_in_fp32(W, a, b, *, out_dtype, beta, alpha, out):
+ADDMM = torch.addmm
+
+
+def added_in_fp32(W, a, b, *, out_dtype=None, **options):
     "`torch.addmm` as CUDA has it: products of bf16 numbers, summed and added in fp32."
-    assert a.dtype == b.dtype == torch.bfloat16 and W.dtype == out_dtype == torch.float32
-    return out.copy_(beta*W + alpha*(a.float() @ b.float()))
+    if out_dtype is None: return ADDMM(W, a, b, **options)
+    assert a.dtype == b.dtype == torch.bfloat16 and W.dtype == out_dtype == torch.float32 and options["out"] is W
+    return W.copy_(options["beta"]*W + options["alpha"]*(a.float() @ b.float()))
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_the_update_in_bf16_is_as_good_as_its_factors(monkeypatch, on_gpu):
-    "The sum in fp32 of products of bf16 factors errs less than products rounded to bf16."
-    if on_gpu:
-        monkeypatch.setattr(graphs, "adds_in_fp32", lambda device: True)
-        monkeypatch.setattr(torch, "addmm", added_in_fp32)
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    "The paths that only a GPU takes, on the CPU."
+    for module in (fused, graphs): monkeypatch.setattr(module, "adds_in_fp32", lambda device: True)
+    monkeypatch.setattr(fused, "batch_major", lambda device: True)
+    monkeypatch.setattr(torch, "addmm", added_in_fp32)
+
+
+def update():
+    "Relative error of the update by factors in bf16, against float64."
     layer = efcn()[0]
     direct, before = BatchMajor(copy.deepcopy(layer), .1), layer.weight.detach().double()
     grad, x = torch.randn(250, len(layer.weight)).bfloat16(), torch.randn(250, layer.weight.shape[1]).bfloat16()
     direct.descend(grad, x)
     true = -.1*grad.double().t() @ x.double()
-    error = (direct.weight.double() - before - true).norm()/true.norm()
-    assert error < (1e-6 if on_gpu else 3e-3), error
     assert torch.equal(direct.low, direct.weight.bfloat16())
+    return (direct.weight.double() - before - true).norm()/true.norm()
+
+
+def test_an_update_on_the_cpu_errs_as_bf16_does(): assert update() < 3e-3
+
+
+def test_an_update_summed_in_fp32_errs_less(like_a_gpu): assert update() < 1e-6
+
+
+def moved(kind, options, precision="bf16", dtype=torch.float32, steps=3):
+    "How far some steps on the images take a network."
+    net = efcn().to(dtype)
+    before, optimizer = [p.detach().clone() for p in net.parameters()], kind(net, **options)
+    for i in range(steps):
+        x, y = DATA.batch(range(30*i, 30*i + 30))
+        optimizer.zero_grad()
+        with products(precision, "cpu"): out = net(x.to(dtype))
+        F.cross_entropy(out.to(torch.promote_types(dtype, torch.float32)), y).backward()
+        optimizer.step()
+    return torch.cat([(p.detach() - b).double().flatten() for p, b in zip(net.parameters(), before)])
+
+
+def plain(net, **options): return torch.optim.SGD(net.parameters(), **options)
+
+
+OPTIONS = pytest.mark.parametrize("options", [dict(lr=.1), dict(lr=.1, momentum=.9), dict(lr=.1, weight_decay=.1),
+                                              dict(lr=.1, momentum=.9, weight_decay=.1)])
+
+
+@OPTIONS
+def test_the_gpus_path_of_fused_is_plain_sgd_in_float64(options, like_a_gpu):
+    found, true = (moved(kind, options, "fp32", torch.float64) for kind in (FusedSGD, plain))
+    assert (found - true).norm() < 1e-12*true.norm()
+
+
+@OPTIONS
+def test_the_gpus_path_of_fused_is_no_coarser_than_autocast(options, like_a_gpu):
+    true = moved(plain, options, "fp32", torch.float64)
+    found, known = ((moved(kind, options) - true).norm()/true.norm() for kind in (FusedSGD, plain))
+    assert found < 1.2*known, (found, known)
 
 
 def test_only_a_gpu_adds_products_of_bf16_to_fp32(): assert not adds_in_fp32(CPU)
