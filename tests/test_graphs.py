@@ -5,6 +5,7 @@ import types
 import weakref
 from contextlib import nullcontext
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torch.nn.utils import parametrize
 
 import tiny
 from test_reads import reads
+from efcn_nb import cli
+from efcn_nb.experiments import bench
 from efcn_nb.ladder.embedding import embed
 from efcn_nb.materials.models import small
 from efcn_nb.training import fused, graphs
@@ -298,3 +301,27 @@ def test_a_step_asks_no_number_of_the_device(monkeypatch):
     trainer.warm_up()
     trainer.step()
     with pytest.raises((RuntimeError, NotImplementedError)): trainer.numbers().tolist()
+
+
+# The ladder
+
+def test_a_rung_that_a_device_does_not_know_says_why():
+    def make(): raise RuntimeError("no such kernel\nat line 5")
+    seconds, said = bench.rung(make, 1)
+    assert seconds != seconds and said == "RuntimeError: no such kernel"
+
+
+def test_the_ladder_climbs_to_eight_networks_of_one_graph():
+    rungs = bench.ladder_jobs(efcn(), cnn(), DATA, 25, graph=True)
+    assert [steps for _, steps in rungs.values()] == [1, 1, 4, 4, 32, 4, 4, 32]
+    assert [*rungs][4] == "eFCN, batch-major, addmm, captured, a network of 8"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_console_prints_the_ladder_on_a_gpu_alone(monkeypatch, capsys, device):
+    table = pd.DataFrame([{"model": "small", "step (ms)": 1.}])
+    for name in ("bench_train", "bench_epoch", "bench_ladder"): monkeypatch.setattr(cli, name, lambda *_: table)
+    args = types.SimpleNamespace(batch=1, images=1, precision="bf16", out=None, repeat=1, width=None)
+    cli._bench_train(args, ["small"], torch.device(device), "efcn_bench train")
+    said = capsys.readouterr().out
+    assert "step of small" in said and ("ladder of small" in said) == (device == "cuda")

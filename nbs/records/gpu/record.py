@@ -32,7 +32,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from efcn_nb.experiments.bench import ceilings, ladder_jobs, noise, rung
 from efcn_nb.experiments.effects import interval, verdict
+from efcn_nb.instruments.subspaces import squares
 from efcn_nb.ladder.matrices import (
     kernel_from_local, local_from_kernel, local_from_matrix, matrix_from_kernel, release, tied_sum)
 from efcn_nb.ladder.inspection import conv_geometries
@@ -383,93 +385,29 @@ def checks(device, graph, toy):
     return pd.DataFrame(found)
 
 
-def milliseconds(function, device, times):
-    "Median over `times` calls."
-    taken = []
-    for _ in range(times + 3):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        taken.append(1e3 * (time.perf_counter() - start))
-    return float(np.median(taken[3:]))
-
-
 def ladder(device, graph, toy, clock):
-    "Milliseconds of a step of 250 images, rung by rung."
-    found, batch = [], 50 if toy else 250
+    "Milliseconds of a step of 250 images: the ladder of `experiments.bench`, and the ceilings of the machine."
+    found, batch, repeat = [], 50 if toy else 250, 3 if toy else 20
+    size, side = (2**20, 512) if toy else (2**30, 8192)
 
-    def rung(network, what, make, per=1, times=3 if toy else 20):
+    def add(network, what, make, steps=1, repeat=repeat):
         clock.check()
-        try:
-            ms = milliseconds(make(), device, times) / per
-        except (RuntimeError, NotImplementedError, TypeError) as e:
-            ms, what = math.nan, f"{what}: {type(e).__name__}: {str(e).splitlines()[0][:120]}"
-        found.append(dict(network=network, what=what, milliseconds=ms))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        seconds, said = rung(make, steps, device, repeat)
+        found.append(dict(network=network, what=f"{what}: {said}" if said else what, milliseconds=1e3 * seconds))
 
-    size = 2**20 if toy else 2**30
-    a, b = torch.empty(size // 4, device=device), torch.empty(size // 4, device=device)
-    rung("ceiling", f"copy of {size / 2**30:g} GiB, read and written", lambda: lambda: b.copy_(a))
-    side = 512 if toy else 8192
-    m, k = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
-    rung("ceiling", f"bf16 product of {side}^3", lambda: lambda: m @ k)
-    n = 4 * batch
-    images = {
-        s: (
-            torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, device=device),
-            torch.randint(0, 10, (n,), device=device),
-        )
-        for s in ("train", "test")
-    }
-    data = parts(images, n, 0)["train"]
-    x, y = normalised(data.x[:batch], data, torch.bfloat16).float(), data.y[:batch]
+    for what, (job, _) in ceilings(device, size, side).items():
+        add("ceiling", what, lambda: job)
+    data = noise(4 * batch, device).train
     for name, make in (("SkinnyCNN", skinny), ("AlexNet", alexnet)):
         torch.manual_seed(0)
         cnn = make((3, 32, 32), 10, 4 if toy else 64).to(device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         efcn = embed(cnn, (3, 32, 32), trim=True)
         found.append(dict(network=name, what="embed, trimmed", milliseconds=1e3 * (time.perf_counter() - start)))
-
-        def own(kind):
-            def made():
-                model = copy.deepcopy(efcn)
-                optimizer = kind(model)
-
-                def step():
-                    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-                        out = model(x)
-                    loss = F.cross_entropy(out.float(), y)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-
-                return step
-
-            return made
-
-        rung(name, "eFCN, torch.optim.SGD, bf16", own(lambda m: torch.optim.SGD(m.parameters(), 0.01)))
-        rung(name, "eFCN, FusedSGD, bf16", own(lambda m: FusedSGD(m, 0.01)))
-
-        def group(models, captured):
-            found = Group([Trainer(copy.deepcopy(m), data, 0.01, batch) for m in models], captured)
-            return lambda: found.epoch(0)
-
-        for what, model in (("eFCN, batch-major, addmm", efcn), ("CNN, bf16", cnn)):
-            rung(name, what, lambda: group([model], False), 4)
-            if not graph:
-                continue
-            for many in (1, 8):
-                rung(name, f"{what}, captured, a network of {many}", lambda: group([model] * many, True), 4 * many)
+        for what, (job, steps) in ladder_jobs(efcn, cnn, data, batch, graph).items():
+            add(name, what, job, steps)
         layer = next(m for m in efcn.modules() if isinstance(m, FullyConnected))
-        rung(
-            name, "norms by part, first layer", lambda: lambda: parts_of(layer.weight.detach(), layer.geometry), times=3
-        )
+        add(name, "norms by part, first layer", lambda: lambda: squares(layer), repeat=3)
     return pd.DataFrame(found)
 
 
