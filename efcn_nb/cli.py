@@ -23,7 +23,7 @@ from .experiments.relaxation import Study, WorkerLost
 from .experiments.claims import claims, summary
 from .experiments.measures import first_rows, measured, MEASURES
 from .experiments.plots import plot_study
-from .experiments.bench import bench_embed, bench_epoch, bench_local, bench_train, machine
+from .experiments.bench import bench_embed, bench_epoch, bench_ladder, bench_local, bench_train, machine
 from .service.files import clear_away, held, publish, write_atomic
 
 # %% ../nbs/99_cli.ipynb #625e7168
@@ -302,7 +302,7 @@ def _bench_train(args, names, device, command):
     "Print what training costs, and keep the tables if there is a folder for them."
     _check_bench(args, device)
     _bench_folder(args, device, command)
-    tables, few = dict(step=[], epoch=[]), min(args.repeat, 3)
+    tables, few = dict(step=[], epoch=[], ladder=[]), min(args.repeat, 3)
     def add(kind, name, turns, table):
         tables[kind].append(table)
         _show(f'{kind} of {name}, batch {args.batch}, {device}, median of {turns} turns', table)
@@ -313,6 +313,8 @@ def _bench_train(args, names, device, command):
         for width in args.width or [None]:
             add('step', name, args.repeat, bench_train(name, width, args.batch, device, args.repeat))
             add('epoch', name, few, bench_epoch(name, width, args.batch, device, args.precision, args.images, few))
+            if device.type != 'cuda': continue
+            add('ladder', name, args.repeat, bench_ladder(name, width, args.batch, device, args.repeat))
 
 # %% ../nbs/99_cli.ipynb #499c3984
 def efcn_bench(

@@ -11,8 +11,10 @@ __all__ = ['PARTS', 'project_lcn', 'project_cnn', 'squares', 'released_layers', 
 import copy, functools, itertools, math
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..ladder.geometry import ConvGeometry
@@ -41,9 +43,17 @@ def _real(x):
     "Real numbers as they are; of complex ones the two parts, along one more axis."
     return torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x
 
+def _at_a_time(x, most=2**16):
+    "How many numbers of `x` a cache holds; on a GPU, where a piece costs a launch, 64 times as many."
+    return most*(1 if x.device.type == 'cpu' else 64)
+
 def _square(x):
-    "Squared norm in double precision, of complex numbers that of their moduli."
-    return torch.linalg.vector_norm(_real(x), dtype=torch.float64).item()**2
+    "Squared norm in double precision, a number on the device; of complex numbers that of their moduli."
+    total = x.new_zeros((), dtype=torch.float64)
+    for some in _real(x).reshape(-1).split(_at_a_time(x)):
+        some = some.double()
+        total += torch.dot(some, some)
+    return total
 
 def _double(x):
     "Real or complex numbers in double precision."
@@ -52,22 +62,34 @@ def _double(x):
 # %% ../../nbs/instruments/30_subspaces.ipynb #bfe52b7e
 PARTS = ('convolutional', 'unshared', 'off_local', 'other')
 
+@functools.lru_cache(16)
+def _inside(g, device):
+    "Whether a tap reaches: bool (groups, 1, output positions, groups, 1, input positions, 1)."
+    same = torch.eye(g.groups, dtype=torch.bool)[:,None,None,:,None,None,None]
+    return (same & g.window[:,None,None,:,None]).to(device)
+
 def _off_local_square(W, g):
     "Squared norm of the entries of `W` that no tap reaches."
-    rows = W.view(g.out_channels, math.prod(g.output_size), g.groups, -1, math.prod(g.input_size))
-    total = 0.
-    for i, pixels in enumerate(g.reads.to(W.device)):
-        off = rows[:,i].clone().unflatten(0, (g.groups, -1))
-        for group in range(g.groups): off[group,:,group].index_fill_(2, pixels[pixels >= 0], 0)
-        total += _square(off)
+    inside = _inside(g, W.device)
+    rows = _real(W).view(g.groups, -1, *inside.shape[2:4], g.in_channels//g.groups, inside.shape[5], 1 + W.is_complex())
+    most, at_a_place = _at_a_time(W), rows[:,0,0].numel()
+    places, channels = max(1, most//at_a_place), max(1, most//(at_a_place*rows.shape[2]))
+    total = W.new_zeros((), dtype=torch.float64)
+    for some, of_some in zip(rows.split(places, 2), inside.split(places, 2)):
+        squares = torch.zeros_like(some[:,:channels], dtype=torch.float64)
+        for x in some.split(channels, 1):
+            x = x.double()
+            squares[:,:x.shape[1]].addcmul_(x, x)
+        total += squares.masked_fill_(of_some, 0).sum()
     return total
 
-def _channels(g, most=2**20):
-    """Output channels of `g`, from and to, that have about `most` weights together, with their geometry.
+# %% ../../nbs/instruments/30_subspaces.ipynb #a87ef9a7
+def _channels(g, most):
+    """Output channels of `g`, from and to, that have about `most` local weights together, with their geometry.
 
     All at once if there are groups.
     """
-    n = g.out_channels if g.groups > 1 else max(1, most*g.out_channels//math.prod(g.matrix_shape))
+    n = g.out_channels if g.groups > 1 else max(1, most*g.out_channels//math.prod(g.local_shape))
     known, found = {}, []
     for a in range(0, g.out_channels, n):
         size = min(n, g.out_channels - a)
@@ -75,51 +97,61 @@ def _channels(g, most=2**20):
         found.append((a, a + size, known[size]))
     return found
 
+def _squares_in_pieces(W, g):
+    "Squared norms of the three parts of a large matrix, or of large local weights, some channels at a time."
+    parts, dense = W.new_zeros(3, dtype=torch.float64), W.dim() == 2
+    if dense: parts[2] = _off_local_square(W, g)
+    for a, b, own in _channels(g, _at_a_time(W, 2**22)):
+        if dense: L = local_from_matrix(W.unflatten(0, (g.out_channels, -1))[a:b].flatten(0, 1), own)
+        else: L = W[:,a:b]*(g.reads >= 0)[:,None,:,None].to(W.device)                 # no unfilled slots
+        shared = local_from_kernel(kernel_from_local(L, own), own)
+        parts[0] += _square(shared)
+        parts[1] += _square(L.sub_(shared))
+    return parts
+
 # %% ../../nbs/instruments/30_subspaces.ipynb #aa33b59f
 @functools.lru_cache(16)
-def _mask(g):
-    "The mask of local entries, kept for the next time."
-    return g.mask
+def _copies(g, dense, device):
+    """Flat indices of the copies of each tap, (taps, copies), and 1 where there is such a copy; for zero padding.
 
-@functools.lru_cache(16)
-def _taps(g, dense):
-    "The local entries by flat index, the tap of each, the first entry of each tap and their number; for zero padding."
+    A tap with fewer copies than others repeats its first.
+    """
     numbers = torch.arange(1, math.prod(g.kernel_shape) + 1, dtype=torch.float64).view(g.kernel_shape)
     tap = (matrix_from_kernel if dense else local_from_kernel)(numbers, g).flatten().long() - 1
-    at = (tap >= 0).nonzero().flatten()
-    tap, count = tap[at], torch.bincount(tap[at], minlength=numbers.numel())
-    first = torch.full((numbers.numel(),), len(at) - 1).scatter_reduce(0, tap, torch.arange(len(at)), 'amin')
-    return at, tap, first, count.clamp(min=1)
+    entries = (tap >= 0).nonzero().flatten()
+    tap, order = tap[entries].sort(stable=True)
+    entries, count = entries[order], torch.bincount(tap, minlength=numbers.numel())
+    start = count.cumsum(0) - count                                   # of a tap's copies among the entries
+    column = torch.arange(max(1, int(count.max())))
+    real = column < count[:,None]
+    at = F.pad(entries, (0, 1))[(start[:,None] + column*real).clamp(max=len(entries))]
+    return at.to(device), real.double().to(device)
 
 def _small_squares(W, g):
     "Squared norms of the three parts of a small matrix, or of small local weights."
-    at, tap, first, count = (t.to(W.device) for t in _taps(g, W.dim() == 2))
-    off = _square(W.masked_fill(_mask(g).to(W.device), 0)) if W.dim() == 2 else 0.
-    if not len(at): return dict(convolutional=0., unshared=0., off_local=off) # no tap reads anything
-    entries = _double(W.flatten()[at])
-    apart = entries - entries[first][tap] # exactly zero where weights are shared
-    mean = apart.new_zeros(len(count)).index_add(0, tap, apart) / count
-    return dict(convolutional=_square((entries[first] + mean)[tap]), unshared=_square(apart - mean[tap]), off_local=off)
+    dense = W.dim() == 2
+    at, real = _copies(g, dense, W.device)
+    w = _double(W.flatten().index_select(0, at.flatten()).view(at.shape))
+    count = real.sum(1, keepdim=True)
+    apart = w - w[:,:1]                                               # exactly zero where weights are shared
+    mean = apart.sum(1, keepdim=True)/count.clamp(min=1)
+    convolutional = (count*(w[:,:1] + mean).abs().square()).sum()
+    off = _off_local_square(W, g) if dense else torch.zeros_like(convolutional)
+    return torch.stack([convolutional, _square((apart - mean)*real), off])
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #7dde6aa9
 @torch.no_grad()
+def _squares(layer):
+    "What `squares` says, three numbers in double precision on the device."
+    W, g = layer.weight.detach(), layer.geometry
+    small = W.numel() < 2**20 and g.padding_mode == 'zeros'
+    return (_small_squares if small else _squares_in_pieces)(W, g)
+
 def squares(
     layer:nn.Module # `FullyConnected` or `LocallyConnected`
 )->dict:
     "Squared norms of the convolutional, the unshared and the off-local part of a layer's weights."
-    dense = isinstance(layer, FullyConnected)
-    total = dict.fromkeys(PARTS[:3], 0.)
-    if layer.weight.numel() < 2**20 and layer.geometry.padding_mode == 'zeros':
-        return _small_squares(layer.weight, layer.geometry)
-    for a, b, g in _channels(layer.geometry):                                 # some at a time, to save memory
-        if dense: W = layer.weight.unflatten(0, (layer.geometry.out_channels, -1))[a:b].flatten(0, 1)
-        else: W = layer.weight[:,a:b]
-        L = local_from_matrix(W, g) if dense else W*(g.reads >= 0)[:,None,:,None].to(W.device) # no unfilled slots
-        shared = local_from_kernel(kernel_from_local(L, g), g)
-        total['convolutional'] += _square(shared)
-        total['unshared'] += _square(L - shared)
-        if dense: total['off_local'] += _off_local_square(W, g)
-    return total
+    return dict(zip(PARTS, _squares(layer).tolist()))
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #036a506c
 def released_layers(
@@ -144,16 +176,23 @@ def shares(
 
     Raises `ValueError` if there is none.
     """
-    rows = {name: squares(m) for name, m in released_layers(model).items()}
-    rows['all'] = {part: sum(rows[name][part] for name in _untied(model)) for part in PARTS[:3]} # tied ones count once
-    table = {}
-    for name, row in rows.items():
-        total = sum(row.values())
-        table[name] = {part: square/total if total else math.nan for part, square in row.items()}
-        table[name]['norm'] = total**.5
-    return pd.DataFrame.from_dict(table, orient='index')
+    layers = released_layers(model)
+    rows = dict(zip(layers, torch.stack([_squares(m) for m in layers.values()]).tolist()))  # the only read
+    rows['all'] = [sum(column) for column in zip(*(rows[name] for name in _untied(model)))] # tied ones count once
+    table = []
+    for row in rows.values():
+        total = sum(row)
+        table.append([square/total if total else math.nan for square in row] + [total**.5])
+    return pd.DataFrame(np.array(table), index=list(rows), columns=[*PARTS[:3], 'norm'])
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #01982039
+def _bias_square(layer):
+    "Squared distance of the biases of a layer from their mean over the positions of each channel."
+    if layer.bias is None: return layer.weight.new_zeros((), dtype=torch.float64)
+    bias = layer.bias.detach().view(layer.geometry.out_channels, -1)
+    apart = bias - bias[:,:1]                                         # exactly zero where biases are shared
+    return _square(apart - apart.mean(1, keepdim=True))
+
 @torch.no_grad()
 def residuals(
     model:nn.Module # an embedded network
@@ -162,14 +201,10 @@ def residuals(
 
     Raises `ValueError` if there is no released layer.
     """
-    rows = {}
-    for name, m in released_layers(model).items():
-        parts = squares(m)
-        bias = torch.zeros(1, 1) if m.bias is None else m.bias.view(m.geometry.out_channels, -1)
-        apart = bias - bias[:,:1] # exactly zero where biases are shared
-        rows[name] = dict(lcn=parts['off_local'],
-                          cnn=parts['off_local'] + parts['unshared'] + _square(apart - apart.mean(1, keepdim=True)))
-    table = pd.DataFrame.from_dict(rows, orient='index')
+    layers = released_layers(model)
+    found = torch.stack([torch.cat([_squares(m), _bias_square(m)[None]]) for m in layers.values()])
+    rows = [[off, off + unshared + biases] for _, unshared, off, biases in found.tolist()]
+    table = pd.DataFrame(rows, index=list(layers), columns=['lcn', 'cnn'])
     table.loc['all'] = table.loc[_untied(model)].sum()
     return table**.5
 
@@ -370,7 +405,7 @@ def radial_profile(
 # %% ../../nbs/instruments/30_subspaces.ipynb #cb7bb83f
 def _root_mean_square(x):
     "Root of the mean square of real numbers, or of the moduli of complex ones, in double precision."
-    return (_square(x)/len(x))**.5 if x.is_complex() else x.square().mean().item()**.5
+    return (_square(x).item()/len(x))**.5 if x.is_complex() else x.square().mean().item()**.5
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #6b536474
 @torch.no_grad()

@@ -87,16 +87,28 @@ def to(self:Dataset,
     return replace(self, **{k: getattr(self, k).to(device) for k in ('x', 'y', 'mean', 'std')})
 
 # %% ../../nbs/materials/10_data.ipynb #3087b2f8
+def _state(t): return None if t.is_inference() else t._version
+
+@patch
+def _scaled_moments(self:Dataset):
+    "Mean and deviation on the scale of `x`, shaped as its channels; kept until they change."
+    own = self.mean, self.std, self.x.dtype, _state(self.mean), _state(self.std)
+    known, moments = self.__dict__.get('_moments', (None, None))
+    if known is None or any(a is not b if isinstance(a, Tensor) else a != b for a, b in zip(own, known)):
+        scale, channels = 255 if self.x.dtype == torch.uint8 else 1, (-1,) + (1,)*(self.x.ndim - 2)
+        moments = scale*self.mean.view(channels), scale*self.std.view(channels)
+        self.__dict__['_moments'] = own, moments
+    return moments
+
 @patch
 def batch(self:Dataset,
     index # positions of the samples: tensor of integers or list (n,)
 )->tuple: # float32 (n, C, *spatial), normalised; int64 (n,)
     "The samples at `index`, normalised on the device."
-    index = torch.as_tensor(index, device=self.x.device)
-    x = self.x.flatten(1).index_select(0, index).view(-1, *self.shape).float()
-    scale = 255 if self.x.dtype == torch.uint8 else 1
-    channels = (-1,) + (1,)*(x.ndim-2)
-    return x.sub_(scale*self.mean.view(channels)).div_(scale*self.std.view(channels)), self.y.index_select(0, index)
+    index, (mean, std) = torch.as_tensor(index, device=self.x.device), self._scaled_moments()
+    x = self.x.flatten(1).index_select(0, index).view(-1, *self.shape)
+    x = x.float().sub_(mean) if x.device.type == 'cpu' else x - mean # a GPU converts as it subtracts
+    return x.div_(std), self.y.index_select(0, index)
 
 # %% ../../nbs/materials/10_data.ipynb #4c1123d6
 @patch

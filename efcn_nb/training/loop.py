@@ -42,18 +42,22 @@ def check_precision(precision, device):
     if precision == 'tf32' and torch.device(device).type != 'cuda':
         raise ValueError(f'tf32 products need a GPU, the device is {device}; use fp32 or bf16')
 
+_SUMS = 'allow_bf16_reduced_precision_reduction' # whether partial sums of a bf16 product may be rounded to bf16
+
 @contextmanager
 def _switched(precision, device):
-    "PyTorch's switches for float32 products on a GPU, set for `precision` and put back afterwards."
+    "PyTorch's switches for products on a GPU, set for `precision` and put back afterwards."
     check_precision(precision, device)
-    on_gpu = torch.device(device).type == 'cuda'
-    switches = [torch.backends.cuda.matmul, torch.backends.cudnn.conv] if on_gpu else []
-    before = [switch.fp32_precision for switch in switches]
+    on_gpu, matmul = torch.device(device).type == 'cuda', torch.backends.cuda.matmul
+    short = 'tf32' if precision == 'tf32' else 'ieee'
+    new = [(matmul, 'fp32_precision', short), (torch.backends.cudnn.conv, 'fp32_precision', short)]
+    new = [*new, (matmul, _SUMS, False)] if on_gpu else []
+    before = [getattr(switch, name) for switch, name, _ in new]
     try:
-        for switch in switches: switch.fp32_precision = 'tf32' if precision == 'tf32' else 'ieee'
+        for switch, name, value in new: setattr(switch, name, value)
         yield
     finally:
-        for switch, value in zip(switches, before): switch.fp32_precision = value
+        for (switch, name, _), value in zip(new, before): setattr(switch, name, value)
 
 # %% ../../nbs/training/22_loop.ipynb #daeeae6e
 @contextmanager
@@ -77,13 +81,14 @@ def start_training(
 def evaluate(
     model:torch.nn.Module,
     data,                  # a `Dataset`
-    batch_size:int=250,    # images at a time
+    batch_size:int=250,    # images at a time; on a GPU 2,500 or more, which keep it busy
     precision:str='fp32'
 )->dict:
     """Accuracy (share of right answers) and loss (mean cross-entropy in nats) on `data`, in evaluation mode.
 
     Every module gets its own mode back."""
     loss, right = 0., 0
+    if data.x.device.type == 'cuda': batch_size = max(batch_size, 2500)
     with evaluated(model):
         for x, y in data.batches(batch_size):
             with products(precision, x.device): logits = model(x)
@@ -193,7 +198,8 @@ def train_epoch(
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []), _switched(precision, device):
         torch.manual_seed(seed)
         losses = train_steps(model, optimizer, data.batches(batch_size, order), loss, precision, after_step)
-    return dict(accuracy=float(sum(right))/len(data), loss=float((losses * torch.tensor(sizes)).sum())/len(data))
+    mean = float((losses * torch.tensor(sizes)).sum())/len(data)
+    return dict(accuracy=float(torch.stack(right).sum())/len(data), loss=mean)
 
 # %% ../../nbs/training/22_loop.ipynb #4364bca6
 def measure_epoch(

@@ -12,11 +12,16 @@ already are not computed again. DIR receives, after every stage, at most eight s
     norms.csv         where each relaxed network went: norms of its weights and of its displacement, by part
     outcomes.csv      mean of the last five evaluations, with its spread over seeds, and the paired gains
 
-A step is captured as a CUDA graph: bf16 products on fp32 weights, the update of a matrix within the backward pass.
-`--device cpu` computes the same without a graph, `--toy` at a size for tests.
+A step is that of `efcn_nb.training.graphs`, captured as a CUDA graph: bf16 products on fp32 weights, the update of a
+matrix within the backward pass. `--device cpu` computes the same without a graph, `--toy` at a size for tests.
+
+A machine needs torch, torchvision, what the package imports (fastcore and tensorly as wheels on PYTHONPATH), and
+neither nbdev nor a network. Before a record, the tests that are written for such a machine:
+
+    python -m pytest --noconftest -q tests/test_cuda.py
 """
 
-import argparse, copy, functools, io, json, math, os, subprocess, sys, tarfile, time, traceback
+import argparse, copy, io, json, math, os, subprocess, sys, tarfile, time, traceback
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -25,16 +30,19 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from efcn_nb.experiments.bench import ceilings, ladder_jobs, noise, rung
 from efcn_nb.experiments.effects import interval, verdict
+from efcn_nb.instruments.subspaces import squares
 from efcn_nb.ladder.matrices import (
     kernel_from_local, local_from_kernel, local_from_matrix, matrix_from_kernel, release, tied_sum)
 from efcn_nb.ladder.inspection import conv_geometries
 from efcn_nb.ladder.embedding import embed, nearest_cnn, reinitialize
 from efcn_nb.training.fused import FusedSGD
+from efcn_nb.training.graphs import Group, Trainer, normalised
 from efcn_nb.ladder.layers import FullyConnected
+from efcn_nb.materials.data import Dataset
 from efcn_nb.materials.models import alexnet, skinny
 
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
@@ -142,81 +150,21 @@ def noise_images():
     return found
 
 
-class Parts:
-    "Images of a block on the device; each seed has its own for training and validation."
-
-    def __init__(self, images, n, seed, device):
-        order = torch.randperm(len(images["train"][0]), generator=torch.Generator().manual_seed(10_000 + seed)).to(
-            device
-        )
-        rows = dict(train=order[:n], validation=order[-max(n // 10, min(5000, len(order) - n)) :])
-        self.x = {k: images["train"][0][r] for k, r in rows.items()} | {"test": images["test"][0]}
-        self.y = {k: images["train"][1][r] for k, r in rows.items()} | {"test": images["test"][1]}
+def dataset(x, y):
+    "Images as bytes on the device, with CIFAR-10's moments."
+    mean, std = (torch.tensor(v, device=x.device) for v in (MEAN, STD))
+    return Dataset(x, y, [str(c) for c in range(10)], mean, std, "CIFAR-10")
 
 
-@functools.cache
-def moments(device):
-    return [torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD)]
+def parts(images, n, seed):
+    "Images of a block, {'train', 'validation', 'test'}: each seed has its own for training and validation."
+    x, y = images["train"]
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(10_000 + seed)).to(x.device)
+    rows = dict(train=order[:n], validation=order[-max(n // 10, min(5000, len(order) - n)) :])
+    return {k: dataset(x[r], y[r]) for k, r in rows.items()} | {"test": dataset(*images["test"])}
 
 
-def normalised(x):
-    mean, std = moments(x.device)
-    return ((x.float() / 255 - mean) / std).bfloat16()
-
-
-# One step
-
-
-@functools.cache
-def adds_in_fp32(device):
-    "Whether a product of bf16 matrices can be added to an fp32 one in place."
-    if device.type != "cuda":
-        return False
-    W, a = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device).bfloat16()
-    try:
-        torch.addmm(W, a.t(), a, out_dtype=torch.float32, beta=1, alpha=-1.0, out=W)
-    except (RuntimeError, TypeError) as e:
-        print(f"no addmm of bf16 into fp32: {e}")
-        return False
-    return bool((W == -15).all())
-
-
-class _Product(torch.autograd.Function):
-    "Outputs of a dense layer in bf16; its backward pass moves the fp32 weights and refreshes their bf16 copy."
-
-    @staticmethod
-    def forward(ctx, x, bias, layer):
-        ctx.save_for_backward(x)
-        ctx.layer = layer
-        return F.linear(x, layer.low, bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,), layer = ctx.saved_tensors, ctx.layer
-        dx = grad @ layer.low if ctx.needs_input_grad[0] else None
-        layer.descend(grad, x)
-        return dx, grad.sum(0, dtype=torch.float32), None
-
-
-class Dense(nn.Module):
-    "A released layer, batch-major, with a bf16 copy of its weights."
-
-    def __init__(self, layer, lr):
-        super().__init__()
-        self.shape, self.geometry, self.lr = layer.out_shape, layer.geometry, lr
-        self.W = layer.weight.detach()
-        self.low, self.start = self.W.bfloat16(), None
-        self.bias = nn.Parameter(layer.bias.detach())
-
-    def descend(self, grad, x):
-        if adds_in_fp32(x.device):
-            torch.addmm(self.W, grad.t(), x, out_dtype=torch.float32, beta=1, alpha=-self.lr(), out=self.W)
-        else:
-            self.W.add_((grad.t() @ x).float(), alpha=-self.lr())
-        self.low.copy_(self.W)
-
-    def forward(self, x):
-        return _Product.apply(x.flatten(1), self.bias, self).unflatten(1, self.shape)
+# One step: training.graphs of the package
 
 
 def copies(geometries, device):
@@ -230,129 +178,9 @@ def copies(geometries, device):
     return found
 
 
-STREAMS = []
-
-
-class Trainer:
-    "A network with its images, its rate and its captured step. `slow` divides the steps of parameters by name."
-
-    def __init__(self, model, parts, batch, lr, seed, slow=None, tags=None):
-        self.parts, self.batch, self.lr, self.seed, self.tags = parts, batch, lr, seed, tags
-        self.model, self.rate = model, lr
-        self.device = parts.y["train"].device
-        cuda = self.device.type == "cuda"
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, FullyConnected):
-                model.set_submodule(name, Dense(layer, lambda: self.rate))
-        self.dense = [m for m in model.modules() if isinstance(m, Dense)]
-        self.cl = cuda and not self.dense
-        if self.cl:
-            model.to(memory_format=torch.channels_last)
-        self.params = [p for p in model.parameters()]
-        self.slow = (
-            None
-            if slow is None
-            else [1 / slow[n] if n in slow else torch.ones((), device=self.device) for n, _ in model.named_parameters()]
-        )
-        n = len(parts.x["train"])
-        assert n % batch == 0, "the batch must divide the number of images"
-        self.steps, self.order = n // batch, torch.arange(n, device=self.device)
-        self.window = torch.arange(batch, device=self.device)
-        self.at, self.hits = (torch.zeros((), dtype=torch.long, device=self.device) for _ in range(2))
-        self.loss = torch.zeros((), device=self.device)
-
-    def amp(self):
-        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
-
-    def step(self):
-        rows = self.order.index_select(0, self.at * self.batch + self.window)
-        x, y = normalised(self.parts.x["train"].index_select(0, rows)), self.parts.y["train"].index_select(0, rows)
-        if self.cl:
-            x = x.contiguous(memory_format=torch.channels_last)
-        with self.amp():
-            out = self.model(x)
-        loss = F.cross_entropy(out.float(), y)
-        grads = torch.autograd.grad(loss, self.params)
-        with torch.no_grad():
-            if self.slow:
-                grads = torch._foreach_mul(grads, self.slow)
-            torch._foreach_add_(self.params, grads, alpha=-self.rate)
-            self.loss += loss.detach()
-            self.hits += (out.argmax(1) == y).sum()
-            self.at += 1
-
-    def warm_up(self):
-        "What a graph needs to have happened before: two steps of rate 0."
-        self.rate = 0.0
-        for _ in range(2):
-            self.at.zero_()
-            self.step()
-        self.rate = self.lr
-
-    def begin(self, epoch):
-        g = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        self.order.copy_(torch.randperm(len(self.order), generator=g))
-        for t in (self.at, self.hits, self.loss):
-            t.zero_()
-
-    @torch.no_grad()
-    def accuracy(self, split):
-        x, y = self.parts.x[split], self.parts.y[split]
-        right = torch.zeros((), device=self.device)
-        with self.amp():
-            for a in range(0, len(x), 5000):
-                right += (self.model(normalised(x[a : a + 5000])).argmax(1) == y[a : a + 5000]).sum()
-        return float(right) / len(x)
-
-    def measured(self, epoch):
-        loss = float(self.loss) / max(1, int(self.at))
-        return dict(
-            self.tags,
-            seed=self.seed,
-            epoch=epoch,
-            train_loss=loss,
-            train=float(self.hits) / max(1, int(self.at)) / self.batch,
-            validation=self.accuracy("validation"),
-            test=self.accuracy("test"),
-        )
-
-
-class Group:
-    "Trainers that go on together. On a GPU, some steps of all are one graph, in which each trainer is a branch."
-
-    def __init__(self, trainers, graph):
-        self.trainers, self.steps, self.at_once, self.graph = trainers, trainers[0].steps, 1, None
-        if not graph:
-            return
-        self.at_once = max(k for k in range(1, 6) if self.steps % k == 0)
-        while len(STREAMS) <= len(trainers):
-            STREAMS.append(torch.cuda.Stream())
-        main, *streams = STREAMS[: len(trainers) + 1]
-        torch.cuda.synchronize()
-        for t, stream in zip(trainers, streams):
-            with torch.cuda.stream(stream):
-                t.warm_up()
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=main):
-            for t, stream in zip(trainers, streams):
-                stream.wait_stream(main)
-                with torch.cuda.stream(stream):
-                    for _ in range(self.at_once):
-                        t.step()
-            for stream in streams:
-                main.wait_stream(stream)
-        torch.cuda.synchronize()
-
-    def epoch(self, number):
-        for t in self.trainers:
-            t.begin(number)
-        for _ in range(self.steps // self.at_once):
-            if self.graph:
-                self.graph.replay()
-            else:
-                for t in self.trainers:
-                    t.step()
+def measured(group, epoch):
+    "What the last epoch gave, a line for each network."
+    return [dict(t.tags, seed=t.seed, epoch=epoch, **found) for t, found in zip(group.trainers, group.measured())]
 
 
 def train(trainers, first, last, clock, rows, graph):
@@ -362,7 +190,7 @@ def train(trainers, first, last, clock, rows, graph):
         clock.check()
         group.epoch(epoch)
         if epoch % EVERY == 0 or epoch > last - LAST:
-            rows += [t.measured(epoch) for t in group.trainers]
+            rows += measured(group, epoch)
     return group
 
 
@@ -385,10 +213,10 @@ def parts_of(W, g):
 def norms(trainer):
     "Squared norms of weights and displacement by part, summed over layers."
     found = dict(trainer.tags, seed=trainer.seed)
-    for what, of in (("weights", lambda d: d.W), ("displacement", lambda d: d.W - d.start)):
+    for what, of in (("weights", lambda d, start: d.weight), ("displacement", lambda d, start: d.weight - start)):
         total = {}
-        for d in trainer.dense:
-            for part, square in parts_of(of(d), d.geometry).items():
+        for d, start in zip(trainer.dense, trainer.start):
+            for part, square in parts_of(of(d, start), d.geometry).items():
                 total[part] = total.get(part, 0.0) + square
         found |= {f"{what}_{part}": square for part, square in total.items()}
     return found
@@ -407,7 +235,7 @@ def released(cnn, geometries):
 def unit(b, seeds, images, device, graph, clock, rows, places):
     "All networks of block `b` for these seeds: the CNNs, then from each of `times` what goes on from there."
     new = []
-    parts = {s: Parts(images, b["n"], s, device) for s in seeds}
+    found = {s: parts(images, b["n"], s) for s in seeds}
     tags = {k: b[k] for k in ("block", "n", "width")}
 
     def cnn(seed):
@@ -417,7 +245,10 @@ def unit(b, seeds, images, device, graph, clock, rows, places):
     geometries = conv_geometries(cnn(0), (3, 32, 32), trim=True)
 
     def made(model, s, network, relax, lr, slow=None):
-        return Trainer(model, parts[s], b["batch"], lr, s, slow, dict(tags, network=network, relax=relax, lr=lr))
+        own, held_out = found[s]["train"], {k: found[s][k] for k in ("validation", "test")}
+        trainer = Trainer(model, own, lr, b["batch"], s, slow=slow, held_out=held_out)
+        trainer.tags = dict(tags, network=network, relax=relax, lr=lr)
+        return trainer
 
     if "fcn" in b["arms"]:
         for lr in b["rates"]:
@@ -449,8 +280,7 @@ def unit(b, seeds, images, device, graph, clock, rows, places):
                         model = released(model, geometries)
                     # the slowed CNN takes the steps of the eFCN, tied: same rate, divided by copies
                     group.append(made(model, s, arm, t, lr, slow if arm == "slowed" else None))
-                    for d in group[-1].dense:
-                        d.start = d.W.clone()
+                    group[-1].start = [d.weight.clone() for d in group[-1].dense]
             train(group, t, b["epochs"], clock, new, graph)
             rows += new
             places += [norms(g) for g in group if g.dense]
@@ -516,7 +346,8 @@ def checks(device, graph, toy):
         )
         for k in ("train", "test")
     }
-    found, x = [], normalised(images["train"][0]).double()
+    data = dataset(*images["train"])
+    found, x = [], normalised(data.x, data, torch.bfloat16).double()
     error = lambda a, b: float(
         torch.linalg.vector_norm((a - b).detach().flatten(), dtype=torch.float64)
         / torch.linalg.vector_norm(b.detach().flatten())
@@ -533,8 +364,6 @@ def checks(device, graph, toy):
     elcn = embed(double, (3, 32, 32), to="lcn")
     note("embedding in eLCN, float64", error(elcn(x), double(x)))
     efcn = embed(cnn, (3, 32, 32), trim=True)
-    parts = Parts(images, 50, 0, device)
-    parts.x["train"], parts.y["train"] = images["train"]
     true = reference(efcn, x, images["train"][1], 0.1, torch.float64)
     plain = reference(efcn, x.float(), images["train"][1], 0.1, torch.float32, amp=True)
     for n in true:
@@ -548,104 +377,37 @@ def checks(device, graph, toy):
     for n, p in fused.named_parameters():
         note(f"FusedSGD, bf16, {n}", error(p.detach() - before[n], true[n]))
     for captured in {False, graph}:
-        group = Group([Trainer(copy.deepcopy(m), parts, 50, 0.1, 0) for m in (cnn, efcn, efcn)], captured)
+        group = Group([Trainer(copy.deepcopy(m), data, 0.1, 50) for m in (cnn, efcn, efcn)], captured)
         group.epoch(1)
-        t = group.trainers[2]
-        moved = {n: p.detach() for n, p in t.model.named_parameters()} | {
-            n + ".weight": d.W for n, d in t.model.named_modules() if isinstance(d, Dense)
-        }
+        moved = {n: p.detach() for n, p in group.trainers[2].model.named_parameters()}
         for n in true:
             note(f"{'captured' if captured else 'eager'} step, bf16, {n}", error(moved[n] - before[n], true[n]))
     return pd.DataFrame(found)
 
 
-def milliseconds(function, device, times):
-    "Median over `times` calls."
-    taken = []
-    for _ in range(times + 3):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        taken.append(1e3 * (time.perf_counter() - start))
-    return float(np.median(taken[3:]))
-
-
 def ladder(device, graph, toy, clock):
-    "Milliseconds of a step of 250 images, rung by rung."
-    found, batch = [], 50 if toy else 250
+    "Milliseconds of a step of 250 images: the ladder of `experiments.bench`, and the ceilings of the machine."
+    found, batch, repeat = [], 50 if toy else 250, 3 if toy else 20
+    size, side = (2**20, 512) if toy else (2**30, 8192)
 
-    def rung(network, what, make, per=1, times=3 if toy else 20):
+    def add(network, what, make, steps=1, repeat=repeat):
         clock.check()
-        try:
-            ms = milliseconds(make(), device, times) / per
-        except (RuntimeError, NotImplementedError, TypeError) as e:
-            ms, what = math.nan, f"{what}: {type(e).__name__}: {str(e).splitlines()[0][:120]}"
-        found.append(dict(network=network, what=what, milliseconds=ms))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        seconds, said = rung(make, steps, device, repeat)
+        found.append(dict(network=network, what=f"{what}: {said}" if said else what, milliseconds=1e3 * seconds))
 
-    size = 2**20 if toy else 2**30
-    a, b = torch.empty(size // 4, device=device), torch.empty(size // 4, device=device)
-    rung("ceiling", f"copy of {size / 2**30:g} GiB, read and written", lambda: lambda: b.copy_(a))
-    side = 512 if toy else 8192
-    m, k = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
-    rung("ceiling", f"bf16 product of {side}^3", lambda: lambda: m @ k)
-    n = 4 * batch
-    images = {
-        s: (
-            torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, device=device),
-            torch.randint(0, 10, (n,), device=device),
-        )
-        for s in ("train", "test")
-    }
-    parts = Parts(images, n, 0, device)
-    x, y = normalised(parts.x["train"][:batch]).float(), parts.y["train"][:batch]
+    for what, (job, _) in ceilings(device, size, side).items():
+        add("ceiling", what, lambda: job)
+    data = noise(4 * batch, device).train
     for name, make in (("SkinnyCNN", skinny), ("AlexNet", alexnet)):
         torch.manual_seed(0)
         cnn = make((3, 32, 32), 10, 4 if toy else 64).to(device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         efcn = embed(cnn, (3, 32, 32), trim=True)
         found.append(dict(network=name, what="embed, trimmed", milliseconds=1e3 * (time.perf_counter() - start)))
-
-        def own(kind):
-            def made():
-                model = copy.deepcopy(efcn)
-                optimizer = kind(model)
-
-                def step():
-                    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-                        out = model(x)
-                    loss = F.cross_entropy(out.float(), y)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-
-                return step
-
-            return made
-
-        rung(name, "eFCN, torch.optim.SGD, bf16", own(lambda m: torch.optim.SGD(m.parameters(), 0.01)))
-        rung(name, "eFCN, FusedSGD, bf16", own(lambda m: FusedSGD(m, 0.01)))
-
-        def group(models, captured):
-            found = Group([Trainer(copy.deepcopy(m), parts, batch, 0.01, 0) for m in models], captured)
-            return lambda: found.epoch(0)
-
-        for what, model in (("eFCN, batch-major, addmm", efcn), ("CNN, bf16", cnn)):
-            rung(name, what, lambda: group([model], False), 4)
-            if not graph:
-                continue
-            for many in (1, 8):
-                rung(name, f"{what}, captured, a network of {many}", lambda: group([model] * many, True), 4 * many)
+        for what, (job, steps) in ladder_jobs(efcn, cnn, data, batch, graph).items():
+            add(name, what, job, steps)
         layer = next(m for m in efcn.modules() if isinstance(m, FullyConnected))
-        rung(
-            name, "norms by part, first layer", lambda: lambda: parts_of(layer.weight.detach(), layer.geometry), times=3
-        )
+        add(name, "norms by part, first layer", lambda: lambda: squares(layer), repeat=3)
     return pd.DataFrame(found)
 
 
@@ -670,10 +432,15 @@ def environment(device, args):
     return found
 
 
-def save(table, path):
+def publish(path, write):
+    "`write` a file beside `path` and put it there in one step: who is killed leaves the earlier one."
     part = path.with_name(path.name + ".part")
-    table.to_csv(part, index=False, float_format="%.5g")
+    write(part)
     os.replace(part, path)
+
+
+def save(table, path):
+    publish(path, lambda part: table.to_csv(part, index=False, float_format="%.5g"))
 
 
 def main():
@@ -697,7 +464,9 @@ def main():
         torch.backends.cudnn.benchmark = True
     path = out / "environment.json"
     known = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*known, environment(device, sys.argv[1:])], indent=1))
+    text = json.dumps([*known, environment(device, sys.argv[1:])], indent=1)
+    publish(path, lambda part: part.write_text(text))
+    print("steps:", "some of all networks a graph" if graph else f"one by one, on {device}", flush=True)
 
     for name, stage in (
         ("checks", lambda: checks(device, graph, args.toy)),
@@ -753,7 +522,7 @@ def main():
             if places:
                 save(pd.DataFrame(places), out / "norms.csv")
             save(outcomes(pd.DataFrame(curves)), out / "outcomes.csv")
-            done.write_text(json.dumps(finished))
+            publish(done, lambda part: part.write_text(json.dumps(finished)))
     if curves:
         shown = outcomes(pd.DataFrame(curves))
         print(shown[[c for c in shown if not c.startswith("verdict") and True]].round(4).to_string(index=False))
