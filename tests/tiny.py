@@ -61,7 +61,8 @@ def deadly(shape, classes, marker, parent):
 
 SERVER = r"""
 import gc, json, os, resource, signal, sys, threading, traceback
-import torch, sklearn.datasets
+import torch, torchvision, scipy.special, sklearn.datasets  # all that a command imports when it needs it
+import efcn_nb.experiments.bench, efcn_nb.experiments.claims, efcn_nb.experiments.measures, efcn_nb.experiments.plots
 import efcn_nb.experiments.relaxation, efcn_nb.experiments.runs, efcn_nb.service.files
 from efcn_nb.cli import efcn_relax
 torch.set_num_threads(1)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-import torchvision
 from fastcore.basics import patch
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
@@ -28,12 +27,13 @@ def environment(
     device='cpu' # where the run computes
 )->dict:
     "Versions, hardware and today's date."
+    from torchvision import __version__ as torchvision # here, because it takes as long to load as torch
     device = torch.device(device)
     if device.type == 'cuda': hardware = torch.cuda.get_device_name(device)
     else: hardware = f'{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores'
     return dict(date=datetime.date.today().isoformat(), hardware=hardware, efcn_nb=__version__,
                 python=platform.python_version(), torch=torch.__version__,
-                torchvision=torchvision.__version__, platform=platform.system())
+                torchvision=torchvision, platform=platform.system())
 
 # %% ../../nbs/experiments/50_runs.ipynb #00f2d6a1
 class Run:
