@@ -1,5 +1,5 @@
 "The package installs from a wheel and works far from its source, without the tools that made it."
-import configparser, os, subprocess, sys
+import configparser, importlib, os, subprocess, sys
 from importlib.metadata import distributions
 
 import pytest
@@ -87,22 +87,22 @@ def test_the_face_and_a_help_text_import_nothing_that_they_do_not_need(tmp_path)
                     "efcn_bench --nothing", "module 'efcn_nb' has no attribute 'nothing'"]
 
 
-MOVED = """
-import importlib, sys, efcn_nb
-from efcn_nb.embedding import embed
-from efcn_nb.relaxation import claims, relax
-from efcn_nb.data import decode, load_data
-assert (embed, claims, relax, load_data) == (efcn_nb.embed, efcn_nb.claims, efcn_nb.relax, efcn_nb.load_data)
-for name, homes in efcn_nb._MOVED.items():
-    importlib.import_module(f"efcn_nb.{name}")
-    for home in homes.split(): importlib.import_module(f"efcn_nb.{home}")
-try: importlib.import_module("efcn_nb.embedding").nothing
-except AttributeError as error: print(error)
-"""
+def moved():
+    "Import the modules of the first version and what they offer; what is said of a name that is not there."
+    import efcn_nb
+    from efcn_nb.data import load_data
+    from efcn_nb.embedding import embed
+    from efcn_nb.relaxation import claims, relax
+    assert (embed, claims, relax, load_data) == (efcn_nb.embed, efcn_nb.claims, efcn_nb.relax, efcn_nb.load_data)
+    for name, homes in efcn_nb._MOVED.items():
+        importlib.import_module(f"efcn_nb.{name}")
+        for home in homes.split(): importlib.import_module(f"efcn_nb.{home}")
+    try: importlib.import_module("efcn_nb.embedding").nothing
+    except AttributeError as error: return str(error)
 
 
-def test_modules_of_the_first_version_are_found_by_their_old_names(tmp_path):
-    said = run(sys.executable, "-c", MOVED, cwd=tmp_path, PYTHONPATH=str(keep.ROOT))
+def test_modules_of_the_first_version_are_found_by_their_old_names():
+    said = keep.in_child(moved)
     assert said.startswith("efcn_nb.embedding has no nothing; since 0.1.0 its names are in ladder.embedding, ")
 
 
