@@ -1,5 +1,6 @@
 """The smallest studies that have every part, and a console in which commands start fast: for the tests of runs,
 relaxation and cli; images for those of controls and pruning."""
+import functools
 import json
 import os
 import select
@@ -20,10 +21,21 @@ SETTINGS = dict(model="small", width=2, epochs=2, batch_size=40, seeds=1, relax_
                 device="cpu")
 # as many parts, from the command line
 FLAGS = "--width 2 --epochs 1 --batch_size 500 --seeds 1 --relax 0,1 --elcn 0 --device cpu".split()
-DATA = Data(*(replace(part, x=part.x[:100], y=part.y[:100]) for part in load_data("digits")))
 
 
-def study(out, **changed): return Study(changed.pop("data", DATA), **(SETTINGS | dict(out=out) | changed))
+@functools.cache
+def digits(): return Data(*(replace(part, x=part.x[:100], y=part.y[:100]) for part in load_data("digits")))
+
+
+def __getattr__(name):
+    "`DATA` is loaded when it is asked for: scikit-learn takes long, and workers get their data otherwise."
+    if name == "DATA": return digits()
+    raise AttributeError(name)
+
+
+def study(out, **changed):
+    data = changed.pop("data") if "data" in changed else digits()
+    return Study(data, **(SETTINGS | dict(out=out) | changed))
 
 
 def smooth_images(n=90, shape=(2, 8, 8), seed=0, classes=3):

@@ -7,6 +7,7 @@ __all__ = ['environment', 'Run', 'Checkpoint', 'resume_optimizer']
 
 # %% ../../nbs/experiments/50_runs.ipynb #3ea378c2
 import datetime, json, os, platform, warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,13 +28,12 @@ def environment(
     device='cpu' # where the run computes
 )->dict:
     "Versions, hardware and today's date."
-    from torchvision import __version__ as torchvision # here, because it takes as long to load as torch
     device = torch.device(device)
     if device.type == 'cuda': hardware = torch.cuda.get_device_name(device)
     else: hardware = f'{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores'
     return dict(date=datetime.date.today().isoformat(), hardware=hardware, efcn_nb=__version__,
                 python=platform.python_version(), torch=torch.__version__,
-                torchvision=torchvision, platform=platform.system())
+                torchvision=version('torchvision'), platform=platform.system())
 
 # %% ../../nbs/experiments/50_runs.ipynb #00f2d6a1
 class Run:
