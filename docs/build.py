@@ -89,10 +89,9 @@ def address(path): return _nbpath2html(path.relative_to(NBS)).as_posix()
 def label(address, name): return f"{address.removesuffix('.html')}.{name}".lower()
 
 
-def link_within(cell, path, pages, labels):
-    "Turn nbdev's links to the published site into links between the pages."
+def link_within(cell, files, labels):
+    "Turn nbdev's links to the published site into links between the pages, whose `files` are found by address."
     cfg = get_config()
-    files = {address(other): os.path.relpath(other, path.parent) for other in pages}
     def inside(match):
         target = label(match[1], match[2])
         return f"](#{target})" if target in labels else f"]({files[match[1]]})"
@@ -122,9 +121,11 @@ def write_pages():
     title = dict(cells=[mk_cell("# efcn_nb", "markdown")], metadata=PYTHON, nbformat=4, nbformat_minor=5)
     pages.setdefault(NBS / "index.ipynb", dict2nb(title))
     pages[NBS / "index.ipynb"].cells += contents(paths)
+    addresses = {address(path): path for path in pages}
     for path, nb in pages.items():
+        files = {name: os.path.relpath(other, path.parent) for name, other in addresses.items()}
         for cell in nb.cells:
-            if cell.cell_type == "markdown": link_within(cell, path, pages, labels)
+            if cell.cell_type == "markdown": link_within(cell, files, labels)
         write_nb(nb, PAGES / path.relative_to(NBS))
 
 

@@ -10,20 +10,12 @@ import argparse, datetime, os, shlex, signal, sys, threading, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import torch
 
 from . import __version__
-from .materials.data import load_data
 from .materials.models import MODELS
 from .training.loop import check_precision, Diverged, find_device, PRECISIONS
-from .experiments.relaxation import Study, WorkerLost
-from .experiments.claims import claims, summary
-from .experiments.measures import first_rows, measured, MEASURES
-from .experiments.plots import plot_study
-from .experiments.bench import bench_embed, bench_epoch, bench_ladder, bench_local, bench_train, machine
 from .service.files import clear_away, held, publish, write_atomic
 
 # %% ../nbs/99_cli.ipynb #625e7168
@@ -37,12 +29,14 @@ def _seeds(text):
     found = _integers(text)
     return found if ',' in text or len(found) != 1 else found[0]
 
+_MEASURES = ('ablation', 'profiles', 'biases', 'templates', 'barriers', 'paths', 'gradients', 'curvature', 'control')
+
 def _measures(text):
-    "A list of names in `MEASURES` from text like 'ablation,paths'."
+    "A list of names in `_MEASURES` from text like 'ablation,paths'."
     names = [part.strip() for part in text.split(',') if part.strip()]
-    unknown = [name for name in names if name not in MEASURES]
+    unknown = [name for name in names if name not in _MEASURES]
     if names and not unknown: return names
-    wrong, known = (unknown or [text])[0], ', '.join(MEASURES)
+    wrong, known = (unknown or [text])[0], ', '.join(_MEASURES)
     raise argparse.ArgumentTypeError(f'{wrong!r} is no measure; known are {known}')
 
 # %% ../nbs/99_cli.ipynb #aa5b49d5
@@ -97,8 +91,8 @@ def _add_results(a):
     a('--out', help='folder for everything that is written; default one in efcn_runs named after data, model and '
       'settings')
     a('--keep_weights', action='store_true', help='keep the final weights of all networks, not of the CNNs alone')
-    a('--measure', nargs='?', type=_measures, const=[*MEASURES], default=[], metavar='NAME,NAME',
-      help=f'measure the networks afterwards, a table for each of {", ".join(MEASURES)} (all, unless some are named), '
+    a('--measure', nargs='?', type=_measures, const=[*_MEASURES], default=[], metavar='NAME,NAME',
+      help=f'measure the networks afterwards, a table for each of {", ".join(_MEASURES)} (all, unless some are named), '
       'and the rows of the first layer as images; keeps their weights')
 
 def _parser():
@@ -113,19 +107,20 @@ def _parser():
     return p
 
 # %% ../nbs/99_cli.ipynb #2dae57d2
-def _write_rows(study, path):
-    "Write what `first_rows` finds."
-    with open(path, 'wb') as f: np.savez_compressed(f, **first_rows(study))
+def _write_rows(rows, path):
+    "Write what `first_rows` has found."
+    with open(path, 'wb') as f: np.savez_compressed(f, **rows)
 
 def _measure(study, names, new):
     "Tables of the measures that are asked for, and why others could not be made; the rows as images go to the "\
     "study's folder."
+    from efcn_nb.experiments.measures import first_rows, measured
     found, failed = {}, {}
     for name in names:
         try: found[name] = measured(study, name)
         except (ValueError, RuntimeError) as e: failed[name] = e
     if names and (new or not (study.out/'rows.npz').exists()):
-        try: publish(study.out/'rows.npz', lambda beside: _write_rows(study, beside))
+        try: publish(study.out/'rows.npz', lambda beside: _write_rows(first_rows(study), beside))
         except ValueError as e: failed['rows as images'] = e
     return found, failed
 
@@ -136,6 +131,8 @@ def _chance(test):
 # %% ../nbs/99_cli.ipynb #7c95e166
 def _study(args):
     "The study that `args` describe."
+    from efcn_nb.materials.data import load_data
+    from efcn_nb.experiments.relaxation import Study
     if args.workers < 1: raise ValueError(f'workers must be 1 or more, not {args.workers}')
     data = load_data(args.data, root=args.root, name=args.name, shift=args.shift, size=args.size)
     model = args.model or ('small' if args.data == 'digits' else 'skinny')
@@ -145,8 +142,9 @@ def _study(args):
 
 def _judged(study, table, found):
     "Summary, and claims if there is something to compare."
+    from efcn_nb.experiments.claims import claims, summary
     tables = dict(summary=summary(table))
-    if _can_judge(table):
+    if _can_judge(tables['summary']):
         tables['claims'] = claims(table, found.get('ablation'), found.get('control'), _chance(study.data.test))
     return tables
 
@@ -172,6 +170,8 @@ def _relax(args, command):
 def _write(study, table, texts, new):
     "Write `texts` (name: content) and the figure to the study's folder; a folder without a `new` run may hold all "\
     "of it."
+    import matplotlib.pyplot as plt
+    from efcn_nb.experiments.plots import plot_study
     there = lambda name, text: (study.out/name).exists() and (study.out/name).read_bytes() == text.encode()
     if not new and (study.out/'figure.png').exists() and all(there(*item) for item in texts.items()): return
     with held(study.out, wait=True):
@@ -183,9 +183,9 @@ def _write(study, table, texts, new):
         plt.close(figure)
 
 # %% ../nbs/99_cli.ipynb #c4ee5a12
-def _can_judge(table):
+def _can_judge(summary):
     "Whether there is a seed of which FCN and an eFCN came to their ends."
-    ended = summary(table).query('n > 0').network
+    ended = summary.query('n > 0').network
     return {'efcn', 'fcn'} <= set(ended)
 
 def _report(tables, study, where):
@@ -210,6 +210,7 @@ def efcn_relax(
     "Console command: the protocol of d'Ascoli et al. 2019."
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
+    from efcn_nb.experiments.relaxation import WorkerLost
     try:
         with _interruptible(), _plain_warnings(): _relax(args, shlex.join(['efcn_relax', *argv]))
     except KeyboardInterrupt: sys.exit('\nstopped; rerun the same command: it resumes after the last stored epoch')
@@ -273,6 +274,7 @@ def _show(title, table):
 
 def _bench_embed(args, names):
     "Print what embedding and locally-connected layers cost."
+    from efcn_nb.experiments.bench import bench_embed, bench_local
     if not args.batch or min(args.batch) < 1: raise ValueError('batch must be a list of numbers from 1, such as 8,250')
     found = bench_embed(names, args.width, args.repeat).rename_axis('model').reset_index()
     _show(f'Embedding, 32 x 32 pixels, median of {args.repeat} turns', found)
@@ -288,20 +290,22 @@ def _check_bench(args, device):
         raise ValueError(f'images must fill a batch of {args.batch} at least, not be {args.images}')
     check_precision(args.precision, device)
 
-def _bench_folder(args, device, command):
+def _bench_folder(args, command, where):
     "Have the folder for the tables, if one is asked for, with the command in it."
     if not args.out: return
     args.out = os.path.expanduser(args.out)
     if list(Path(args.out).glob('*.csv')): raise ValueError(f'{args.out} holds tables already; choose another folder')
     Path(args.out).mkdir(parents=True, exist_ok=True)
     today = datetime.date.today().isoformat()
-    write_atomic(Path(args.out)/'command.txt', f'{command}\ndate {today}, efcn_nb {__version__}, {machine(device)}\n')
+    write_atomic(Path(args.out)/'command.txt', f'{command}\ndate {today}, efcn_nb {__version__}, {where}\n')
 
 # %% ../nbs/99_cli.ipynb #8109daf8
-def _bench_train(args, names, device, command):
+def _bench_train(args, names, device, command, where):
     "Print what training costs, and keep the tables if there is a folder for them."
+    import pandas as pd
+    from efcn_nb.experiments.bench import bench_epoch, bench_ladder, bench_train
     _check_bench(args, device)
-    _bench_folder(args, device, command)
+    _bench_folder(args, command, where)
     tables, few = dict(step=[], epoch=[], ladder=[]), min(args.repeat, 3)
     def add(kind, name, turns, table):
         tables[kind].append(table)
@@ -329,8 +333,10 @@ def efcn_bench(
         if args.repeat < 1: raise ValueError(f'repeat must be 1 or more, not {args.repeat}')
         names = [name.strip() for name in args.models.split(',')]
         device = find_device(args.device) if args.what == 'train' else None
-        print(machine(device), flush=True)
+        from efcn_nb.experiments.bench import machine
+        where = machine(device)
+        print(where, flush=True)
         if args.what == 'embed': _bench_embed(args, names)
-        else: _bench_train(args, names, device, shlex.join(['efcn_bench', *given]))
+        else: _bench_train(args, names, device, shlex.join(['efcn_bench', *given]), where)
     except KeyboardInterrupt: sys.exit('\nstopped')
     except (ValueError, OSError, MemoryError) as e: sys.exit(f'efcn_bench: {e}')

@@ -81,7 +81,7 @@ def mortal(console, tmp_path_factory):
         Image.fromarray(pixels).convert("RGB").save(path)
     flags = ["--data", folder/"images",
              *"--model alexnet --width 1 --epochs 2 --batch_size 8 --seeds 1 --relax 0,1 --elcn 1 --device cpu "
-              "--momentum .9 --weight_decay .01 --lr .02 --keep_weights".split()]
+              "--momentum .9 --weight_decay .01 --lr .02 --keep_weights --no-trim".split()]  # which takes time
     start = time.monotonic()
     assert console(*flags, "--out", "whole", cwd=folder)[0] == 0
     return flags, folder/"whole", time.monotonic() - start
@@ -141,24 +141,15 @@ def test_two_commands_on_one_folder(console, mortal, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_stopped_by_hand_or_by_a_scheduler(tmp_path, name):
-    # signals as on a terminal, also where tests run in the background
-    start = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-             "from efcn_nb.cli import efcn_relax; efcn_relax()")
-    command = [sys.executable, "-c", start, *"--epochs 100000 --relax 0 --seeds 1 --device cpu --out s".split()]
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(tiny.Path(tiny.__file__).resolve().parents[1]),
-                                                        os.environ.get("PYTHONPATH", "")]))
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True)
-    try:
-        while not any(int(path.name.split("-")[1]) > 1 for path in tmp_path.glob("s/cnn-*/epoch-*")):
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(.05)
-        process.send_signal(getattr(signal, name))
-        assert (process.communicate(timeout=600)[1].strip()
-                == "stopped; rerun the same command: it resumes after the last stored epoch")
-        assert process.returncode == 1
-    finally: process.kill()
+def test_stopped_by_hand_or_by_a_scheduler(console, tmp_path, name):
+    flags = "--epochs 100000 --relax 0 --seeds 1 --device cpu --out s".split()
+    pid = console.start(*flags, cwd=tmp_path)
+    while not any(int(path.name.split("-")[1]) > 1 for path in tmp_path.glob("s/cnn-*/epoch-*")):
+        assert console.is_running(), console.wait()
+        time.sleep(.05)
+    os.kill(pid, getattr(signal, name))
+    code, out, err = console.wait()
+    assert code == 1 and err.strip() == "stopped; rerun the same command: it resumes after the last stored epoch"
 
 
 def test_killed_in_the_very_first_write(console, tmp_path):
@@ -167,17 +158,20 @@ def test_killed_in_the_very_first_write(console, tmp_path):
     assert code == 0, err
 
 
+def test_help_names_the_flags(console, tmp_path):
+    code, out, err = console("--help", cwd=tmp_path)
+    assert code == 0 and not err
+    flags = "--data --model --relax --epochs --lr --batch_size --seeds --device --precision --out --no-shuffle"
+    for flag in flags.split(): assert flag in out, flag
+
+
 def test_as_a_fresh_process(tmp_path):
     "Without the help of `tiny.Console`, from another folder."
     command = [sys.executable, "-c", "from efcn_nb.cli import efcn_relax; efcn_relax()"]
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(tiny.Path(tiny.__file__).resolve().parents[1]),
                                                         os.environ.get("PYTHONPATH", "")]))
-    run = lambda *argv: subprocess.run([*command, *argv], cwd=tmp_path, env=env, capture_output=True, text=True,
-                                       timeout=600)
-    shown, wrong = run("--help"), run("--data", "nothing-of-that-name", "--out", "s")
-    assert shown.returncode == 0 and not shown.stderr
-    flags = "--data --model --relax --epochs --lr --batch_size --seeds --device --precision --out --no-shuffle"
-    for flag in flags.split(): assert flag in shown.stdout, flag
+    wrong = subprocess.run([*command, "--data", "nothing-of-that-name", "--out", "s"], cwd=tmp_path, env=env,
+                           capture_output=True, text=True, timeout=600)
     assert one_line(wrong.returncode, wrong.stderr) and "digits, cifar10" in wrong.stderr
     assert not list(tmp_path.iterdir())
 

@@ -1,5 +1,5 @@
 "The package installs from a wheel and works far from its source, without the tools that made it."
-import configparser, os, subprocess, sys
+import configparser, importlib, os, subprocess, sys
 from importlib.metadata import distributions
 
 import pytest
@@ -58,9 +58,21 @@ def test_plots_import_without_torch(site, tmp_path):
     run(sys.executable, "-I", "-c", IMPORT, site, ",".join((*TOOLS, "torch")), plots, cwd=tmp_path)
 
 
-FACE = """
-import sys, efcn_nb
-assert not {"torch", "pandas", "matplotlib"} & set(sys.modules), "the face imports what it offers"
+START = """
+import contextlib, io, sys
+LATER = {"pandas", "matplotlib", "seaborn", "torchvision", "sklearn", "scipy", "tensorly", "fastcore.test",
+         "torch._dynamo", "torch.distributed.tensor"}
+def early(*more): return sorted({*LATER, *more} & sys.modules.keys())
+import efcn_nb
+print("the package", *early("torch"))
+from efcn_nb import embed
+print("embed", *early())
+from efcn_nb.cli import efcn_bench, efcn_relax
+for command in efcn_relax, efcn_bench:
+    for argv in ["--help"], ["--nothing"]:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.suppress(SystemExit): command(argv)
+        print(command.__name__, *argv, *early())
 assert set(efcn_nb.__all__) <= set(dir(efcn_nb))
 for name in efcn_nb.__all__: assert getattr(efcn_nb, name).__name__ == name
 try: efcn_nb.nothing
@@ -68,27 +80,29 @@ except AttributeError as error: print(error)
 """
 
 
-def test_the_face_offers_its_names_and_imports_them_when_they_are_asked_for(tmp_path):
-    said = run(sys.executable, "-c", FACE, cwd=tmp_path, PYTHONPATH=str(keep.ROOT))
-    assert said == "module 'efcn_nb' has no attribute 'nothing'\n"
+def test_the_face_and_a_help_text_import_nothing_that_they_do_not_need(tmp_path):
+    "And the face offers its names, and imports them when they are asked for."
+    said = run(sys.executable, "-c", START, cwd=tmp_path, PYTHONPATH=str(keep.ROOT)).splitlines()
+    assert said == ["the package", "embed", "efcn_relax --help", "efcn_relax --nothing", "efcn_bench --help",
+                    "efcn_bench --nothing", "module 'efcn_nb' has no attribute 'nothing'"]
 
 
-MOVED = """
-import importlib, sys, efcn_nb
-from efcn_nb.embedding import embed
-from efcn_nb.relaxation import claims, relax
-from efcn_nb.data import decode, load_data
-assert (embed, claims, relax, load_data) == (efcn_nb.embed, efcn_nb.claims, efcn_nb.relax, efcn_nb.load_data)
-for name, homes in efcn_nb._MOVED.items():
-    importlib.import_module(f"efcn_nb.{name}")
-    for home in homes.split(): importlib.import_module(f"efcn_nb.{home}")
-try: importlib.import_module("efcn_nb.embedding").nothing
-except AttributeError as error: print(error)
-"""
+def moved():
+    "Import the modules of the first version and what they offer; what is said of a name that is not there."
+    import efcn_nb
+    from efcn_nb.data import load_data
+    from efcn_nb.embedding import embed
+    from efcn_nb.relaxation import claims, relax
+    assert (embed, claims, relax, load_data) == (efcn_nb.embed, efcn_nb.claims, efcn_nb.relax, efcn_nb.load_data)
+    for name, homes in efcn_nb._MOVED.items():
+        importlib.import_module(f"efcn_nb.{name}")
+        for home in homes.split(): importlib.import_module(f"efcn_nb.{home}")
+    try: importlib.import_module("efcn_nb.embedding").nothing
+    except AttributeError as error: return str(error)
 
 
-def test_modules_of_the_first_version_are_found_by_their_old_names(tmp_path):
-    said = run(sys.executable, "-c", MOVED, cwd=tmp_path, PYTHONPATH=str(keep.ROOT))
+def test_modules_of_the_first_version_are_found_by_their_old_names():
+    said = keep.in_child(moved)
     assert said.startswith("efcn_nb.embedding has no nothing; since 0.1.0 its names are in ladder.embedding, ")
 
 

@@ -39,7 +39,7 @@ def done(tmp_path_factory):
     tables = [study.carry_out(r, count) for r in study.plan()]
     study.result = study.run()
     assert study.result.equals(pd.concat(tables, ignore_index=True))
-    study.metrics = (study.out/"metrics.csv").read_bytes()
+    study.metrics, study.kept = (study.out/"metrics.csv").read_bytes(), weights(study)
     return study
 
 
@@ -136,11 +136,12 @@ def test_same_seed_same_bits_another_seed_others(done, tmp_path):
     again.run()
     assert torch.equal(state, torch.get_rng_state()), "the global random state is not ours to change"
     assert metrics(again) == done.metrics
-    a, b = weights(done), weights(again)
+    a, b = done.kept, weights(again)
     assert all(torch.equal(v, b[k]) for k, v in a.items())
     other = tiny.study(tmp_path/"other", seeds=[1], keep_weights=True)
     table = other.run()
-    assert all(not torch.equal(v, weights(other)[k]) for k, v in a.items())
+    c = weights(other)
+    assert all(not torch.equal(v, c[k]) for k, v in a.items())
     losses = [t[t.metric == "loss"].value.reset_index(drop=True) for t in (done.result, table)]
     assert (losses[0] != losses[1]).all()
 
@@ -221,7 +222,7 @@ def test_interrupted_and_resumed(done, tmp_path, monkeypatch, kind, keen):
         again = run_again(study)
         assert metrics(again) == done.metrics
         b = weights(again)
-        assert all(torch.equal(v, b[k]) for k, v in weights(done).items())
+        assert all(torch.equal(v, b[k]) for k, v in done.kept.items())
 
 
 def test_a_finished_study_does_no_work(copied, done, monkeypatch):
@@ -353,7 +354,7 @@ def test_weights_wanted_later_are_the_final_ones(done, tmp_path, monkeypatch):
                        match=f"no good weights after epoch {run['last']}; run the study with keep_weights=True"):
         study.network("efcn", 0, run["relax"])
     monkeypatch.undo()
-    assert equal(weights(run_again(study)), weights(done))
+    assert equal(weights(run_again(study)), done.kept)
 
 
 def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -367,7 +368,7 @@ def test_damaged_final_weights_are_named_and_made_again(done, copied, network, r
     with pytest.warns(UserWarning, match="is damaged"), pytest.raises(ValueError, match=says):
         copied.network(network, 0, relax)
     last.unlink()
-    assert equal(weights(run_again(copied)), weights(done)) and metrics(copied) == done.metrics
+    assert equal(weights(run_again(copied)), done.kept) and metrics(copied) == done.metrics
 
 
 def test_a_diverged_run_has_no_final_weights(tmp_path):
@@ -819,7 +820,7 @@ def test_a_finished_study_can_be_read_where_nothing_can_be_written(copied, done,
     for run in again.plan():
         table = again.carry_out(run).drop(columns="protocol_epochs")
         assert table.equals(again.open_run(run["network"], run["seed"], run["relax"]).table)
-    assert equal(weights(again), weights(done))
+    assert equal(weights(again), done.kept)
     assert {p: p.stat().st_mtime_ns for p in copied.out.rglob("*")} == before
 
 

@@ -145,8 +145,8 @@ from efcn_nb.experiments.bench import noise
 from efcn_nb.service.timing import peak_memory
 from efcn_nb.experiments.relaxation import Study
 precision, momentum, out = sys.argv[1], float(sys.argv[2]), sys.argv[3]
-study = Study(noise(500), "alexnet", relax_times=[0], elcn_times=[], epochs=1, lr=1e-3, seeds=1, device="cpu",
-              precision=precision, out=out, keep_weights=True, momentum=momentum)
+study = Study(noise(100), "alexnet", relax_times=[0], elcn_times=[], epochs=1, lr=1e-3, seeds=1, device="cpu",
+              precision=precision, out=out, keep_weights=True, momentum=momentum, width=32, batch_size=50)
 cnn, fcn, relaxed = study.plan()
 study.carry_out(cnn)
 for run in fcn, relaxed: print(peak_memory(lambda: study.carry_out(run))/(4*study.weights))
@@ -156,8 +156,8 @@ print(len(list(study.out.glob("relaxed*/epoch-0001-*"))))
 
 @pytest.mark.parametrize("precision, momentum, most", [("fp32", 0, 1.4), ("bf16", 0, 1.9), ("fp32", .9, 2.4)])
 def test_memory_of_a_whole_run(tmp_path, precision, momentum, most):
-    """AlexNet's eFCN and its baseline, made, evaluated, trained, measured and stored:
-    at most so many times its weights.
+    """The eFCN of half an AlexNet (43 million weights) and its baseline, made, evaluated, trained, measured and
+    stored: at most so many times its weights.
 
     That is once, half for a copy in bf16, once for momentum, and what a batch needs; a stored gradient would add 1."""
     out = subprocess.run([sys.executable, "-c", MEMORY, precision, str(momentum), str(tmp_path/"s")], cwd=keep.ROOT,

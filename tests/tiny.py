@@ -1,7 +1,9 @@
 """The smallest studies that have every part, and a console in which commands start fast: for the tests of runs,
 relaxation and cli; images for those of controls and pruning."""
+import functools
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -19,10 +21,21 @@ SETTINGS = dict(model="small", width=2, epochs=2, batch_size=40, seeds=1, relax_
                 device="cpu")
 # as many parts, from the command line
 FLAGS = "--width 2 --epochs 1 --batch_size 500 --seeds 1 --relax 0,1 --elcn 0 --device cpu".split()
-DATA = Data(*(replace(part, x=part.x[:100], y=part.y[:100]) for part in load_data("digits")))
 
 
-def study(out, **changed): return Study(changed.pop("data", DATA), **(SETTINGS | dict(out=out) | changed))
+@functools.cache
+def digits(): return Data(*(replace(part, x=part.x[:100], y=part.y[:100]) for part in load_data("digits")))
+
+
+def __getattr__(name):
+    "`DATA` is loaded when it is asked for: scikit-learn takes long, and workers get their data otherwise."
+    if name == "DATA": return digits()
+    raise AttributeError(name)
+
+
+def study(out, **changed):
+    data = changed.pop("data") if "data" in changed else digits()
+    return Study(data, **(SETTINGS | dict(out=out) | changed))
 
 
 def smooth_images(n=90, shape=(2, 8, 8), seed=0, classes=3):
@@ -61,7 +74,8 @@ def deadly(shape, classes, marker, parent):
 
 SERVER = r"""
 import gc, json, os, resource, signal, sys, threading, traceback
-import torch, sklearn.datasets
+import torch, torchvision, scipy.special, sklearn.datasets  # all that a command imports when it needs it
+import efcn_nb.experiments.bench, efcn_nb.experiments.claims, efcn_nb.experiments.measures, efcn_nb.experiments.plots
 import efcn_nb.experiments.relaxation, efcn_nb.experiments.runs, efcn_nb.service.files
 from efcn_nb.cli import efcn_relax
 torch.set_num_threads(1)
@@ -96,11 +110,13 @@ def serve():
         pid = os.fork()
         if pid == 0:
             os.chdir(case['cwd'])
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # as on a terminal, also in the background
             for number, name in enumerate(['/dev/null', case['stdout'], case['stderr']]):
                 os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
             sys.argv = ['efcn_relax', *case['argv']]
             if case['die']: die_at(case['die'])
             return
+        print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
     os._exit(0)
 
@@ -124,18 +140,29 @@ class Console:
     def __init__(self, folder):
         self.folder, env = Path(folder), os.environ | dict(OMP_NUM_THREADS="1", TQDM_DISABLE="1", MPLBACKEND="Agg")
         self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       text=True, env=env,
+                                       bufsize=0, env=env,  # so that `is_running` sees all that was answered
                                        cwd=Path(__file__).resolve().parents[1])
 
     def __call__(self, *argv, cwd, die=None):
         """Exit status, standard output, standard error of the command; `die` is a pair ('file', 'half',
         'step' or 'clock', number): when it is killed; or ('disk', bytes that a file can have)."""
-        streams = {name: self.folder/name for name in ("stdout", "stderr")}
-        for path in streams.values(): path.unlink(missing_ok=True)
+        self.start(*argv, cwd=cwd, die=die)
+        return self.wait()
+
+    def start(self, *argv, cwd, die=None):
+        "Start the command; its process id."
+        self.streams = {name: self.folder/name for name in ("stdout", "stderr")}
+        for path in self.streams.values(): path.unlink(missing_ok=True)
         case = dict(argv=list(map(str, argv)), cwd=str(cwd), die=die,
-                    **{name: str(path) for name, path in streams.items()})
-        print(json.dumps(case), file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline()), *(path.read_text() for path in streams.values())
+                    **{name: str(path) for name, path in self.streams.items()})
+        self.server.stdin.write(f"{json.dumps(case)}\n".encode())
+        return int(self.server.stdout.readline())
+
+    def is_running(self): return not select.select([self.server.stdout], [], [], 0)[0]
+
+    def wait(self):
+        "Exit status, standard output, standard error of the command that was started."
+        return int(self.server.stdout.readline()), *(path.read_text() for path in self.streams.values())
 
     def close(self):
         self.server.stdin.close()

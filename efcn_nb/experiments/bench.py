@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torchvision import transforms
 
 from ..ladder.layers import FullyConnected, LocallyConnected
 from ..ladder.matrices import matrix_from_kernel
@@ -175,6 +174,7 @@ def _naive_efcn(cnn, input_shape):
 class _Images(torch.utils.data.Dataset):
     "Pictures in memory, each converted and normalised when it is asked for, as torchvision's data sets do."
     def __init__(self, data):
+        from torchvision import transforms # here, because it takes as long to load as torch
         self.x, self.y = data.x.permute(0, 2, 3, 1).contiguous().numpy(), data.y.tolist()
         self.transform = transforms.Compose([transforms.ToTensor(),
                                              transforms.Normalize(data.mean.tolist(), data.std.tolist())])

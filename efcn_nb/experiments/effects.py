@@ -10,7 +10,6 @@ import math
 from typing import NamedTuple
 
 import pandas as pd
-from scipy import stats
 
 from ..service.checks import one_of, whole
 
@@ -54,10 +53,11 @@ def interval(
     "Raises `ValueError` for `tries` or `tests` below 1."
     whole('tries', tries, 1)
     if tests is not None: whole('tests', tests, 1)
+    from scipy.special import stdtrit # Student's quantiles: scipy takes longer to load than all the rest here
     d = pd.Series(d, dtype=float).dropna()
     n, spread = len(d), d.std()
     varies = n > 1 and spread > 1e-12*d.abs().max()
-    half = stats.t.ppf(1 - .025/tries, n-1) * spread/n**.5 if varies else math.inf
+    half = stdtrit(n-1, 1 - .025/tries) * spread/n**.5 if varies else math.inf
     floor = 3/(tests*n) if tests and n > 1 else half
     return Estimate(d.mean(), spread, max(half, floor) if varies else floor)
 

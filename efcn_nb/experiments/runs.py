@@ -7,12 +7,12 @@ __all__ = ['environment', 'Run', 'Checkpoint', 'resume_optimizer']
 
 # %% ../../nbs/experiments/50_runs.ipynb #3ea378c2
 import datetime, json, os, platform, warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 import torch
-import torchvision
 from fastcore.basics import patch
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
@@ -33,7 +33,7 @@ def environment(
     else: hardware = f'{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores'
     return dict(date=datetime.date.today().isoformat(), hardware=hardware, efcn_nb=__version__,
                 python=platform.python_version(), torch=torch.__version__,
-                torchvision=torchvision.__version__, platform=platform.system())
+                torchvision=version('torchvision'), platform=platform.system())
 
 # %% ../../nbs/experiments/50_runs.ipynb #00f2d6a1
 class Run:

@@ -11,9 +11,7 @@ __all__ = ['FORMATS', 'SHUFFLES', 'largest_rank', 'core_shapes', 'count_cores', 
 import gc, math
 from numbers import Real
 
-import tensorly as tl
 import torch
-from tensorly.decomposition import parafac, tensor_ring_als, tensor_train, tucker
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -103,6 +101,8 @@ def fit_rank(
 # %% ../../nbs/ladder/04_tensor_formats.ipynb #0e5cf2d6
 def _decomposed(format, x, shapes, rank, seed, steps):
     "`decompose` for an array; `shapes` are those of the cores."
+    # here, because tensorly loads scipy, which takes as long as torch
+    from tensorly.decomposition import parafac, tensor_ring_als, tensor_train, tucker
     if format == 'cp':
         start = 'svd' if rank <= min(x.shape) else 'random'
         weights, (first, *rest) = parafac(x, rank, n_iter_max=steps, init=start, random_state=seed)
@@ -123,7 +123,8 @@ def decompose(
     "Cores of an approximation of `tensor`, computed in double precision. Raises `ValueError` for an impossible rank."
     if not tensor.isfinite().all(): raise ValueError('a tensor to decompose must hold finite numbers')
     shapes, x = core_shapes(format, tensor.shape, rank), tensor.detach().cpu().double().numpy()
-    with tl.backend_context('numpy', local_threadsafe=True): cores = _decomposed(format, x, shapes, rank, seed, steps)
+    from tensorly import backend_context
+    with backend_context('numpy', local_threadsafe=True): cores = _decomposed(format, x, shapes, rank, seed, steps)
     return [torch.as_tensor(c.copy()).to(tensor) for c in cores]
 
 # %% ../../nbs/ladder/04_tensor_formats.ipynb #cc495dcd

@@ -23,7 +23,6 @@ from fastcore.basics import patch
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, MNIST
 from tqdm import tqdm
 
 from ..service.checks import first_line, whole
@@ -310,8 +309,8 @@ def load_shifted_digits(
     return _as_data(*((x[k], y[k]) for k in split), list(map(str, range(10))), name)
 
 # %% ../../nbs/materials/10_data.ipynb #444ecd3c
-_collections = dict(cifar10=(CIFAR10, 'CIFAR-10'), cifar100=(CIFAR100, 'CIFAR-100'), mnist=(MNIST, 'MNIST'),
-                    fashion_mnist=(FashionMNIST, 'Fashion-MNIST'))
+_collections = dict(cifar10=('CIFAR10', 'CIFAR-10'), cifar100=('CIFAR100', 'CIFAR-100'), mnist=('MNIST', 'MNIST'),
+                    fashion_mnist=('FashionMNIST', 'Fashion-MNIST')) # class of torchvision, and what people call it
 _cifar10_stats = torch.tensor([.491,.482,.447]), torch.tensor([.247,.243,.262])
 
 def load_collection(
@@ -321,7 +320,9 @@ def load_collection(
     name:str=None # as printed; None is the usual one
 )->Data: # uint8 (N, 3, 32, 32) or (N, 1, 28, 28)
     "One of torchvision's collections. Raises `FileNotFoundError` when it is neither there nor to be had."
-    make, label = _collections[source]
+    from torchvision import datasets # here, because it takes as long to load as torch
+    kind, label = _collections[source]
+    make = getattr(datasets, kind)
     root = Path(root or '~/.cache/efcn_nb').expanduser()
     try: train, test = [make(root, train=train, download=download) for train in (True, False)]
     except Exception as e:
