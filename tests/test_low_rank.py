@@ -18,15 +18,13 @@ import efcn_nb.studies.low_rank as study
 from efcn_nb.materials.controls import make_variant
 from efcn_nb.materials.data import Data, Dataset
 from efcn_nb.materials.models import count_weights
-from efcn_nb.ladder.tensor_formats import (
-    FORMATS, SHUFFLES, compress, count_cores, fit_rank, freeze_kernels, held_layers, hold_to_rank, largest_ratio,
-    tensor_shape)
+from efcn_nb.ladder.tensor_formats import (FORMATS, SHUFFLES, compress, count_cores, fit_rank, freeze_kernels,
+                                           held_layers, hold_to_rank, largest_ratio, tensor_shape)
 from efcn_nb.instruments.kernel_ranks import (
     composed_kernel, compression, cut_kernel, effective_rank, kernel_ranks, operator_rank, stable_rank)
 from efcn_nb.experiments.search import validation_split
-from efcn_nb.studies.low_rank import (
-    SHUFFLED, Settings, by_ratio, held_network, learn_held, low_rank_claims, low_rank_grid, post_hoc,
-    post_hoc_study, steadiness, train_held)
+from efcn_nb.studies.low_rank import (SHUFFLED, Settings, by_ratio, held_network, learn_held, low_rank_claims,
+                                      low_rank_grid, post_hoc, post_hoc_study, train_held)
 from efcn_nb.training.loop import Diverged, evaluate, fit, recount_batchnorm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,8 +100,7 @@ def test_global_random_state_is_left_alone():
     assert torch.get_rng_state().equal(before)
 
 
-@pytest.mark.parametrize("model", [
-    nn.Linear(3, 3), nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), nn.Conv2d(1, 2, 3)])
+@pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), nn.Conv2d(1, 2, 3)])
 def test_nothing_to_hold(model):
     hold, ask = lambda m: compress(m, "tt", 2), lambda m: largest_ratio(m, "cp")
     for use in (held_layers, compression, freeze_kernels, hold, ask):
@@ -112,7 +109,7 @@ def test_nothing_to_hold(model):
 
 @given(format=st.sampled_from(FORMATS), shuffle=st.sampled_from(SHUFFLES), width=st.integers(3, 9),
        kernel=st.sampled_from([1, 3, 5]), ratio=st.floats(1, 6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_ratios_are_counted(format, shuffle, width, kernel, ratio):
     dense = network(width, kernel, shape=(2, 8, 9), classes=3)
     shape, entries = (width, kernel**2, width), (width*kernel)**2
@@ -211,17 +208,6 @@ def test_training_is_the_loop_written_out(data):
 def test_impossible_rates(data, lr):
     with pytest.raises(ValueError, match="the learning rate must be a positive number"):
         train_held(network(), data.train, lr, TINY)
-
-
-@pytest.mark.parametrize("format", ["dense", "cp"])
-def test_frozen_kernels_stay(data, format):
-    model = network()
-    if format != "dense": compress(model, format, 4, "everything")
-    before = [conv.weight.detach().clone() for conv in held_layers(model).values()]
-    linear = model[-1].weight.detach().clone()
-    train_held(freeze_kernels(model), data.train, .01, TINY)
-    assert all(conv.weight.equal(w) for conv, w in zip(held_layers(model).values(), before))
-    assert not model[-1].weight.equal(linear) and all(conv.bias.requires_grad for conv in held_layers(model).values())
 
 
 # A cell and the grid
@@ -383,10 +369,10 @@ def test_ratios_out_of_reach_are_said(data, monkeypatch):
 
 
 def test_study_goes_on_after_an_interruption(data, tmp_path, monkeypatch):
-    real, calls = study.learn_held, []
+    calls = []
     def counted(*args):
         calls.append(args[1:])
-        return real(*args)
+        return fake(*args)
     def stopping(*args):
         if len(calls) == 5: raise KeyboardInterrupt
         return counted(*args)
@@ -400,7 +386,7 @@ def test_study_goes_on_after_an_interruption(data, tmp_path, monkeypatch):
     assert len(calls) == len({*calls}) == 2*2*2 + 2*2*2, "nothing twice"
     monkeypatch.setattr(study, "learn_held", None)
     pd.testing.assert_frame_equal(run(), table)
-    monkeypatch.setattr(study, "learn_held", real)
+    monkeypatch.setattr(study, "learn_held", fake)
     pd.testing.assert_frame_equal(run(None), table)
 
 
@@ -445,30 +431,10 @@ ARMS = [("tt", s, True) for s in ("none", "everything", "window", "channels", "p
 ARMS += [("tt", "everything", False), ("dense", "none", False)]
 
 
-def test_steadiness_by_hand():
-    table = made_up(lambda f, s, t, r: .5 - .01*r*(s == "none"), noise=.02).sample(frac=1, random_state=1)
-    A = {(r.shuffled, r.ratio, r.seed): r.accuracy for r in table.itertuples()}
-    for shuffled in ("none", "everything"):
-        found = steadiness(by_ratio(table, "tt", shuffled))
-        for row in found.itertuples():
-            values = [A[shuffled, r, row.Index] for r in (2., 8., 32.)]
-            assert row.fall == pytest.approx(values[0] - values[-1]) and row.kept == pytest.approx(values[-1]/values[0])
-            assert row.spread == pytest.approx(np.std(values, ddof=1))
-        assert len(found) == 4
-
-
 def test_ratios_that_were_not_reached_are_left_out():
     table = made_up(lambda *_: .5)
     table = pd.concat([table, table[table.ratio == 2].assign(ratio=500., true=math.nan, accuracy=math.nan)])
     assert [*by_ratio(table, "tt").columns] == [2, 8, 32]
-
-
-def test_ratios_of_one_rank_count_once():
-    "A ring that goes to rank 1 at 150 and at 500 times is one network."
-    table = made_up(lambda f, s, t, r: .5 - .01*r*(s == "none"), ratios=(2., 8., 32.))
-    twice = pd.concat([table, table[table.ratio == 32].assign(ratio=20.)])
-    assert [*by_ratio(twice, "tt").columns] == [2, 8, 32]
-    assert low_rank_claims(twice).equals(low_rank_claims(table))
 
 
 @pytest.mark.parametrize("frozen, said", [([2., 32.], "never trained, 32x"), ([2., 8.], "never trained, 8x")])

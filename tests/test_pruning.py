@@ -9,10 +9,9 @@ import torch
 
 import efcn_nb.studies.pruning as study
 from tiny import smooth_images as images
-from efcn_nb.ladder.masks import mask_from_text
 from efcn_nb.materials.controls import permute_pixels, pixel_order
 from efcn_nb.materials.data import Data
-from efcn_nb.instruments.locality import busiest_units, near_profile, near_ratio
+from efcn_nb.instruments.locality import near_profile, near_ratio
 from efcn_nb.experiments.runs import run_id
 from efcn_nb.studies.pruning import (
     CASES, METHODS, NETWORKS, PruningSettings, interaction_table, locality_table, make_dense,
@@ -33,10 +32,6 @@ def fast(**changed): return PruningSettings(**(FAST | changed))
 def seeded(seed): return torch.Generator().manual_seed(seed)
 
 
-def random(units, shape, density=.4, seed=0):
-    return torch.rand(units, math.prod(shape), generator=seeded(seed)) < density
-
-
 @pytest.fixture(scope="module")
 def data(): return Data(images(), images(60, seed=1))
 
@@ -54,15 +49,6 @@ def table(data): return prune_rounds(data, ["fcn", "one-shot", "permuted", "efcn
 def test_bad_input(call, said):
     with pytest.raises(ValueError) as e: call()
     assert said in str(e.value) and "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("case", ["fcn", "one-shot", "permuted", "efcn"])
-def test_masks_shrink_by_the_fraction(table, case):
-    masks = [round_masks(table, case, 0, r) for r in range(4)]
-    for name in masks[0]:
-        assert [int(m[name].sum()) for m in masks] == survivors(masks[0][name].numel(), .3, 3)
-        back = any((b[name] & ~a[name]).any() for a, b in zip(masks, masks[1:]))
-        assert case == "one-shot" or not back
 
 
 def test_rounds_are_rewound(data, monkeypatch):
@@ -284,17 +270,6 @@ def test_claims_by_hand():
 def test_claims_about_rounds_there_are_not(last):
     with pytest.raises(ValueError, match=f"last must be a whole number from 1 to 11, not {last}"):
         pruning_claims(made(HIGH), last)
-
-
-def test_study_writes_what_it_returns(data, tmp_path):
-    tables = pruning_study(data, tmp_path, ["fcn", "permuted"], fast(), networks=["fcn"], units=3)
-    assert sorted(tables) == sorted(p.stem for p in tmp_path.glob("*.csv"))
-    assert sorted(tables) == ["claims", "interactions", "profiles", "rounds", "units"]
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path/"rounds.csv"), tables["rounds"])
-    mask = round_masks(prune_rounds(data, ["permuted"], fast(), tmp_path), "permuted", 0, 3)["2"]
-    text = tables["units"].query("case == 'permuted'")["mask"]
-    drawn = torch.cat([mask_from_text([part], (1, 128)) for part in text])
-    assert drawn.equal(busiest_units(mask, (2, 8, 8), 3).flatten(1))
 
 
 @pytest.mark.parametrize("settings,how,said", [

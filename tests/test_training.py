@@ -123,13 +123,6 @@ def test_nothing_is_read_from_the_device_during_an_epoch(monkeypatch):
     assert steps == [1]*4 and {at for at, _ in reads} == {4}, reads
 
 
-def test_a_loss_that_is_no_number_names_its_step():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-    with pytest.raises(Diverged) as error:
-        train_epoch(model, torch.optim.SGD(model.parameters(), 1e38), noise(40).train, 10, 0)
-    assert error.value.args[0] in (2, 3)
-
-
 @pytest.mark.parametrize("empty", [0, 1])
 def test_empty_splits(empty):
     data, none = noise(10), noise(10).train
@@ -145,7 +138,7 @@ from efcn_nb.experiments.bench import noise
 from efcn_nb.service.timing import peak_memory
 from efcn_nb.experiments.relaxation import Study
 precision, momentum, out = sys.argv[1], float(sys.argv[2]), sys.argv[3]
-study = Study(noise(500), "alexnet", relax_times=[0], elcn_times=[], epochs=1, lr=1e-3, seeds=1, device="cpu",
+study = Study(noise(250), "alexnet", width=32, relax_times=[0], elcn_times=[], epochs=1, lr=1e-3, seeds=1, device="cpu",
               precision=precision, out=out, keep_weights=True, momentum=momentum)
 cnn, fcn, relaxed = study.plan()
 study.carry_out(cnn)
