@@ -1,4 +1,4 @@
-"Functions of signs, their Fourier coefficients and first gradients, against products, loops and closed forms."
+"Functions of signs, their Fourier coefficients and first gradients, against loops and closed forms."
 import math
 
 import numpy as np

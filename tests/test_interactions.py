@@ -1,4 +1,4 @@
-"Interactions between pixels, against loops over all paths."
+"Interactions between pixels, against PyTorch's own pooling and loops over pairs."
 import copy
 import itertools
 

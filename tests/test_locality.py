@@ -1,4 +1,4 @@
-"Locality of masks, against scipy's correlations and nulls enumerated to the last mask."
+"Locality of masks, against loops over pairs of pixels."
 import itertools
 import math
 

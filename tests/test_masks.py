@@ -1,4 +1,4 @@
-"Masks, their nulls and held layers: against loops, counts and PyTorch's own pruning; masks as text."
+"Masks, their nulls and held layers, against loops and counts; masks as text."
 import copy
 import math
 

@@ -1,4 +1,4 @@
-"Images, transfer sets, teaching and stored logits, against numpy and least squares written out."
+"Images, transfer sets, teaching and stored logits, against numpy and steps written out."
 import copy
 import math
 from contextlib import contextmanager
