@@ -813,7 +813,7 @@ def test_odd_notes_of_orientation_say_nothing(note):
 
 def drawn(mode, ink, ground, clear=0):
     "A line of `ink` on `ground`, whose alpha is `clear`."
-    n, colours = len(mode) - 1, (ink, ground)
+    n = len(mode) - 1
     image = Image.new(mode, (4, 4), (*[ground]*n, clear))
     for i in range(4): image.putpixel((i, i), (*[ink]*n, 255))
     return image

@@ -59,13 +59,6 @@ def test_growth_is_uniform_over_empty_places():
     assert ((count[~kept] - expected)**2/expected).sum() < 34 + 5*(2*34)**.5 # chi square; places just emptied are empty
 
 
-@pytest.mark.parametrize("zeta", [1, 1., 1.5, -.1, math.nan, math.inf, "half", None, True])
-def test_impossible_zeta(zeta):
-    weight, mask = torch.randn(3, 4), torch.eye(3, 4).bool()
-    with pytest.raises(ValueError, match="zeta, the share of connections to replace, must be a number from 0 to"):
-        evolve_mask(weight, mask, zeta, draw(0))
-
-
 @pytest.mark.parametrize("mask, words",
     [(torch.ones(3, 4).bool(), "every place of the layer is taken"), (torch.zeros(3, 4).bool(), "leaves no weight"),
     (torch.ones(4, 3).bool(), r"shape of its weight, \(3, 4\)")])

@@ -264,13 +264,8 @@ def test_accuracies_of_splits_and_permutations():
 @pytest.mark.parametrize("options, message", [
     (dict(kind="rnn"), "unknown architecture 'rnn'; known are fcn, cnn, lcn"),
     (dict(depth=0), "depth must be a whole number, 1 or more, not 0"),
-    (dict(depth=1.5), "depth must be a whole number, 1 or more, not 1.5"),
     (dict(weight_variance=-1.), "weight_variance must be a number, 0 or more, not -1.0"),
-    (dict(bias_variance=-.1), "bias_variance must be a number, 0 or more, not -0.1"),
-    (dict(bias_variance=math.nan), "bias_variance must be a number, 0 or more, not nan"),
-    (dict(weight_variance=math.inf), "weight_variance must be a number, 0 or more, not inf"),
-    (dict(weight_variance="2"), "weight_variance must be a number, 0 or more, not '2'"),
-    (dict(bias_variance=None), "bias_variance must be a number, 0 or more, not None")])
+    (dict(bias_variance=-.1), "bias_variance must be a number, 0 or more, not -0.1")])
 def test_impossible_architectures(options, message):
     with pytest.raises(ValueError, match=message): Architecture(**options)
 

@@ -61,18 +61,10 @@ def held(format, ratio, shuffle="none", width=6, kernel=3, seed=0, shape=(1, 8, 
 # Settings
 
 WRONG = [
-    (dict(width=0), "width must be a whole number, 1 or more, not 0"), (dict(width=4.), "width must be a whole number"),
-    (dict(kernel=2), "kernel must be an odd number, not 2"), (dict(kernel="3"), "kernel must be a whole number"),
-    (dict(epochs=0), "epochs must be"), (dict(epochs=1.5), "epochs must be"), (dict(epochs=True), "epochs must be"),
-    (dict(search_epochs=0), "search_epochs must be"), (dict(batch_size=0), "batch_size must be"),
-    (dict(precision="fp8"), "unknown precision 'fp8'; known are fp32, tf32, bf16"),
-    (dict(seeds=[]), "seeds must hold at least one"), (dict(seeds=[-1]), "seeds must be a whole number from 0 to 999"),
-    (dict(seeds=[.5]), "from 0 to 999, not 0.5"), (dict(seeds=[1000]), "from 0 to 999, not 1000"),
-    (dict(seeds=3), "seeds must be a list"), (dict(seeds=[0, 0]), "0 is there twice"),
-    (dict(lrs=[]), "learning rates must hold at least one"), (dict(lrs=[0]), "must be a positive number, not 0"),
-    (dict(lrs=[math.nan]), "positive number"), (dict(lrs=[True]), "positive number"),
-    (dict(lrs=["1"]), "positive number"),
-    (dict(steps=0), "steps must be a whole number"), (dict(measured=1.5), "measured must be a whole number")]
+    (dict(kernel=2), "kernel must be an odd number, not 2"), (dict(precision="fp8"), "unknown precision 'fp8'"),
+    (dict(seeds=[1000]), "from 0 to 999, not 1000"), (dict(lrs=[0]), "must be a positive number, not 0"),
+    *((dict([(name, 0)]), f"{name} must be a whole number, 1 or more, not 0") for name in (
+        "width", "epochs", "search_epochs", "batch_size", "steps", "measured"))]
 
 
 @pytest.mark.parametrize("wrong, words", WRONG)
@@ -130,9 +122,7 @@ def test_ratios_are_counted(format, shuffle, width, kernel, ratio):
 
 
 @pytest.mark.parametrize("args, words", [
-    (("tt", .9), "a number from 1 on, not 0.9"), (("tt", math.nan), "a number from 1 on"),
-    (("tt", "2"), "a number from 1 on"), (("tt", True), "a number from 1 on"),
-    (("qr", 2), "unknown tensor format 'qr'"),
+    (("tt", .9), "a number from 1 on, not 0.9"), (("qr", 2), "unknown tensor format 'qr'"),
     (("tt", 2, "pixels"), "unknown shuffle 'pixels'"), (("tt", 1e4), "at most, not 1e\\+04 times")])
 def test_impossible_compressions(args, words):
     model = network()
@@ -204,10 +194,9 @@ def test_training_is_the_loop_written_out(data):
     np.testing.assert_allclose(losses, mine, rtol=1e-3)
 
 
-@pytest.mark.parametrize("lr", [0., math.nan, True, "1"])
-def test_impossible_rates(data, lr):
+def test_an_impossible_rate(data):
     with pytest.raises(ValueError, match="the learning rate must be a positive number"):
-        train_held(network(), data.train, lr, TINY)
+        train_held(network(), data.train, 0., TINY)
 
 
 # A cell and the grid
@@ -284,7 +273,6 @@ def test_diverged_cell_is_missing(data, monkeypatch):
 
 
 @pytest.mark.parametrize("arms, words", [
-    ([], "arms must hold at least one"), (["tt"], "must be a pair such as"), ([("tt",)], "must be a pair"),
     ([("tt", "none", 1)], "must be a pair"), ([("svd", "none")], "unknown tensor format 'svd'; known are dense, cp"),
     ([("tt", "all")], "unknown shuffle 'all'; known are none, window, channels, everything, pixels"),
     ([("dense", "window")], "a dense kernel changes nothing"), ([("tt", "none"), ["tt", "none"]], "is there twice")])
@@ -294,9 +282,7 @@ def test_impossible_arms(data, arms, words, tmp_path):
 
 
 @pytest.mark.parametrize("ratios, words", [
-    ([], "ratios must hold at least one"), ([.5], "ratios must be a number, 1 or more, not 0.5"),
-    ([2, 2.], "2.0 is there twice"), (["2"], "must be a number"), (2, "must be a list, such as \\[2\\]"),
-    ([math.inf], "must be a number")])
+    ([.5], "ratios must be a number, 1 or more, not 0.5"), ([2, 2.], "2.0 is there twice")])
 def test_impossible_ratios(data, ratios, words, tmp_path):
     for use in (lambda folder: low_rank_grid(data, [("tt", "none")], ratios, TINY, folder=folder),
                 lambda folder: post_hoc_study(data, ratios, TINY, folder=folder)):
@@ -595,11 +581,8 @@ def test_post_hoc(data, tmp_path):
 
 @pytest.mark.parametrize("wrong, words", [
     (dict(formats=["qr"]), "unknown format 'qr'"), (dict(lr=0), "the learning rate must be a positive number"),
-    (dict(formats=[]), "formats must hold at least one"), (dict(formats="svd"), "formats must be a list"),
     (dict(shuffles=["pixels"]), "unknown shuffle 'pixels'; known are none, window"),
-    (dict(shuffles="none"), "shuffles must be a list"), (dict(pixels=True), "pixels must be a list"),
-    (dict(pixels=[]), "pixels must hold"), (dict(pixels=[True, True]), "True is there twice"),
-    (dict(pixels=[2]), "unknown pixels '2'; known are False, True")])
+    (dict(pixels=True), "pixels must be a list"), (dict(pixels=[2]), "unknown pixels '2'; known are False, True")])
 def test_impossible_post_hoc(data, wrong, words, tmp_path):
     given = dict(ratios=[2], settings=TINY, folder=tmp_path/"new") | wrong
     with pytest.raises(ValueError, match=words): post_hoc_study(data, **given)

