@@ -123,6 +123,13 @@ def test_nothing_is_read_from_the_device_during_an_epoch(monkeypatch):
     assert steps == [1]*4 and {at for at, _ in reads} == {4}, reads
 
 
+def test_what_an_epoch_measures_is_the_mean_over_images():
+    "Also of a last, smaller batch: nothing moves, so that it is what evaluation finds."
+    model, data = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), noise(25).train
+    found = train_epoch(model, torch.optim.SGD(model.parameters(), 0.), data, 10, 0)
+    assert found == pytest.approx(evaluate(model, data), rel=1e-5)
+
+
 @pytest.mark.parametrize("empty", [0, 1])
 def test_empty_splits(empty):
     data, none = noise(10), noise(10).train
