@@ -77,6 +77,12 @@ def test_runs_that_diverged_are_told_in_one_way():
     assert "; 2 relaxed networks diverged" in claims(table).effect[0]
 
 
+def test_a_relax_time_counts_though_a_seed_was_lost():
+    table = made_up({("cnn", None): .5, ("fcn", None): .4, ("efcn", 0): .6, ("efcn", 2): .55})
+    found = claims(with_lost(table, ("efcn", 1, 2))).iloc[0]
+    assert "at relax time 2" in found.effect and found.n == 3
+
+
 def test_the_number_of_epochs():
     table = made_up({("cnn", None): .5, ("fcn", None): .4, ("efcn", 0): .6, ("efcn", 2): .7})
     told = table.assign(protocol_epochs=4)

@@ -8,7 +8,6 @@ import sys
 import warnings
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,6 @@ from efcn_nb.ladder import layers
 from efcn_nb.instruments.curvature import (
     gradient, gradient_shares, hessian_product, loss_line, loss_slice, minimise, random_direction, sharpness,
     smooth_density, spectral_density, split_unit, top_eigenvalues, trace)
-from efcn_nb.ladder.matrices import tied_sum
 from efcn_nb.ladder.embedding import embed
 from efcn_nb.instruments.subspaces import PARTS, dimensions, project
 
@@ -223,8 +221,6 @@ class Cut(torch.autograd.Function):
     def backward(ctx, grad):
         x, = ctx.saved_tensors
         if ctx.way == "detach": x = x.detach()
-        if ctx.way == "both": x, grad = x.detach(), grad.detach()
-        if ctx.way == "numpy": x = torch.from_numpy(x.detach().numpy())
         # the value is right, its derivative 10 % off
         if ctx.way == "factor" and torch.is_grad_enabled(): x = x + .1*(x - x.detach())
         return 3*x**2*grad, None
@@ -285,24 +281,16 @@ WRONG = {
     "weight norm": (lambda: normed(nn.Linear(4, 6), 6), (4,),
                     "wrong in 0.parametrizations.weight.original1, "
                     "by .*fused kernel of weight_norm .*remove_parametrizations"),
-    "weight norm of a convolution": (lambda: normed(nn.Conv2d(2, 3, 2), 27), (2, 4, 4), "original1, by .* weight_norm"),
-    "weight norm over the other axis": (lambda: normed(nn.Linear(4, 6), 6, dim=1), (4,),
-                                        "original1, by .* weight_norm"),
     "weight norm by a hook": (lambda: normed(nn.Linear(4, 6), 6, old=True), (4,),
                               "0.weight_v, by .* remove_weight_norm"),
     "weight norm deep inside": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), normed(nn.Linear(4, 6), 6)), (4,),
                                 "2.0.parametrizations.weight.original1"),
     "detached": (lambda: cubed("detach"), (4,), "wrong in 0.*, by .* cut off from the graph"),
-    "detached twice": (lambda: cubed("both"), (4,), "wrong in [02].*, by"),
-    "through numpy": (lambda: cubed("numpy"), (4,), "wrong in 0.*, by"),
     "a tenth off": (lambda: cubed("factor"), (4,), "wrong in 0.*, by"),
     "once differentiable": (lambda: cubed("once"), (4,), "cut off from the graph"),
     "a root at zero": (lambda: with_empty_windows(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.LPPool2d(2, 2), nn.Flatten(),
                                                   nn.Linear(12, 3)), (1, 5, 5),
                        "are not finite in 0.weight: a root or a power at zero has none"),
-    "a cubic root at zero": (lambda: with_empty_windows(nn.Conv1d(1, 3, 2), nn.ReLU(), nn.LPPool1d(3, 2), nn.Flatten(),
-                                                        nn.Linear(6, 3)), (1, 5),
-                             "are not finite in 0.weight: a root or a power at zero has none"),
     "where there are none": (lambda: nn.Sequential(nn.Linear(4, 3), Shift()), (4,),
                              "wrong in 1.by, where differences of its gradients converge to zero; "
                              ".* cut off from the graph"),
@@ -325,12 +313,10 @@ def test_wrong_second_derivatives_are_refused(what, dtype):
     gradient(net, batches)                                                        # first derivatives are right
 
 
-def test_the_way_out_of_weight_norm():
+def test_a_verdict_holds_for_what_the_network_consists_of():
     net, batches = normed(nn.Linear(4, 6), 6).double(), [(torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3)]
-    with pytest.raises(ValueError, match="remove_parametrizations"): trace(net, batches)
     nn.utils.parametrize.remove_parametrizations(net[0], "weight")
-    close(top_eigenvalues(net, batches, tol=1e-9)[0], torch.linalg.eigvalsh(dense_hessian(net, batches))[-1], 1e-7)
-    # a verdict holds for what the network consists of
+    trace(net, batches)
     nn.utils.parametrizations.weight_norm(net[0])
     with pytest.raises(ValueError, match="weight_norm"): trace(net, batches)
 
@@ -341,8 +327,7 @@ def kinked(act):
 
 
 RIGHT = {act.__name__: (lambda act=act: kinked(act()))
-         for act in (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
-                     nn.Hardtanh, nn.ReLU6, nn.Softplus, nn.PReLU, nn.Softshrink, nn.Hardshrink, nn.LogSigmoid)} | {
+         for act in (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.Hardswish, nn.PReLU, nn.Hardshrink)} | {
     "all zero": lambda: kinked(nn.ReLU()),
     "wide": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 800), nn.ReLU(), nn.Linear(800, 400), nn.ReLU(),
                                   nn.Linear(400, 3)),
@@ -370,7 +355,7 @@ RIGHT = {act.__name__: (lambda act=act: kinked(act()))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_nothing_is_said_of_right_ones(what, dtype):
     "Kinks, zeros on kinks, saturated and dead units, noise, rounding, and networks that cannot be compared."
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(seed)
         net = RIGHT[what]().to(torch.float32 if what == "in float32 alone" else dtype)
         x, y = torch.randn(6, 1, 8, 8, dtype=dtype)*(what != "all zero"), torch.arange(6) % 3
@@ -480,30 +465,6 @@ def test_float32_and_images_of_another_type(small):
     close(values, top_eigenvalues(embed(small.cnn, (1, 4, 4)), small.batches, 1, "off_local")[0], 1e-4)
 
 
-def test_trace(case):
-    for parts in ("convolutional", "unshared", ("unshared", "off_local")):
-        if parts not in subsets(case): continue
-        P = case.projection(parts)
-        mean, error = trace(case.net, case.one, parts, probes=20)
-        assert abs(mean - torch.trace(P @ case.H @ P)) < 5*error
-    close(sum(torch.trace(case.projection(p) @ case.H) for p in PARTS), torch.trace(case.H), 1e-10)
-    assert np.isnan(trace(case.net, case.batches, probes=1)[1])
-
-
-def test_density(case):
-    for parts in (None, "unshared", ("convolutional", "other")):
-        dense, table = case.spectrum(parts), spectral_density(case.net, case.one, parts, steps=10, probes=9)
-        assert (table.weight >= 0).all() and np.allclose(table.groupby("probe").weight.sum(), 1)
-        assert table.node.min() > dense[0] - 1e-8 and table.node.max() < dense[-1] + 1e-8
-        for power in (1, 2, 3):
-            moments = (table.node**power * table.weight).groupby(table.probe).sum()
-            assert abs(moments.mean() - (dense**power).mean()) < 6*moments.std()/3 + 1e-12
-        grid = np.linspace(dense[0], dense[-1], 200)
-        cdf = lambda nodes, weights: ((nodes <= grid[:, None] + 1e-9) * weights).sum(1)
-        apart = np.abs(cdf(table.node.values, table.weight.values/9) - cdf(dense, 1/len(dense))).mean()
-        assert apart < .12, (parts, apart)
-
-
 def test_density_of_one_start_has_its_moments_beyond_orthogonality(small):
     "Many more steps than eigenvalues that differ: ghosts, and still the right measure."
     table = spectral_density(small.net, small.one, steps=1000, probes=1, seed=3)
@@ -512,48 +473,12 @@ def test_density_of_one_start_has_its_moments_beyond_orthogonality(small):
         close((table.node**power * table.weight).sum(), v @ torch.linalg.matrix_power(small.H, power) @ v, 1e-9)
 
 
-def test_smooth_density_is_a_density():
-    table = pd.DataFrame(dict(probe=[0, 0, 1], node=[0., 1., 2.], weight=[.5, .5, 1.]))
-    grid = np.linspace(-2, 4, 3001)
-    close(smooth_density(table, grid, .1).sum()*(grid[1] - grid[0]), 1, 1e-9)
-    close(smooth_density(table, [2.], .1), .5/(.1*(2*np.pi)**.5), 1e-9)
-
-
 # Why it leaves
 
-@pytest.mark.parametrize("to", ["fcn", "lcn"])
-@pytest.mark.parametrize("conv",
-                         [nn.Conv1d(2, 4, 3, stride=2, padding=2, groups=2),
-                          nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"),
-                          nn.Conv2d(2, 2, 3, dilation=2, padding=2),
-                          nn.Conv3d(2, 2, 2), nn.ConvTranspose1d(2, 3, 3, stride=2)], ids=str)
-def test_kernel_gradient_is_tied_sum(conv, to):
-    torch.manual_seed(0)
-    conv.reset_parameters()
-    shape = (2,) + (4,)*(conv.weight.dim() - 2)
-    data = [(torch.randn(5, *shape, dtype=torch.float64), torch.randint(3, (5,)))]
-    net = nn.Sequential(conv, nn.GELU(), nn.Flatten(), nn.LazyLinear(3)).double()
-    net(data[0][0])
-    big = embed(net, shape, to=to)
-    kernel, matrix = gradient(net, data), gradient(big, data)
-    close(tied_sum(matrix["0.weight"], big[0].geometry), kernel["0.weight"], 1e-10)
-    close(matrix["0.bias"].view(conv.out_channels, -1).sum(1), kernel["0.bias"], 1e-10)
 
-
-def test_minimise_and_embed():
-    torch.manual_seed(0)
-    cnn = nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, 2)).double()
-    x = torch.randn(300, 1, 4, dtype=torch.float64)
-    with torch.no_grad():
-        for p in cnn.parameters(): p.copy_(torch.randn_like(p))
-        batches = [(x, torch.distributions.Categorical(logits=cnn(x)).sample())]
+def test_no_minimum_is_told(small):
     with pytest.raises(RuntimeError, match="after 1 steps the norm of the gradient"):
-        minimise(embed(cnn, (1, 4)), batches, steps=1)
-    assert minimise(cnn, batches) <= 1e-8
-    table = gradient_shares(embed(cnn, (1, 4)), batches)
-    norms = table.loc["all", list(PARTS)]**.5 * table.norm["all"]
-    assert norms[["convolutional", "other"]].max() <= 1e-8 < 1e-3 < norms[["unshared", "off_local"]].min()
-    close(minimise(cnn, batches), 0, 1e-8)                                        # there already
+        minimise(copy.deepcopy(small.net), small.batches, steps=1)
 
 
 def test_split_unit_without_bias():
@@ -652,6 +577,9 @@ def test_refused(small, what):
     with pytest.raises(ValueError, match=sentence): call(small)
 
 
+def test_one_probe_has_no_error(small): assert np.isnan(trace(small.net, small.batches, probes=1)[1])
+
+
 def test_no_convergence_is_told(small):
     with pytest.raises(RuntimeError, match="ARPACK did not find 5 largest eigenvalues"):
         top_eigenvalues(small.net, small.batches, 5, tol=1e-15, restarts=1)
@@ -687,8 +615,7 @@ print((kib("VmHWM") - before)*1024 / sum(p.numel()*4 for p in net.parameters()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("where", ["whole", "parts"])
-@pytest.mark.parametrize("what, most", [("density", 8), ("top", 17)])
+@pytest.mark.parametrize("what, most, where", [("density", 8, "parts"), ("top", 17, "whole")])
 def test_memory(what, most, where):
     "Peak beyond the network itself, in vectors of its size (8.4 million weights)."
     done = subprocess.run([sys.executable, "-c", MEASURE, what, where], cwd=keep.ROOT, capture_output=True, text=True,

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps, features
-from sklearn.datasets import load_digits
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST, ImageFolder
 
@@ -204,28 +203,6 @@ def test_what_are_no_data(make, said):
     assert "\n" not in str(caught.value)
 
 
-def test_classes_in_another_order():
-    a = photos()
-    turned = a.with_classes(list("dbca"))
-    assert [turned.classes[k] for k in turned.y] == [a.classes[k] for k in a.y]
-    assert torch.equal(turned.with_classes(a.classes).y, a.y)
-    assert Data(a, turned.with_classes(a.classes)).test.fingerprint == a.fingerprint
-    with pytest.raises(ValueError, match="are others"): a.with_classes(list("abc"))
-
-
-@pytest.mark.parametrize("n, classes", [(20, "2 classes, 10 training and 5 test images of each: a, b"),
-    (19, "2 classes, training + test images: a 10 + 5, b 9 + 5")])
-def test_describe(n, classes):
-    x = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 2, 3).contiguous()
-    one = Dataset(x, torch.arange(n) % 2, ["a", "b"], torch.zeros(1), torch.ones(1), "steps")
-    other = Dataset(100 + x[:10], torch.arange(10) % 2, ["a", "b"], torch.zeros(1), torch.ones(1), "steps")
-    first = f"steps: {n} training and 10 test images of shape (1, 2, 3)"
-    assert Data(one, other).describe().splitlines() == [first, classes]
-    other.x[2:5] = one.x[3]
-    doubles = ["test images that are training images, too: 3 of 10", "images that stand in more than one class: 1"]
-    assert Data(one, other, notes=["left out: x"]).describe().splitlines() == [first, classes, "left out: x", *doubles]
-
-
 def test_a_collection_comes_in_its_own_size():
     with pytest.raises(ValueError, match="size is for folders of images: digits comes in its own size"):
         load_data("digits", size=8)
@@ -268,19 +245,6 @@ def test_share_outside(share):
 def test_share_that_empties_a_class():
     with pytest.raises(ValueError, match="no test image"): load_data(test_share=.001)
     with pytest.raises(ValueError, match="no training image"): load_data(test_share=.999)
-
-
-def test_centred_digits_are_the_published_ones():
-    centred = load_data(shift=False)
-    train, test = stratified_split(torch.tensor(load_digits().target), .2, seeded())
-    for part, index in zip(centred, (train, test)):
-        levels = np.rint(part.x[:, 0, 4:12, 4:12].numpy() * (16/255))
-        assert np.array_equal(levels, load_digits().images[index])
-        assert np.array_equal(part.y, load_digits().target[index])
-        border = part.x.clone()
-        border[:, :, 4:12, 4:12] = 0
-        assert not border.any()
-    assert centred.train.x.max() == 255 and centred.train.shape == (1, 16, 16)
 
 
 def test_shifted_digits_are_whole_and_everywhere():
@@ -467,9 +431,6 @@ def fails(source, *words, error=(ValueError, FileNotFoundError), **kwargs):
     assert "\n" not in text and all(str(word) in text for word in words), text
 
 
-def test_unknown_name(): fails("cifar", "unknown data 'cifar'", "digits, cifar10, cifar100, mnist, fashion_mnist")
-
-
 def test_no_such_folder(tmp_path):
     fails(tmp_path / "gone", "gone does not exist")
     fails(Path("gone"), "gone does not exist")
@@ -510,33 +471,14 @@ def test_cut_jpeg(split):
     fails(split, f"{path} cannot be read as an image")
 
 
-def test_sixteen_bits(flat):
-    Image.fromarray(np.zeros((5, 6), np.uint16)).save(flat / "cat" / "00.png")
-    fails(flat, flat / "cat" / "00.png", "more than 8 bits")
-
-
 def test_different_sizes(flat):
     odd = write_image(flat / "dog" / "05.png", 0, size=(7, 5))
     fails(flat, f"{flat / 'cat' / '00.png'} has 5x6", f"{odd} 5x7", "say size=(5,6)")
 
 
-def test_different_classes(split):
-    write_image(split / "test" / "fish" / "0.png", 0)
-    fails(split, "different classes", "fish")
-
-
-@pytest.mark.parametrize("there, missing", [("train", "test"), ("test", "train")])
-def test_half_a_split(split, there, missing):
-    (split / missing).rename(split / "val")
-    fails(split, f"holds a folder {there} but none named {missing}")
-
-
 def test_bad_share_is_said_before_decoding(flat, monkeypatch):
     monkeypatch.setattr(data, "_load_images", None)
     fails(flat, "class cat (6 images) no test image", test_share=.01)
-
-
-def test_size_is_for_folders(): fails("digits", "size is for folders", size=8)
 
 
 # Folders as people have them
@@ -871,7 +813,7 @@ def test_odd_notes_of_orientation_say_nothing(note):
 
 def drawn(mode, ink, ground, clear=0):
     "A line of `ink` on `ground`, whose alpha is `clear`."
-    n, colours = len(mode) - 1, (ink, ground)
+    n = len(mode) - 1
     image = Image.new(mode, (4, 4), (*[ground]*n, clear))
     for i in range(4): image.putpixel((i, i), (*[ink]*n, 255))
     return image

@@ -1,4 +1,5 @@
 "The study of distillation: cells by hand, searches, and made-up tables whose gaps are known."
+import itertools
 import math
 from dataclasses import replace
 
@@ -10,20 +11,12 @@ import torch
 import efcn_nb.studies.distillation as study
 from efcn_nb.experiments.runs import run_id
 from efcn_nb.instruments.students import MLPS, STUDENTS, student
-from efcn_nb.instruments.transfer_sets import distil, standardise, standardised, teach, transfer_set
+from efcn_nb.instruments.transfer_sets import distil, standardised, teach, transfer_set
 from efcn_nb.ladder.embedding import embed
 from efcn_nb.materials.data import Data, load_data
-from efcn_nb.materials.models import count_weights
 from efcn_nb.studies.distillation import (
-    DistillationSettings,
-    distillation_claims,
-    distillation_grid,
-    distillation_study,
-    embedded_students,
-    gaps,
-    split_validation,
-    start_or_architecture,
-)
+    DistillationSettings, distillation_claims, distillation_grid, distillation_study, embedded_students, gaps,
+    split_validation, start_or_architecture)
 from efcn_nb.training.loop import Diverged, evaluate
 from lessons import noise, taught
 
@@ -50,18 +43,6 @@ def small():
     return splits, transfer, table
 
 
-def test_validation_is_split_off_the_training_images():
-    data = Data(noise(90), noise(30, seed=1))
-    splits = split_validation(data, .2, seed=3)
-    assert [len(s) for s in splits] == [72, 18, 30]
-    assert splits.validation.y.bincount().tolist() == [6, 6, 6]
-    key = lambda x: {t.numpy().tobytes() for t in standardise(x)}
-    assert key(splits.train.x) | {t.numpy().tobytes() for t in splits.validation.x} == key(data.train.x)
-    assert not key(splits.train.x) & {t.numpy().tobytes() for t in splits.validation.x}
-    assert splits.test.x.equal(standardise(data.test.x)) and splits.test.batch([3])[0].equal(splits.test.x[[3]])
-    assert not split_validation(data, .2, seed=4).train.x.equal(splits.train.x)
-
-
 # The grid
 def test_training_of_a_broken_last_step(small, monkeypatch):
     "Weights that are not finite are no result, though every loss was."
@@ -73,9 +54,8 @@ def test_training_of_a_broken_last_step(small, monkeypatch):
 
 def test_images_that_differ(small):
     for grid in (distillation_grid, embedded_students):
-        with pytest.raises(
-            ValueError, match=r"images of shape \(1, 8, 8\) and 3 classes, the splits have \(1, 16, 16\) and 10"
-        ):
+        with pytest.raises(ValueError,
+                           match=r"images of shape \(1, 8, 8\) and 3 classes, the splits have \(1, 16, 16\) and 10"):
             grid(small[0], taught(noise(20)), fast())
 
 
@@ -83,22 +63,6 @@ def test_grid_where_no_folder_can_be(small, tmp_path):
     (tmp_path/"file").write_text("in the way")
     with pytest.raises(OSError, match="nothing can be written to .*choose another folder"):
         distillation_grid(*small[:2], fast(students=["mlp1"], budgets=[2_000]), tmp_path/"file")
-
-
-def test_grid_is_training_by_hand(small):
-    splits, transfer, _ = small
-    table = distillation_grid(
-        splits, transfer, fast(students=["conv1", "mlp2"], budgets=[2_000], label_budgets=[2_000])
-    )
-    assert len(table) == 8 and not table.at_edge.any()
-    row = table[(table.student == "conv1") & (table.target == "labels") & (table.seed == 1)].iloc[0]
-    net = student(1, 1, 2_000, (1, 16, 16), 10, seed=1)
-    distil(net, transfer, 2, 1e-2, target="labels")
-    assert (
-        row.accuracy == evaluate(net, splits.test)["accuracy"]
-        and row.validation == evaluate(net, splits.validation)["accuracy"]
-    )
-    assert (row.convs, row.hidden, row.weights) == (1, 1, count_weights(net)) and row.width == net[0].out_channels
 
 
 def test_learning_rates_are_chosen_without_test_images(small):
@@ -109,21 +73,15 @@ def test_learning_rates_are_chosen_without_test_images(small):
         asked.append((epochs, seed, tuple(parts)))
         return [dict.fromkeys(parts, 1 - (math.log10(lr) + 2)**2 + .1*seed*("test" in parts))]
     table = study._tuned(run, [dict(cell=1), dict(cell=2)], searching([1e-3, 1e-2, 1e-1], [0, 1], 3, 7), {})
-    assert {a for a in asked if a[0] == 3} == {(3, study.SEARCH_SEED, ("validation",))} and sum(
-        a[0] == 3 for a in asked
-    ) == 6
+    assert [a for a in asked if a[0] == 3] == [(3, study.SEARCH_SEED, ("validation",))]*6
     assert {a for a in asked if a[0] == 7} == {(7, s, ("validation", "test")) for s in (0, 1)}
-    assert (
-        (table.lr == 1e-2).all()
-        and not table.at_edge.any()
-        and list(table.columns) == ["cell", "seed", "lr", "at_edge", "validation", "accuracy"]
-    )
+    assert (table.lr == 1e-2).all() and not table.at_edge.any()
+    assert [*table.columns] == ["cell", "seed", "lr", "at_edge", "validation", "accuracy"]
     other = splits._replace(test=standardised(noise(50, (1, 16, 16), 10)))
     settings = fast(students=["mlp1"], budgets=[2_000], lrs=[1e-5, 1e-2])
     rates = [distillation_grid(s, transfer, settings) for s in (splits, other)]
-    assert (
-        rates[0].lr.equals(rates[1].lr) and rates[0].at_edge.all() and not rates[0].accuracy.equals(rates[1].accuracy)
-    )
+    assert rates[0].lr.equals(rates[1].lr) and rates[0].at_edge.all()
+    assert not rates[0].accuracy.equals(rates[1].accuracy)
 
 
 def test_divergence_loses_the_search():
@@ -136,42 +94,25 @@ def test_divergence_loses_the_search():
 
 
 def test_rates_and_seeds_go_with_their_cells():
-    "Every cell has another best rate, and the rates come in any order."
+    "Every cell has another best rate, and the rates come in any order; of equals, the smallest."
     best = dict(a=1e-3, b=1e-1, c=1e-2, d=1e-3)
-
     def run(cell, lr, seed, epochs, parts, **_):
         return [{part: -abs(math.log10(lr / best[cell])) + (seed if part == "test" else 0) for part in parts}]
-
     table = study._tuned(run, [dict(cell=c) for c in "abcd"], searching([1e-1, 1e-3, 1e-2], np.arange(2), 3, 7), {})
     assert [*table.cell] == [*"aabbccdd"] and [*table.seed] == [0, 1]*4 and [*table.lr] == [best[c] for c in table.cell]
-    assert (
-        [*table.at_edge] == [c != "c" for c in table.cell]
-        and (table.validation == 0).all()
-        and (table.accuracy == table.seed).all()
-    )
+    assert [*table.at_edge] == [c != "c" for c in table.cell]
+    assert (table.validation == 0).all() and (table.accuracy == table.seed).all()
     level = lambda cell, lr, seed, epochs, parts, **_: [dict.fromkeys(parts, .5)]
-    assert (study._tuned(level, [dict(cell=1)], searching([0.1, 0.01, 0.03]), {}).lr == 0.01).all(), (
-        "of equals, the smallest"
-    )
+    assert (study._tuned(level, [dict(cell=1)], searching([.1, .01, .03]), {}).lr == .01).all()
 
 
 def test_cells_are_known_by_all_that_determines_them(small):
     splits, transfer, _ = small
     def common(s=splits, t=transfer, **more): return run_id(study._common(s, t, fast(**more)))
     other = replace(splits.test, x=splits.test.x + 1)
-    assert (
-        len(
-            {
-                common(),
-                common(splits._replace(test=other)),
-                common(splits._replace(validation=other)),
-                common(t=replace(transfer, seed=7)),
-                common(batch_size=7),
-                common(precision="bf16"),
-            }
-        )
-        == 6
-    )
+    names = {common(), common(splits._replace(test=other)), common(splits._replace(validation=other)),
+             common(t=replace(transfer, seed=7)), common(batch_size=7), common(precision="bf16")}
+    assert len(names) == 6
 
 
 def test_diverged_seed_is_missing(small, monkeypatch):
@@ -195,35 +136,21 @@ def test_grid_resumes(small, tmp_path, monkeypatch):
     assert len(trained) == 3, "another teacher is another cell"
 
 
-@pytest.mark.parametrize(
-    "settings, words",
-    [
-        (dict(students=["mlp1", "mlp6"]), "unknown student 'mlp6'"),
-        (dict(students=[]), "students must hold at least one"),
-        (dict(students="mlp1"), r"must be a list, such as \['mlp1'\]"),
-        (dict(students=["mlp1", "conv1", "mlp1"]), "students must differ .* 'mlp1' is there twice"),
-        (dict(budgets=[]), "budgets must hold at least one"),
-        (dict(budgets=[2_000, 2_000]), "2000 is there twice"),
-        (dict(budgets=[2_000.5]), "each of budgets must be a whole number"),
-        (dict(larger_mlps=[10_000]), "budgets and larger_mlps must differ from each other, but 10000"),
-        (dict(seeds=[]), "seeds must hold at least one"),
-        (dict(seeds=[1, 1]), "1 is there twice"),
-        (dict(seeds=[study.SEARCH_SEED]), "chooses the learning rates"),
-        (dict(seeds=[0.5]), "each of seeds must be a whole number"),
-        (dict(lrs=0.1), "learning rates must be a list"),
-        (dict(lrs=[]), "learning rates must hold at least one"),
-        (dict(lrs=["a"]), "must be a positive number, not 'a'"),
-        (dict(lrs=[0.1, 0]), "must be a positive number, not 0"),
-        (dict(epochs=0), "epochs must be a whole number, 1 or more"),
-        (dict(epochs=1.5), "whole number, 1 or more, not 1.5"),
-        (dict(batch_size=2.5), "batch_size must be a whole number"),
-        (dict(precision="fp8"), "unknown precision 'fp8'"),
-        (dict(embedded="mlp3"), "unknown convolutional student 'mlp3'; known are conv1"),
-        (dict(relax_times=[-2]), "each of relax_times must be a whole number, 0 or more"),
-        (dict(networks=["conv", "vit"]), "unknown network 'vit'"),
-        (dict(networks=["fcn"] * 2), "'fcn' is there twice"),
-    ],
-)
+@pytest.mark.parametrize("settings, words",
+                         [(dict(students=["mlp1", "mlp6"]), "unknown student 'mlp6'"),
+                          (dict(students=["mlp1", "conv1", "mlp1"]), "students must differ .* 'mlp1' is there twice"),
+                          (dict(budgets=[2_000.5]), "each of budgets must be a whole number"),
+                          (dict(larger_mlps=[10_000]),
+                           "budgets and larger_mlps must differ from each other, but 10000"),
+                          (dict(seeds=[study.SEARCH_SEED]), "chooses the learning rates"),
+                          (dict(lrs=[0.1, 0]), "must be a positive number, not 0"),
+                          (dict(epochs=0), "epochs must be a whole number, 1 or more"),
+                          (dict(batch_size=2.5), "batch_size must be a whole number"),
+                          (dict(precision="fp8"), "unknown precision 'fp8'"),
+                          (dict(embedded="mlp3"), "unknown convolutional student 'mlp3'; known are conv1"),
+                          (dict(relax_times=[-2]), "each of relax_times must be a whole number, 0 or more"),
+                          (dict(networks=["conv", "vit"]), "unknown network 'vit'"),
+                          (dict(networks=["fcn"] * 2), "'fcn' is there twice")])
 def test_impossible_settings(settings, words):
     with pytest.raises(ValueError, match=words): DistillationSettings(**settings)
 
@@ -240,20 +167,8 @@ def test_embedded_students(small, tmp_path):
     splits, transfer, _ = small
     run = lambda: embedded_students(splits, transfer, fast(embedded_budget=1_200, relax_times=[1]), tmp_path)
     table = run()
-    assert run().equals(table) and table.groupby(["network", "relax"]).size().to_dict() == {
-        (n, t): 2
-        for n, t in [
-            ("conv", 0),
-            ("conv", 1),
-            ("efcn", 0),
-            ("efcn", 1),
-            ("elcn", 0),
-            ("elcn", 1),
-            ("fcn", 0),
-            ("lcn", 0),
-            ("mlp", 0),
-        ]
-    }
+    cells = [*itertools.product(("conv", "efcn", "elcn"), (0, 1)), ("fcn", 0), ("lcn", 0), ("mlp", 0)]
+    assert run().equals(table) and table.groupby(["network", "relax"]).size().to_dict() == dict.fromkeys(cells, 2)
     at = table.set_index(["network", "relax", "seed"]).sort_index()
     for n in ("efcn", "elcn"):
         for t in (0, 1): np.testing.assert_allclose(at.start[n, t], at.start["conv", t], atol=1.01/60)
@@ -293,43 +208,10 @@ def test_diverged_convolution_is_missing(small, monkeypatch):
 def made_grid(accuracy, seeds=4, budgets=(1_000, 10_000), spread=.004):
     "A grid whose accuracies are a function of (convs, hidden, budget, target), plus noise."
     draw = np.random.default_rng(0)
-    return pd.DataFrame(
-        [
-            dict(
-                student=name,
-                convs=c,
-                hidden=h,
-                budget=b,
-                target=target,
-                seed=seed,
-                validation=a,
-                accuracy=a + spread * draw.standard_normal(),
-            )
-            for name, (c, h) in STUDENTS.items()
-            for b in budgets
-            for target in ("teacher", "labels")
-            for seed in range(seeds)
-            for a in [accuracy(c, h, b, target)]
-        ]
-    )
-
-
-def test_gaps_that_are_known():
-    table = made_grid(lambda c, h, b, t: .3 + .2*(c > 0) + .03*c + .01*h*(b > 1_000), spread=0)
-    found = gaps(table)
-    mean = found.groupby(["gap", "budget"]).difference.mean()
-    np.testing.assert_allclose(mean["convolutional"], [.32, .32 - .04], atol=1e-12)
-    np.testing.assert_allclose(mean["one convolution"], [.23, .23 - .04], atol=1e-12)
-    np.testing.assert_allclose(mean["depth, MLPs"], [0, .04], atol=1e-12)
-    np.testing.assert_allclose(mean["depth, convolutional"], [.09, .09], atol=1e-12)
-    assert set(found[found.gap == "convolutional"].better) == {"conv4"} and len(found) == 4*2*4
-
-
-def test_choice_is_by_validation_not_test():
-    table = made_grid(lambda c, h, b, t: .5, spread=0)
-    table.loc[table.student == "conv2", "validation"] = .6
-    table.loc[table.student == "conv3", "accuracy"] = .9
-    assert set(gaps(table).query("gap == 'convolutional'").better) == {"conv2"}
+    return pd.DataFrame([dict(student=name, convs=c, hidden=h, budget=b, target=target, seed=seed, validation=a,
+                              accuracy=a + spread * draw.standard_normal()) for name, (c, h) in STUDENTS.items()
+                         for b in budgets for target in ("teacher", "labels") for seed in range(seeds)
+                         for a in [accuracy(c, h, b, target)]])
 
 
 def test_seed_that_is_missing_is_left_out():
@@ -349,78 +231,43 @@ def test_missing_seeds_are_not_counted():
 
 def test_effects_by_hand():
     "From the rows of a grid, without pivots: the pairs are those of equal seeds."
-    table = made_grid(
-        lambda c, h, b, t: 0.3 + 0.2 * (c > 0) + 0.01 * h + 0.03 * c + 0.05 * (t == "teacher") + 0.01 * math.log10(b),
-        spread=0.03,
-    ).sample(frac=1, random_state=0)
+    table = made_grid(lambda c, h, b, t: 0.3 + 0.2 * (c > 0) + 0.01 * h + 0.03 * c + 0.05 * (t == "teacher")
+                      + 0.01 * math.log10(b), spread=0.03).sample(frac=1, random_state=0)
     A = {(r.student, r.budget, r.target, r.seed): r.accuracy for r in table.itertuples()}
     found = distillation_claims(table).set_axis(VERDICTS)
     sides = dict(zip(VERDICTS, [("conv4", "mlp5"), ("conv1", "mlp5"), ("mlp5", "mlp1"), ("conv4", "conv1")]))
     for claim, (better, worse) in sides.items():
-        d = {
-            b: np.array([A[better, b, "teacher", s] - A[worse, b, "teacher", s] for s in range(4)])
-            for b in (1_000, 10_000)
-        }
+        d = {b: np.array([A[better, b, "teacher", s] - A[worse, b, "teacher", s] for s in range(4)])
+             for b in (1_000, 10_000)}
         text = [f"{100*d[b].mean():+.1f} points at {b:,} weights, {better} over {worse}" for b in d]
-        assert found.effect[claim] in text and found.spread[claim] in [
-            f"{100 * x.std(ddof=1):.1f} points" for x in d.values()
-        ]
-    small = [
-        (np.mean([A["conv4", 1_000, "teacher", s] - A[k, 10_000, "teacher", s] for s in range(4)]), k) for k in MLPS
-    ]
+        assert found.effect[claim] in text
+        assert found.spread[claim] in [f"{100*x.std(ddof=1):.1f} points" for x in d.values()]
+    small = [(np.mean([A["conv4", 1_000, "teacher", s] - A[k, 10_000, "teacher", s] for s in range(4)]), k)
+             for k in MLPS]
     assert found.effect["3a"] in [f"{100*m:+.1f} points, conv4 of 1,000 over {k} of 10,000 weights" for m, k in small]
-    each = [
-        np.mean([A[k, b, "teacher", s] - A[k, b, "labels", s] for k in STUDENTS for b in (1_000, 10_000)])
-        for s in range(4)
-    ]
-    assert (
-        found.effect["4a"] == f"{100 * np.mean(each):+.1f} points, mean of 18 students"
-        and found.spread["4a"] == f"{100 * np.std(each, ddof=1):.1f} points"
-    )
+    each = [np.mean([A[k, b, "teacher", s] - A[k, b, "labels", s] for k in STUDENTS for b in (1_000, 10_000)])
+            for s in range(4)]
+    assert found.effect["4a"] == f"{100*np.mean(each):+.1f} points, mean of 18 students"
+    assert found.spread["4a"] == f"{100*np.std(each, ddof=1):.1f} points"
 
 
 def test_tables_without_rows():
-    assert [*gaps(made_grid(lambda c, h, b, t: 0.5).query("student == 'conv1'")).columns] == [
-        "gap",
-        "budget",
-        "better",
-        "worse",
-        "seed",
-        "difference",
-    ]
-    table = pd.DataFrame(
-        [dict(network=n, relax=t, seed=0, accuracy=0.5) for n, t in [("conv", 0), ("efcn", 0), ("efcn", 4), ("fcn", 0)]]
-    )
-    assert (
-        set(start_or_architecture(table).relax) == {0}
-        and not len(start_or_architecture(table[:1]))
-        and "share" in start_or_architecture(table[:1])
-    )
+    columns = gaps(made_grid(lambda c, h, b, t: .5).query("student == 'conv1'")).columns
+    assert [*columns] == ["gap", "budget", "better", "worse", "seed", "difference"]
+    cells = [("conv", 0), ("efcn", 0), ("efcn", 4), ("fcn", 0)]
+    table = pd.DataFrame([dict(network=n, relax=t, seed=0, accuracy=.5) for n, t in cells])
+    none = start_or_architecture(table[:1])
+    assert {*start_or_architecture(table).relax} == {0} and not len(none) and "share" in none
 
 
 VERDICTS = ["1a", "1b", "2a", "2b", "3a", "3b", "4a", "4b"]
 
-@pytest.mark.parametrize(
-    "accuracy, verdicts",
-    [
-        (lambda c, h, b, t: 0.3 + 0.2 * (c > 0) + 0.03 * (c + h) + 0.05 * (t == "teacher"), ["holds"] * 8),
-        (
-            lambda c, h, b, t: 0.6 - 0.1 * (c > 0) - 0.03 * (c + h) + 0.01 * math.log10(b) - 0.05 * (t == "teacher"),
-            ["fails"] * 8,
-        ),
-        (
-            lambda c, h, b, t: (
-                0.3 + 0.2 * (c > 0) * (b < 5_000) - 0.02 * (c > 1) - 0.03 * h + 0.1 * math.log10(b / 1_000)
-            ),
-            ["undecided|fails"] * 2 + ["fails"] * 2 + [None, "holds"] + [None] * 2,
-        ),
-    ],
-)
-def test_claims_on_made_up_tables(accuracy, verdicts):
+def test_claims_of_a_gap_that_closes():
+    "Those on which all students hold, or fail, stand in the notebook."
+    accuracy = lambda c, h, b, t: .3 + .2*(c > 0)*(b < 5_000) - .02*(c > 1) - .03*h + .1*math.log10(b/1_000)
     found = distillation_claims(made_grid(accuracy))
     assert [*found.claim.str.split().str[0]] == VERDICTS
-    for claim, verdict, want in zip(VERDICTS, found.verdict, verdicts):
-        assert want is None or verdict in want.split("|"), (claim, verdict)
+    assert {*found.verdict[:2]} <= {"undecided", "fails"} and [*found.verdict[[2, 3, 5]]] == ["fails", "fails", "holds"]
 
 
 def test_claims_that_cannot_be_judged():
@@ -438,52 +285,7 @@ def test_larger_mlps_only():
     assert row.verdict == "fails" and "of 1,000 over" in row.effect and "10,000 weights" in row.effect
 
 
-def test_parts_add_up():
-    draw = np.random.default_rng(1)
-    cells = [
-        ("conv", 0),
-        ("conv", 5),
-        ("efcn", 0),
-        ("efcn", 5),
-        ("elcn", 0),
-        ("elcn", 5),
-        ("fcn", 0),
-        ("lcn", 0),
-        ("mlp", 0),
-    ]
-    table = pd.DataFrame([dict(network=n, relax=t, seed=s, accuracy=draw.random()) for n, t in cells for s in range(3)])
-    parts = start_or_architecture(table).set_index(["space", "relax", "part"])
-    for space in ("fcn", "lcn"):
-        for t in (0, 5):
-            p = parts.loc[space, t]
-            assert (
-                abs(p.gap["whole"] - p.gap["start"] - p.gap["constraint"]) < 1e-12
-                and abs(p.share["start"] + p.share["constraint"] - 1) < 1e-12
-            )
-    A = table.set_index(["network", "relax", "seed"]).accuracy
-    d = A["elcn", 5] - A["lcn", 0]
-    assert (
-        abs(parts.gap["lcn", 5, "start"] - d.mean()) < 1e-12 and abs(parts.spread["lcn", 5, "start"] - d.std()) < 1e-12
-    )
-
-
 # All of it
-
-def test_study(tmp_path):
-    data = load_data("digits")
-    data = Data(data.train.thinned(200), data.test.thinned(50))
-    settings = fast(transfer=dict(copies=2), teacher=dict(teachers=1, width=2, epochs=1), students=["mlp1", "conv1"],
-                    budgets=[1_500], larger_mlps=[3_000], label_budgets=[1_500], embedded="conv1",
-                    embedded_budget=1_000, epochs=1)
-    tables = distillation_study(data, tmp_path, settings)
-    names = {"teachers", "grid", "gaps", "claims", "embedded", "parts"}
-    assert set(tables) == names == {p.stem for p in tmp_path.glob("*.csv")}
-    cells = [("conv1", "labels", 1_500), ("conv1", "teacher", 1_500), ("mlp1", "labels", 1_500),
-             ("mlp1", "teacher", 1_500), ("mlp1", "teacher", 3_000)]
-    assert tables["grid"].groupby(["student", "target", "budget"]).size().to_dict() == dict.fromkeys(cells, 2)
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path/"grid.csv"), tables["grid"], check_dtype=False)
-    without = distillation_study(data, tmp_path, replace(settings, embedded=None))
-    assert set(without) == {"teachers", "grid", "gaps", "claims"}
 
 
 @pytest.mark.parametrize("settings, device, words", [

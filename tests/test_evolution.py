@@ -7,11 +7,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from efcn_nb.ladder.embedding import embed
 from efcn_nb.ladder.masks import hold_to_masks, masks_of, random_mask
 from efcn_nb.instruments.evolution import (
-    blind_share, draw_weights, evolve, evolve_mask, local_cnn, local_masks, pruning_steps, starting_masks)
-from efcn_nb.instruments.topologies import check_topology
+    draw_weights, evolve, evolve_mask, local_cnn, local_masks, pruning_steps, starting_masks)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,17 +18,6 @@ def draw(seed): return torch.Generator().manual_seed(seed)
 
 
 # Networks
-
-@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 7, 10)])
-def test_local_masks_are_where_the_matrices_can_be(shape):
-    cnn = local_cnn(shape, 4, 3, seed=1)
-    efcn = embed(cnn, shape)
-    masks = local_masks(efcn)
-    assert [*masks] == ["0", "2"] and check_topology(masks)
-    assert cnn[-1].in_features == len(masks["2"]) == 6*-(-shape[1]//4)*-(-shape[2]//4)
-    for name, m in masks.items(): assert efcn.get_submodule(name).weight.ne(0).equal(m)
-    assert local_cnn(shape, 4, 3, seed=1)[0].weight.equal(cnn[0].weight)
-    assert not local_cnn(shape, 4, 3, seed=2)[0].weight.equal(cnn[0].weight)
 
 
 @pytest.mark.parametrize("build, words",
@@ -70,13 +57,6 @@ def test_growth_is_uniform_over_empty_places():
     assert not count[kept].any()
     expected = 3000*6/34
     assert ((count[~kept] - expected)**2/expected).sum() < 34 + 5*(2*34)**.5 # chi square; places just emptied are empty
-
-
-@pytest.mark.parametrize("zeta", [1, 1., 1.5, -.1, math.nan, math.inf, "half", None, True])
-def test_impossible_zeta(zeta):
-    weight, mask = torch.randn(3, 4), torch.eye(3, 4).bool()
-    with pytest.raises(ValueError, match="zeta, the share of connections to replace, must be a number from 0 to"):
-        evolve_mask(weight, mask, zeta, draw(0))
 
 
 @pytest.mark.parametrize("mask, words",
@@ -149,17 +129,6 @@ def test_evolve_leaves_everything_if_one_layer_cannot():
     assert all(a.equal(b) for a, b in zip(before, [*net.parameters(), *masks_of(net).values()]))
     with pytest.raises(ValueError, match="no layer of the network is held to a mask"):
         evolve(nn.Linear(3, 3), .3, draw(0))
-
-
-def test_blind_share_is_the_mean_of_blind_evolution():
-    local = random_mask((40, 50), .2, draw(0))
-    shares = []
-    for seed in range(30):
-        g, mask = draw(seed), local.clone()
-        for _ in range(4): mask, _ = evolve_mask(torch.rand(mask.shape, generator=g), mask, .3, g)
-        shares.append(float((mask & local).sum()/mask.sum()))
-    assert np.mean(shares) == pytest.approx(blind_share(1., 400, 400, 2000, .3, 4), abs=4*np.std(shares)/30**.5)
-    assert blind_share(.7, 400, 400, 2000, .3, 0) == .7 and blind_share(.2, 400, 400, 2000, .3, 9) == pytest.approx(.2)
 
 
 def test_pruning_steps_are_geometric():

@@ -111,6 +111,15 @@ def test_the_same_as_sgd(pieces, kind, settings, seed):
     if settings.get("momentum"): assert optimizer.state[a[0].weight]["momentum_buffer"].shape == a[0].weight.shape
 
 
+@pytest.mark.parametrize("settings", SETTINGS[1::2], ids=str)
+def test_slots_that_no_pixel_fills_decay_as_well(pieces, settings):
+    start = embed(cnn(2), (2, 6, 5), "lcn")
+    with torch.no_grad():
+        for m in start[0], start[2]: m.weight.fill_(.1)
+    a, b, _ = both(start, settings)
+    assert any((m.geometry.reads < 0).any() for m in (a[0], a[2])) and distance(a, b) < 1e-13
+
+
 def test_a_wrong_update_would_be_seen(monkeypatch):
     "Negative control: the same comparison with a learning rate that is off by a thousandth."
     real = fused._Fused._settings

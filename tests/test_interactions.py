@@ -1,4 +1,4 @@
-"Interactions between pixels, against loops over all paths."
+"Interactions between pixels, against PyTorch's own pooling and loops over pairs."
 import copy
 import itertools
 
@@ -8,28 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-import efcn_nb.instruments.interactions as module
-from efcn_nb.instruments.interactions import first_weights, interaction_profile, interaction_strength, pair_strengths
-from efcn_nb.ladder.embedding import embed
+from efcn_nb.instruments.interactions import first_weights, interaction_profile, interaction_strength
 from efcn_nb.materials.controls import permute_pixels, pixel_order
-from efcn_nb.materials.models import make_model
 from efcn_nb.materials.models import make_dense
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def seeded(seed): return torch.Generator().manual_seed(seed)
-
-
-def test_strengths_by_every_path():
-    "Influence is the sum over all paths to an output of the products of absolute weights."
-    hidden = [nn.ReLU(), nn.Dropout(.5), nn.Linear(3, 5), nn.ReLU()]
-    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), *hidden, nn.Linear(5, 2))
-    w1, w2, w3 = (net[i].weight.detach().abs().numpy() for i in (1, 4, 6))
-    want = np.zeros((4, 4))
-    for a, b, i, j, k in itertools.product(range(4), range(4), range(3), range(5), range(2)):
-        want[a, b] += min(w1[i, a], w1[i, b])*w2[j, i]*w3[k, j]
-    np.testing.assert_allclose(interaction_strength(net, (1, 2, 2)), want, rtol=1e-4)
 
 
 @pytest.mark.parametrize("pool", [
@@ -48,32 +31,6 @@ def test_influence_through_pooling_by_hand(pool):
     reads = (pool(alight) > 0).flatten(1).float() # max of one bright pixel: 1 where the window holds it
     scale = (norm.weight.abs()/(norm.running_var + norm.eps).sqrt()).detach().repeat_interleave(25)
     torch.testing.assert_close(first_weights(cnn, (1, 5, 5))[1], reads @ out * scale, atol=1e-5, rtol=1e-5)
-
-
-def test_scale_of_inputs_counts():
-    net = make_dense((1, 3, 3), 4, [6])
-    net(torch.randn(50, 1, 3, 3, generator=seeded(0))*torch.linspace(.1, 5, 9).view(1, 1, 3, 3))
-    scale = 1/(net[1].running_var + net[1].eps).sqrt()
-    torch.testing.assert_close(first_weights(net, (1, 3, 3))[0], net[2].weight.detach().abs()*scale)
-
-
-def test_chance_is_the_mean_over_all_pairs_of_units():
-    w, z = torch.rand(9, 7, generator=seeded(0))**3, torch.rand(9, generator=seeded(1))
-    want = z.sum()*torch.minimum(w[:,None,:,None], w[None,:,None,:]).mean((0, 1))
-    torch.testing.assert_close(module._chance_strengths(w, z), want, atol=2e-3, rtol=1e-3)
-
-
-def test_memory_does_not_change_strengths():
-    w, z = torch.rand(20, 11, generator=seeded(0)), torch.rand(20, generator=seeded(1))
-    torch.testing.assert_close(pair_strengths(w, z, most=1), pair_strengths(w, z))
-
-
-def test_cnn_and_its_efcn_interact_alike_and_within_windows():
-    cnn = make_model("small", (2, 12, 12), 3, width=3)
-    a, b = interaction_profile(cnn, (2, 12, 12)), interaction_profile(embed(cnn, (2, 12, 12)), (2, 12, 12))
-    pd.testing.assert_frame_equal(a, b)
-    a = a.set_index("distance")
-    assert a.strength[1] > a.strength[4] > 0 == a.strength[5] == a.ratio[11]
 
 
 def test_interactions_of_permuted_pixels_are_put_back():

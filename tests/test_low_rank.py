@@ -18,15 +18,14 @@ import efcn_nb.studies.low_rank as study
 from efcn_nb.materials.controls import make_variant
 from efcn_nb.materials.data import Data, Dataset
 from efcn_nb.materials.models import count_weights
-from efcn_nb.ladder.tensor_formats import (
-    FORMATS, SHUFFLES, compress, count_cores, fit_rank, freeze_kernels, held_layers, hold_to_rank, largest_ratio,
-    tensor_shape)
+from efcn_nb.ladder.tensor_formats import (FORMATS, SHUFFLES, compress, count_cores, fit_rank, freeze_kernels,
+                                           held_layers, hold_to_rank, largest_ratio, tensor_shape)
 from efcn_nb.instruments.kernel_ranks import (
     composed_kernel, compression, cut_kernel, effective_rank, kernel_ranks, operator_rank, stable_rank)
 from efcn_nb.experiments.search import validation_split
 from efcn_nb.studies.low_rank import (
     SHUFFLED, LowRankSettings, by_ratio, held_network, learn_held, low_rank_claims, low_rank_grid, post_hoc,
-    post_hoc_study, steadiness, train_held)
+    post_hoc_study, train_held)
 from efcn_nb.training.loop import Diverged, evaluate, fit, recount_batchnorm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,18 +62,10 @@ def held(format, ratio, shuffle="none", width=6, kernel=3, seed=0, shape=(1, 8, 
 # Settings
 
 WRONG = [
-    (dict(width=0), "width must be a whole number, 1 or more, not 0"), (dict(width=4.), "width must be a whole number"),
-    (dict(kernel=2), "kernel must be an odd number, not 2"), (dict(kernel="3"), "kernel must be a whole number"),
-    (dict(epochs=0), "epochs must be"), (dict(epochs=1.5), "epochs must be"), (dict(epochs=True), "epochs must be"),
-    (dict(search_epochs=0), "search_epochs must be"), (dict(batch_size=0), "batch_size must be"),
-    (dict(precision="fp8"), "unknown precision 'fp8'; known are fp32, tf32, bf16"),
-    (dict(seeds=[]), "seeds must hold at least one"), (dict(seeds=[-1]), "seeds must be a whole number from 0 to 999"),
-    (dict(seeds=[.5]), "from 0 to 999, not 0.5"), (dict(seeds=[1000]), "from 0 to 999, not 1000"),
-    (dict(seeds=3), "seeds must be a list"), (dict(seeds=[0, 0]), "0 is there twice"),
-    (dict(lrs=[]), "learning rates must hold at least one"), (dict(lrs=[0]), "must be a positive number, not 0"),
-    (dict(lrs=[math.nan]), "positive number"), (dict(lrs=[True]), "positive number"),
-    (dict(lrs=["1"]), "positive number"),
-    (dict(steps=0), "steps must be a whole number"), (dict(measured=1.5), "measured must be a whole number")]
+    (dict(kernel=2), "kernel must be an odd number, not 2"), (dict(precision="fp8"), "unknown precision 'fp8'"),
+    (dict(seeds=[1000]), "from 0 to 999, not 1000"), (dict(lrs=[0]), "must be a positive number, not 0"),
+    *((dict([(name, 0)]), f"{name} must be a whole number, 1 or more, not 0") for name in (
+        "width", "epochs", "search_epochs", "batch_size", "steps", "measured"))]
 
 
 @pytest.mark.parametrize("wrong, words", WRONG)
@@ -102,8 +93,7 @@ def test_global_random_state_is_left_alone():
     assert torch.get_rng_state().equal(before)
 
 
-@pytest.mark.parametrize("model", [
-    nn.Linear(3, 3), nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), nn.Conv2d(1, 2, 3)])
+@pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), nn.Conv2d(1, 2, 3)])
 def test_nothing_to_hold(model):
     hold, ask = lambda m: compress(m, "tt", 2), lambda m: largest_ratio(m, "cp")
     for use in (held_layers, compression, freeze_kernels, hold, ask):
@@ -112,7 +102,7 @@ def test_nothing_to_hold(model):
 
 @given(format=st.sampled_from(FORMATS), shuffle=st.sampled_from(SHUFFLES), width=st.integers(3, 9),
        kernel=st.sampled_from([1, 3, 5]), ratio=st.floats(1, 6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_ratios_are_counted(format, shuffle, width, kernel, ratio):
     dense = network(width, kernel, shape=(2, 8, 9), classes=3)
     shape, entries = (width, kernel**2, width), (width*kernel)**2
@@ -133,9 +123,7 @@ def test_ratios_are_counted(format, shuffle, width, kernel, ratio):
 
 
 @pytest.mark.parametrize("args, words", [
-    (("tt", .9), "a number from 1 on, not 0.9"), (("tt", math.nan), "a number from 1 on"),
-    (("tt", "2"), "a number from 1 on"), (("tt", True), "a number from 1 on"),
-    (("qr", 2), "unknown tensor format 'qr'"),
+    (("tt", .9), "a number from 1 on, not 0.9"), (("qr", 2), "unknown tensor format 'qr'"),
     (("tt", 2, "pixels"), "unknown shuffle 'pixels'"), (("tt", 1e4), "at most, not 1e\\+04 times")])
 def test_impossible_compressions(args, words):
     model = network()
@@ -207,21 +195,9 @@ def test_training_is_the_loop_written_out(data):
     np.testing.assert_allclose(losses, mine, rtol=1e-3)
 
 
-@pytest.mark.parametrize("lr", [0., math.nan, True, "1"])
-def test_impossible_rates(data, lr):
+def test_an_impossible_rate(data):
     with pytest.raises(ValueError, match="the learning rate must be a positive number"):
-        train_held(network(), data.train, lr, TINY)
-
-
-@pytest.mark.parametrize("format", ["dense", "cp"])
-def test_frozen_kernels_stay(data, format):
-    model = network()
-    if format != "dense": compress(model, format, 4, "everything")
-    before = [conv.weight.detach().clone() for conv in held_layers(model).values()]
-    linear = model[-1].weight.detach().clone()
-    train_held(freeze_kernels(model), data.train, .01, TINY)
-    assert all(conv.weight.equal(w) for conv, w in zip(held_layers(model).values(), before))
-    assert not model[-1].weight.equal(linear) and all(conv.bias.requires_grad for conv in held_layers(model).values())
+        train_held(network(), data.train, 0., TINY)
 
 
 # A cell and the grid
@@ -298,7 +274,6 @@ def test_diverged_cell_is_missing(data, monkeypatch):
 
 
 @pytest.mark.parametrize("arms, words", [
-    ([], "arms must hold at least one"), (["tt"], "must be a pair such as"), ([("tt",)], "must be a pair"),
     ([("tt", "none", 1)], "must be a pair"), ([("svd", "none")], "unknown tensor format 'svd'; known are dense, cp"),
     ([("tt", "all")], "unknown shuffle 'all'; known are none, window, channels, everything, pixels"),
     ([("dense", "window")], "a dense kernel changes nothing"), ([("tt", "none"), ["tt", "none"]], "is there twice")])
@@ -308,9 +283,7 @@ def test_impossible_arms(data, arms, words, tmp_path):
 
 
 @pytest.mark.parametrize("ratios, words", [
-    ([], "ratios must hold at least one"), ([.5], "ratios must be a number, 1 or more, not 0.5"),
-    ([2, 2.], "2.0 is there twice"), (["2"], "must be a number"), (2, "must be a list, such as \\[2\\]"),
-    ([math.inf], "must be a number")])
+    ([.5], "ratios must be a number, 1 or more, not 0.5"), ([2, 2.], "2.0 is there twice")])
 def test_impossible_ratios(data, ratios, words, tmp_path):
     for use in (lambda folder: low_rank_grid(data, [("tt", "none")], ratios, TINY, folder=folder),
                 lambda folder: post_hoc_study(data, ratios, TINY, folder=folder)):
@@ -383,10 +356,10 @@ def test_ratios_out_of_reach_are_said(data, monkeypatch):
 
 
 def test_study_goes_on_after_an_interruption(data, tmp_path, monkeypatch):
-    real, calls = study.learn_held, []
+    calls = []
     def counted(*args):
         calls.append(args[1:])
-        return real(*args)
+        return fake(*args)
     def stopping(*args):
         if len(calls) == 5: raise KeyboardInterrupt
         return counted(*args)
@@ -400,7 +373,7 @@ def test_study_goes_on_after_an_interruption(data, tmp_path, monkeypatch):
     assert len(calls) == len({*calls}) == 2*2*2 + 2*2*2, "nothing twice"
     monkeypatch.setattr(study, "learn_held", None)
     pd.testing.assert_frame_equal(run(), table)
-    monkeypatch.setattr(study, "learn_held", real)
+    monkeypatch.setattr(study, "learn_held", fake)
     pd.testing.assert_frame_equal(run(None), table)
 
 
@@ -445,30 +418,10 @@ ARMS = [("tt", s, True) for s in ("none", "everything", "window", "channels", "p
 ARMS += [("tt", "everything", False), ("dense", "none", False)]
 
 
-def test_steadiness_by_hand():
-    table = made_up(lambda f, s, t, r: .5 - .01*r*(s == "none"), noise=.02).sample(frac=1, random_state=1)
-    A = {(r.shuffled, r.ratio, r.seed): r.accuracy for r in table.itertuples()}
-    for shuffled in ("none", "everything"):
-        found = steadiness(by_ratio(table, "tt", shuffled))
-        for row in found.itertuples():
-            values = [A[shuffled, r, row.Index] for r in (2., 8., 32.)]
-            assert row.fall == pytest.approx(values[0] - values[-1]) and row.kept == pytest.approx(values[-1]/values[0])
-            assert row.spread == pytest.approx(np.std(values, ddof=1))
-        assert len(found) == 4
-
-
 def test_ratios_that_were_not_reached_are_left_out():
     table = made_up(lambda *_: .5)
     table = pd.concat([table, table[table.ratio == 2].assign(ratio=500., true=math.nan, accuracy=math.nan)])
     assert [*by_ratio(table, "tt").columns] == [2, 8, 32]
-
-
-def test_ratios_of_one_rank_count_once():
-    "A ring that goes to rank 1 at 150 and at 500 times is one network."
-    table = made_up(lambda f, s, t, r: .5 - .01*r*(s == "none"), ratios=(2., 8., 32.))
-    twice = pd.concat([table, table[table.ratio == 32].assign(ratio=20.)])
-    assert [*by_ratio(twice, "tt").columns] == [2, 8, 32]
-    assert low_rank_claims(twice).equals(low_rank_claims(table))
 
 
 @pytest.mark.parametrize("frozen, said", [([2., 32.], "never trained, 32x"), ([2., 8.], "never trained, 8x")])
@@ -629,11 +582,8 @@ def test_post_hoc(data, tmp_path):
 
 @pytest.mark.parametrize("wrong, words", [
     (dict(formats=["qr"]), "unknown format 'qr'"), (dict(lr=0), "the learning rate must be a positive number"),
-    (dict(formats=[]), "formats must hold at least one"), (dict(formats="svd"), "formats must be a list"),
     (dict(shuffles=["pixels"]), "unknown shuffle 'pixels'; known are none, window"),
-    (dict(shuffles="none"), "shuffles must be a list"), (dict(pixels=True), "pixels must be a list"),
-    (dict(pixels=[]), "pixels must hold"), (dict(pixels=[True, True]), "True is there twice"),
-    (dict(pixels=[2]), "unknown pixels '2'; known are False, True")])
+    (dict(pixels=True), "pixels must be a list"), (dict(pixels=[2]), "unknown pixels '2'; known are False, True")])
 def test_impossible_post_hoc(data, wrong, words, tmp_path):
     given = dict(ratios=[2], settings=TINY, folder=tmp_path/"new") | wrong
     with pytest.raises(ValueError, match=words): post_hoc_study(data, **given)

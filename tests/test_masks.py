@@ -1,6 +1,5 @@
-"Masks, their nulls and held layers: against loops, counts and PyTorch's own pruning; masks as text."
+"Masks, their nulls and held layers, against loops and counts; masks as text."
 import copy
-import itertools
 import math
 
 import numpy as np
@@ -41,22 +40,10 @@ def test_random_masks_have_their_density(rows, columns, density, seed):
     assert torch.equal(mask, random_mask((rows, columns), density, draw(seed)))
 
 
-def test_random_masks_are_uniform():
-    generator = draw()
-    found = [tuple(random_mask((2, 2), .5, generator).flatten().nonzero().flatten().tolist()) for _ in range(1200)]
-    counts = [found.count(pair) for pair in itertools.combinations(range(4), 2)]
-    assert sum(counts) == 1200 and chisquare(counts).pvalue > 1e-3
-
-
 @pytest.mark.parametrize("density", [0, -.1, 1.01, 30, float("nan"), "a tenth", None, True])
 def test_densities_outside_are_refused(density):
     with pytest.raises(ValueError, match="density must be a number above 0 and at most 1, not"):
         random_mask((3, 3), density, draw())
-
-
-def test_density_that_leaves_nothing():
-    with pytest.raises(ValueError, match="a density of 0.001 leaves none of 9 weights"):
-        random_mask((3, 3), .001, draw())
 
 
 @pytest.mark.parametrize("density", [1, 1., np.float64(.5), 1e-12])
@@ -73,11 +60,8 @@ def test_masks_that_do_not_fit(mask, said):
         hold_to_masks(nn.Sequential(nn.Linear(3, 2)), {"0": mask})
 
 
-def test_erdos_renyi_density():
-    assert erdos_renyi_density((1000, 784), 13) == pytest.approx(13*1784/784_000)
-    assert erdos_renyi_density((2, 2), 5) == 1
-    for epsilon in (0, -1, math.inf, math.nan, "20"):
-        with pytest.raises(ValueError, match="epsilon must be a positive number"): erdos_renyi_density((2, 2), epsilon)
+def test_an_impossible_number_of_connections():
+    with pytest.raises(ValueError, match="epsilon must be a positive number"): erdos_renyi_density((2, 2), 0)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -86,17 +70,6 @@ def test_the_largest_stay(values, data):
     weight, count = torch.tensor(values).float(), data.draw(st.integers(1, len(values)))
     order = sorted(range(len(values)), key=lambda i: (-abs(values[i]), i))
     assert magnitude_mask(weight, count).nonzero().flatten().tolist() == sorted(order[:count])
-
-
-def test_pruning_as_pytorch_prunes():
-    weight, mask = torch.randn(30, 40, generator=draw()), torch.ones(30, 40).bool()
-    reference = torch.ones(30, 40)
-    for _ in range(6):
-        left = int(reference.sum())
-        alive = reference.bool()
-        reference[alive] = L1Unstructured(amount=math.floor(.3*left)).compute_mask(weight[alive], torch.ones(left))
-        mask = prune_mask(weight, mask, .3)
-        assert torch.equal(mask, reference.bool())
 
 
 def test_pruning_does_not_look_outside_the_mask():
@@ -152,22 +125,6 @@ def test_nulls_keep_what_they_say(rows, columns, seed, density, keep):
     assert found.dtype == torch.bool and found.shape == mask.shape and found.sum() == mask.sum()
     if keep in ("inputs", "both"): assert torch.equal(found.sum(0), mask.sum(0))
     if keep in ("units", "both"): assert torch.equal(found.sum(1), mask.sum(1))
-
-
-def with_sums(rows, columns):
-    "All bool matrices with these sums."
-    found = []
-    for bits in itertools.product([False, True], repeat=len(rows)*len(columns)):
-        m = torch.tensor(bits).view(len(rows), len(columns))
-        if m.sum(1).tolist() == rows and m.sum(0).tolist() == columns: found.append(m)
-    return found
-
-
-def test_trades_reach_all_matrices_equally_often():
-    every = with_sums([2, 1, 2, 1], [2, 2, 2])
-    generator, seen = draw(), {str(m.tolist()): 0 for m in every}
-    for _ in range(100*len(every)): seen[str(shuffle_mask(every[0], "both", generator, 10).tolist())] += 1
-    assert len(seen) == len(every) == 15 and chisquare([*seen.values()]).pvalue > 1e-3
 
 
 def test_other_nulls_are_uniform_too():
@@ -234,22 +191,6 @@ def test_held_to_the_local_entries_an_efcn_is_an_elcn():
     assert torch.allclose(efcn(x), elcn(x), atol=1e-5)
 
 
-def test_masks_move_and_go():
-    net = held_net()
-    other = random_mask((9, 12), .5, draw(7))
-    inside = net[0].weight.detach()[other & masks_of(net)["0"]].clone()
-    hold_to_masks(net, {"0": other, "2": torch.eye(9).bool()[:3]})
-    assert torch.equal(masks_of(net)["0"], other) and [*masks_of(net)] == ["0", "2"]
-    assert net[0].weight.detach()[other].count_nonzero() == len(inside)
-    weights, x = [net[i].weight.detach().clone() for i in (0, 2)], torch.randn(4, 12)
-    before = net(x)
-    release_masks(net)
-    assert not masks_of(net) and all(torch.equal(net[i].weight, w) for i, w in zip((0, 2), weights))
-    assert torch.equal(net(x), before)
-    assert {*net.state_dict()} == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    assert all(type(net[i]) is nn.Linear for i in (0, 2))
-
-
 def test_masks_travel_with_copies_and_state():
     net = held_net()
     clone, other = copy.deepcopy(net), held_net(.5)
@@ -286,11 +227,6 @@ def test_nothing_is_changed_by_what_is_refused():
         with pytest.raises(ValueError): hold_to_masks(net, masks)
     assert before.keys() == net.state_dict().keys()
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
-
-
-def test_unknown_layer():
-    with pytest.raises(ValueError, match="the network has no layer 'first' with a weight; it has '0', '2'"):
-        hold_to_masks(held_net(), {"first": torch.ones(9, 12).bool()})
 
 
 def test_a_single_layer_can_be_held():
@@ -477,13 +413,6 @@ def test_masks_that_no_table_holds(mask):
         masks_to_rows(dict(conv=mask))
 
 
-def test_large_masks_come_in_pieces():
-    masks = dict(a=random_mask((1000, 2000), .5, draw(0)))
-    rows = masks_to_rows(masks)
-    assert len(rows) > 2 and max(len(r["bits"]) for r in rows) <= 100_000
-    assert masks_from_rows(pd.DataFrame(rows[::-1]))["a"].equal(masks["a"])
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 99), st.integers(1, 9))
 def test_a_mask_is_hexadecimal_digits(rows, columns, seed, most):
@@ -496,8 +425,3 @@ def test_a_mask_is_hexadecimal_digits(rows, columns, seed, most):
     assert "".join(part[1:] for part in parts) == digits
     found = mask_from_text(parts, (rows, columns))
     assert found.equal(mask) and found.dtype == torch.bool
-
-
-def test_digits_of_another_mask_are_refused():
-    with pytest.raises(ValueError, match=r"a mask of shape \(2, 5\) is stored as 4 digits, not 2"):
-        mask_from_text(["x81"], (2, 5))

@@ -188,19 +188,6 @@ def test_a_transposed_convolution_may_need_its_output_padding():
     for to in RELEASED: same_function(conv, x, to), same_way_back(conv, x, to)
 
 
-@BOTH
-@pytest.mark.parametrize("n, kw, size", [
-    (1, dict(kernel_size=3, stride=2, padding=1), (5,)), (2, dict(kernel_size=(2, 3), groups=2, padding=1), (3, 3)),
-    (3, dict(kernel_size=2, dilation=2, padding=1, bias=False), (2, 3, 2)),
-    (2, dict(kernel_size=3, padding=1, padding_mode="reflect"), (3, 2)),
-    (2, dict(kernel_size=2, stride=2, groups=2, transposed=True), (2, 2))])
-def test_gradcheck(to, n, kw, size):
-    layer, x = embed(conv_of(n, 2, 2, **kw), (2, *size), to), rand(2, 2, *size).requires_grad_()
-    names = [name for name, _ in layer.named_parameters()]
-    call = lambda x, *values: torch.func.functional_call(layer, dict(zip(names, values)), (x,))
-    assert torch.autograd.gradcheck(call, (x, *layer.parameters()))
-
-
 # Negative controls: a wrong map must make the properties fail
 
 ASYMMETRIC = {

@@ -65,18 +65,6 @@ def test_a_cnn_that_diverged_early_spoils_no_measure(study, monkeypatch):
     assert MEASURES["paths"](study).relax.unique().tolist() == [0]
 
 
-def test_a_slowed_cnn_moves_as_its_embedding():
-    "Several layers, no padding: in the first step every kernel moves as the mean of its copies does."
-    torch.manual_seed(0)
-    cnn = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Conv2d(2, 3, 3, stride=2), nn.Flatten(),
-                        nn.Linear(3*6*6, 10)).double()
-    efcn, (x, y) = embed(cnn, (1, 16, 16)), tiny.DATA.train.batch(range(50))
-    for model, optimizer in (cnn, slowed(cnn, (1, 16, 16), .3)), (efcn, torch.optim.SGD(efcn.parameters(), .3)):
-        nn.functional.cross_entropy(model(x.double()), y).backward()
-        optimizer.step()
-    for p, q in zip(convert(efcn, "cnn").parameters(), cnn.parameters()): assert torch.allclose(p, q, atol=1e-12)
-
-
 @pytest.mark.parametrize("conv", [nn.Conv2d(1, 3, 5, padding=2, stride=2), nn.ConvTranspose2d(1, 2, 2, stride=2),
                                   nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect")])
 def test_a_slowed_cnn_with_padding(conv):

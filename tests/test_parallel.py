@@ -254,43 +254,26 @@ def test_a_function_that_is_another_one_in_a_worker(elsewhere, function):
     if said != "ran": assert "below `if __name__ == '__main__':`" in said and said.endswith(" [2]")
 
 
-def test_a_mistake_in_a_worker_is_that_mistake(tmp_path):
-    class Executor:
-        def submit(self, *args):
-            future = Future()
-            future.set_exception(Busy("another process is at work"))
-            return future
-    with pytest.raises(Busy): study(tmp_path/"s", tmp_path/"marker").run(executor=Executor())
+def ended(error=None):
+    "A run in a worker that has ended, perhaps by an error."
+    future = Future()
+    if error: future.set_exception(error)
+    else: future.set_result(None)
+    return future
 
 
-def test_an_error_in_a_worker_keeps_its_words(tmp_path):
-    "It is not taken for the death of the worker."
-    class Executor:
-        def submit(self, *args):
-            future = Future()
-            future.set_exception(RuntimeError("a bug in the network"))
-            return future
-    with pytest.raises(RuntimeError, match="a bug in the network") as error:
-        study(tmp_path/"s", tmp_path/"marker").run(executor=Executor())
-    assert type(error.value) is RuntimeError
+def broken(): raise BrokenProcessPool("it is broken")
 
 
-def test_a_broken_pool_says_so(tmp_path):
-    class Executor:
-        def submit(self, *args): raise BrokenProcessPool("it is broken")
-    with pytest.raises(WorkerLost, match="the same call goes on from there"):
-        study(tmp_path/"s", tmp_path/"marker").run(executor=Executor())
-
-
-def test_a_worker_that_writes_elsewhere_is_noticed(tmp_path):
-    "It says that it has done the run; rather than wait for ever, we say what is wrong."
-    class Executor:
-        def submit(self, *args):
-            future = Future()
-            future.set_result(None)
-            return future
-    with pytest.raises(OSError, match="all workers must see that folder"):
-        study(tmp_path/"s", tmp_path/"marker").run(executor=Executor())
+@pytest.mark.parametrize("answer, kind, says", [
+    (lambda: ended(Busy("another process is at work")), Busy, "another process is at work"),
+    (lambda: ended(RuntimeError("a bug in the network")), RuntimeError, "a bug in the network"),
+    (broken, WorkerLost, "the same call goes on from there"),
+    (ended, OSError, "all workers must see that folder")])  # one that writes elsewhere: nobody waits for ever
+def test_what_a_worker_says_is_passed_on(tmp_path, answer, kind, says):
+    executor = types.SimpleNamespace(submit=lambda *args: answer())
+    with pytest.raises(kind, match=says) as error: study(tmp_path/"s", tmp_path/"marker").run(executor=executor)
+    assert type(error.value) is kind
 
 
 def test_a_pool_that_outlives_a_study(serial, tmp_path):

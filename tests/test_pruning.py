@@ -1,6 +1,5 @@
 "Pruning, against rounds written out and made-up tables."
 import itertools
-import math
 from dataclasses import replace
 
 import pandas as pd
@@ -9,10 +8,9 @@ import torch
 
 import efcn_nb.studies.pruning as study
 from tiny import smooth_images as images
-from efcn_nb.ladder.masks import mask_from_text
 from efcn_nb.materials.controls import permute_pixels, pixel_order
 from efcn_nb.materials.data import Data
-from efcn_nb.instruments.locality import busiest_units, near_profile, near_ratio
+from efcn_nb.instruments.locality import near_profile, near_ratio
 from efcn_nb.instruments.pruning_rounds import locality_table, profile_table, round_masks
 from efcn_nb.materials.models import make_dense
 from efcn_nb.experiments.runs import run_id
@@ -34,10 +32,6 @@ def fast(**changed): return PruningSettings(**(FAST | changed))
 def seeded(seed): return torch.Generator().manual_seed(seed)
 
 
-def random(units, shape, density=.4, seed=0):
-    return torch.rand(units, math.prod(shape), generator=seeded(seed)) < density
-
-
 @pytest.fixture(scope="module")
 def data(): return Data(images(), images(60, seed=1))
 
@@ -55,15 +49,6 @@ def table(data): return prune_rounds(data, ["fcn", "one-shot", "permuted", "efcn
 def test_bad_input(call, said):
     with pytest.raises(ValueError) as e: call()
     assert said in str(e.value) and "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("case", ["fcn", "one-shot", "permuted", "efcn"])
-def test_masks_shrink_by_the_fraction(table, case):
-    masks = [round_masks(table, case, 0, r) for r in range(4)]
-    for name in masks[0]:
-        assert [int(m[name].sum()) for m in masks] == survivors(masks[0][name].numel(), .3, 3)
-        back = any((b[name] & ~a[name]).any() for a, b in zip(masks, masks[1:]))
-        assert case == "one-shot" or not back
 
 
 def test_rounds_are_rewound(data, monkeypatch):
@@ -141,18 +126,13 @@ def test_interrupted_and_resumed(data, table, tmp_path, monkeypatch):
 @pytest.mark.parametrize("how,said", [
     (dict(fraction=1.), "fraction must be below 1, so that weights remain, not 1.0"),
     (dict(fraction=-.5), "fraction must be a number, 0 or more, not -0.5"),
-    (dict(fraction="half"), "fraction must be a number"), (dict(fraction=True), "fraction must be a number"),
-    (dict(fraction=math.nan), "fraction must be a number"), (dict(fraction=None), "fraction must be a number"),
-    (dict(rounds=-1), "rounds must be a whole number, 0 or more, not -1"), (dict(rounds=2.5), "not 2.5"),
-    (dict(rewind=12), "rewind must be a whole number from 0 to 11, not 12"), (dict(rewind=-1), "from 0 to 11, not -1"),
+    (dict(rounds=-1), "rounds must be a whole number, 0 or more, not -1"),
+    (dict(rewind=12), "rewind must be a whole number from 0 to 11, not 12"),
     (dict(steps=0, rewind=0), "steps must be a whole number, 1 or more, not 0"),
     (dict(batch_size=1), "batch_size must be a whole number, 2 or more"),
-    (dict(lr=0), "lr must be a positive number, not 0"), (dict(lr="0.1"), "lr must be a positive number, not '0.1'"),
-    (dict(seeds=[]), "seeds must hold at least one value"), (dict(seeds=3), "not 3"),
-    (dict(seeds=[0, .5]), "each of seeds must be a whole number"), (dict(seeds=[1, 1]), "1 is there twice"),
+    (dict(lr=0), "lr must be a positive number, not 0"), (dict(seeds=[1, 1]), "1 is there twice"),
     (dict(widths=[4, -1]), "each of widths must be a whole number, 1 or more, not -1"),
-    (dict(widths=5), "widths must be a list"), (dict(widths=[]), "widths must be a list"),
-    (dict(widths=[4.5]), "not 4.5"), (dict(widths=None), "not None"),
+    (dict(widths=[]), "widths must be a list"),
     (dict(last="no"), "last must be True or False, not 'no'"), (dict(init="he"), "unknown init 'he'"),
     (dict(variant="scrambled"), "unknown variant 'scrambled'"),
     (dict(start="cnn"), "unknown start 'cnn'; known are fcn, efcn"),
@@ -285,17 +265,6 @@ def test_claims_by_hand():
 def test_claims_about_rounds_there_are_not(last):
     with pytest.raises(ValueError, match=f"last must be a whole number from 1 to 11, not {last}"):
         pruning_claims(made(HIGH), last)
-
-
-def test_study_writes_what_it_returns(data, tmp_path):
-    tables = pruning_study(data, tmp_path, ["fcn", "permuted"], fast(), networks=["fcn"], units=3)
-    assert sorted(tables) == sorted(p.stem for p in tmp_path.glob("*.csv"))
-    assert sorted(tables) == ["claims", "interactions", "profiles", "rounds", "units"]
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path/"rounds.csv"), tables["rounds"])
-    mask = round_masks(prune_rounds(data, ["permuted"], fast(), tmp_path), "permuted", 0, 3)["2"]
-    text = tables["units"].query("case == 'permuted'")["mask"]
-    drawn = torch.cat([mask_from_text([part], (1, 128)) for part in text])
-    assert drawn.equal(busiest_units(mask, (2, 8, 8), 3).flatten(1))
 
 
 @pytest.mark.parametrize("settings,how,said", [

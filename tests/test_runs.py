@@ -106,7 +106,7 @@ def test_checkpoints(run):
     for epoch in range(5): run.save(epoch, net(epoch), table(*range(epoch+1)))
     assert [p.name[:10] for p in run.checkpoints()] == [f"epoch-{e:04d}" for e in range(5)]
     assert equal_weights(run.load(2)[1], net(2).state_dict()) and len(run.load(2)[2]) == 3
-    assert run.load(9) is None and run.load()[0] == 4
+    assert run.load(9) is None and run.load()[0] == 4 and [run.load(until=e).epoch for e in (2, 9)] == [2, 4]
     run.save(5, net(5), table(*range(6)), keep=())
     assert [run.load(e) is None for e in range(6)] == [True, True, True, True, False, False]
     run.finish(table(1.), keep=())
@@ -149,6 +149,13 @@ def test_damaged_end_is_named_and_makes_the_run_unfinished(run, damage, name):
     with pytest.warns(UserWarning, match=rf"{name}|metrics\.csv"): assert not run.finished
     run.finish(table(.5, .6))
     assert run.finished
+
+
+def test_an_altered_reason_is_noticed(run):
+    run.finish(table(.5), diverged="at step 3")
+    mark = run.path/"finished.json"
+    mark.write_text(mark.read_text().replace("step 3", "step 4"))
+    with pytest.warns(UserWarning, match="finished.json"): assert not run.finished
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{}", b"null", b"\xff\xfe"])

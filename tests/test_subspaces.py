@@ -8,13 +8,13 @@ from torch import nn
 
 import tiny
 from efcn_nb.materials.data import Data, load_data
-from efcn_nb.ladder.matrices import release, tied_sum
-from efcn_nb.ladder.embedding import convert, embed, reinitialize
+from efcn_nb.ladder.matrices import release
+from efcn_nb.ladder.embedding import embed, reinitialize
 from efcn_nb.ladder.geometry import ConvGeometry
 from efcn_nb.instruments.curvature import gradient, loss_line, random_direction
 from efcn_nb.instruments.subspaces import (
     PARTS, ablate, ablation, bias_spread, dimensions, off_local_rows, project, radial_profile, residuals, shares, split,
-    squares, template_similarity, window_distances)
+    squares, template_similarity)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
 
@@ -48,36 +48,6 @@ def net(seed=0):
 
 
 @CASES
-@pytest.mark.parametrize("to", ["fcn", "lcn"])
-def test_parts_are_orthogonal_and_add_up(name, to):
-    m = layer(name, to=to)
-    parts = split(m.weight, m.geometry)
-    assert torch.allclose(sum(parts.values()), m.weight, atol=1e-12)
-    names = list(parts)
-    for i, a in enumerate(names):
-        for b in names[:i]: assert abs((parts[a]*parts[b]).sum()) < 1e-10
-    for part, square in squares(m).items(): assert math.isclose(square, parts[part].square().sum().item(), abs_tol=1e-9)
-
-
-@CASES
-def test_the_convolutional_part_is_the_least_squares_fit(name):
-    "Against the matrix of the embedding, column by column, and numpy's pseudo-inverse."
-    m = layer(name)
-    g, n = m.geometry, math.prod(m.geometry.kernel_shape)
-    columns = []
-    for i in range(n):
-        conv = copy.deepcopy(CONVS[name]).double()
-        with torch.no_grad(): conv.weight.copy_(torch.eye(n, dtype=torch.float64)[i].view(conv.weight.shape))
-        columns.append(release(conv, g).weight.detach().flatten())
-    A = torch.stack(columns, 1)
-    fit = A @ torch.linalg.pinv(A) @ m.weight.detach().flatten()
-    assert torch.allclose(split(m.weight, g)["convolutional"].flatten(), fit, atol=1e-9)
-    assert torch.allclose(tied_sum(m.weight, g).flatten(), A.T @ m.weight.detach().flatten(), atol=1e-9)
-    biases = g.out_channels if m.bias is not None else 0
-    assert dimensions(m).loc["", "convolutional"] == torch.linalg.matrix_rank(A) + biases
-
-
-@CASES
 def test_a_profile_against_a_loop(name):
     m, found = layer(name), {}
     g = m.geometry
@@ -97,21 +67,6 @@ def test_a_profile_against_a_loop(name):
         assert profile.entries[key] == len(values)
         assert math.isclose(profile.mean_square[key], sum(values)/len(values), rel_tol=1e-9, abs_tol=1e-12)
     assert math.isclose(profile.share.sum(), 1)
-
-
-def test_distances_are_zero_in_the_window():
-    for name in CONVS: assert torch.equal(window_distances(layer(name).geometry) == 0, layer(name).geometry.window)
-
-
-def test_projections_of_a_vector_are_those_of_its_tensors():
-    model = net()
-    vector = {name: torch.randn_like(p) for name, p in model.named_parameters()}
-    shared = project(model, vector, ["convolutional", "other"])
-    other = copy.deepcopy(model)
-    for name, p in other.named_parameters(): p.data = vector[name]
-    fit = embed(convert(other, "cnn"), (1, 16, 16))
-    for name, p in fit.named_parameters(): assert torch.allclose(shared[name], p, atol=1e-12), name
-    assert dimensions(model).loc["all"].sum() == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("parts", [[], "local", ["convolutional", "conv"]])

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from efcn_nb.materials.data import Data, Dataset, load_data
+from efcn_nb.materials.data import Data, Dataset
 from efcn_nb.ladder.embedding import embed
 from efcn_nb.ladder.masks import masks_from_rows
 from efcn_nb.experiments.search import validation_split
@@ -208,16 +208,6 @@ def test_the_rate_is_chosen_on_images_that_nobody_trains_on(monkeypatch):
     assert all(key(d.train) == key(search[0].train) and d.test is TINY.test for d in final)
 
 
-def test_the_rate_is_the_best_on_average_and_never_diverges(monkeypatch):
-    last = {.1: [.9, .3, .3], .2: [.6, .5, .6], .3: [.9, None, .9]}
-    def fake(kind, data, settings, seed, start, lr, keep):
-        if last[lr][seed % 3] is None: raise Diverged(1)
-        measured = [dict(epoch=e, accuracy=a, loss=1.) for e, a in ((1, 1.), (2, last[lr][seed % 3]))]
-        return measured + [dict(epoch=2, mask="0 1x1", part=0, bits="eJxrAAAAgQCB")]
-    monkeypatch.setattr(study, "train_kind", fake)
-    assert set(sparse_runs(TINY, replace(SMALL, lrs=[.1, .2, .3], kinds=["dense", "cnn"])).table.lr) == {.2}
-
-
 def test_what_diverges_is_missing(monkeypatch):
     own = study.train_kind
     def fails(kind, data, settings, seed, start, lr, keep):
@@ -238,19 +228,10 @@ def test_a_study_without_a_folder_does_nothing(out, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (dict(kinds=["cnn", "FCN"]), "unknown kind 'FCN'"), (dict(kinds=[]), "kinds must hold at least one value"),
-    (dict(kinds="cnn"), r"kinds must be a list, such as \['cnn'\]"),
-    (dict(kinds=["cnn", "cnn"]), "'cnn' is there twice"),
-    (dict(seeds=[]), "seeds must hold at least one"), (dict(seeds=[0, 0]), "seeds must differ"),
-    (dict(seeds=[12345]), "seed 12345 chooses the learning rates"), (dict(seeds=[-1]), "0 or more"),
-    (dict(seeds=[.5]), "whole number"),
-    (dict(lrs=0.), "learning rates must be a list"), (dict(lrs=[]), "learning rates must hold"),
-    (dict(lrs=[0]), "positive"),
-    (dict(lrs=[-1.]), "positive number, not -1.0"), (dict(lrs=[.01, .01]), "must differ"),
-    (dict(keep=[-1]), "each of keep must be a whole number, 0 or more, not -1"), (dict(keep=["2"]), "not '2'"),
-    (dict(keep=[2.5]), "not 2.5"), (dict(keep=2), "keep must be a list"),
-    (dict(zeta=2), "zeta, the share of connections"),
-    (dict(zeta=1), "from 0 to below 1, not 1"), (dict(epochs=2.5), "epochs must be a whole number, 1 or more, not 2.5"),
+    (dict(kinds=["cnn", "FCN"]), "unknown kind 'FCN'"), (dict(kinds=["cnn", "cnn"]), "'cnn' is there twice"),
+    (dict(seeds=[12345]), "seed 12345 chooses the learning rates"), (dict(lrs=[-1.]), "positive number, not -1.0"),
+    (dict(keep=[-1]), "each of keep must be a whole number, 0 or more, not -1"), (dict(keep=2), "keep must be a list"),
+    (dict(zeta=1), "zeta, the share of connections .* from 0 to below 1, not 1"),
     *((dict([(name, 0)]), f"{name} must be a whole number, 1 or more, not 0") for name in (
         "epochs", "search_epochs", "searches", "batch_size", "channels", "every", "rounds", "draws"))])
 def test_impossible_settings(wrong, words):
@@ -356,18 +337,6 @@ def test_effects_of_claims():
     at = lambda number: found[[c for c in found.index if c.startswith(number)][0]]
     assert at("1a") == "+5.0 points" and at("3f") == "+5.0 points" and at("2a") == "0.810, by chance 0.900"
     assert at("2c") == "0.720, else 0.810" and at("3d") == "60.0 %, else 45.0 %" and at("3e") == "60.0 %, else 50.0 %"
-
-
-def test_a_study_writes_its_tables(tmp_path):
-    data = load_data("digits")
-    few = Data(data.train.thinned(100), data.test.thinned(40))
-    quick = TopologySettings(["static random", "SET random"], [0, 1], [.01], epochs=2, keep=[1], channels=1, draws=1)
-    tables = topology_study(few, tmp_path, quick)
-    assert {p.stem for p in tmp_path.glob("*.csv")} == {"accuracy", "distances", "shares", "claims"} == set(tables)
-    again = topology_study(few, tmp_path, quick)
-    for name in tables: pd.testing.assert_frame_equal(tables[name], again[name])
-    assert tables["claims"].verdict.iloc[0] in ("holds", "fails", "undecided")
-    assert "not judged" in set(tables["claims"].verdict)
 
 
 def test_a_study_without_anything_to_compare(tmp_path):

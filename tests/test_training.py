@@ -16,7 +16,7 @@ from efcn_nb.ladder.inspection import evaluated, modes_kept
 from efcn_nb.training.fused import FusedSGD
 from efcn_nb.materials.models import make_model
 from efcn_nb.training.loop import (
-    PRECISIONS, Diverged, evaluate, products, recount_batchnorm, start_training, train, train_epoch, train_steps)
+    PRECISIONS, Diverged, evaluate, products, start_training, train, train_epoch, train_steps)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -123,11 +123,11 @@ def test_nothing_is_read_from_the_device_during_an_epoch(monkeypatch):
     assert steps == [1]*4 and {at for at, _ in reads} == {4}, reads
 
 
-def test_a_loss_that_is_no_number_names_its_step():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-    with pytest.raises(Diverged) as error:
-        train_epoch(model, torch.optim.SGD(model.parameters(), 1e38), noise(40).train, 10, 0)
-    assert error.value.args[0] in (2, 3)
+def test_what_an_epoch_measures_is_the_mean_over_images():
+    "Also of a last, smaller batch: nothing moves, so that it is what evaluation finds."
+    model, data = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), noise(25).train
+    found = train_epoch(model, torch.optim.SGD(model.parameters(), 0.), data, 10, 0)
+    assert found == pytest.approx(evaluate(model, data), rel=1e-5)
 
 
 @pytest.mark.parametrize("empty", [0, 1])
@@ -154,7 +154,7 @@ print(len(list(study.out.glob("relaxed*/epoch-0001-*"))))
 """
 
 
-@pytest.mark.parametrize("precision, momentum, most", [("fp32", 0, 1.4), ("bf16", 0, 1.9), ("fp32", .9, 2.4)])
+@pytest.mark.parametrize("precision, momentum, most", [("bf16", 0, 1.9), ("fp32", .9, 2.4)])
 def test_memory_of_a_whole_run(tmp_path, precision, momentum, most):
     """The eFCN of half an AlexNet (43 million weights) and its baseline, made, evaluated, trained, measured and
     stored: at most so many times its weights.
@@ -296,16 +296,3 @@ def test_frozen_statistics_survive_training(make, own):
             assert torch.equal(net.get_submodule(name).state_dict()[key], kept[key])
     train(net.eval(), Data(part, part), 1, batch_size=6)
     assert all(flags(net)) and start_training(net) is net
-
-
-def test_batchnorm_is_recounted():
-    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Dropout(.5), nn.Conv2d(3, 4, 3),
-                          nn.BatchNorm2d(4)).eval()
-    weights, batches = [p.clone() for p in model.parameters()], torch.randn(2, 20, 2, 8, 8)
-    recount_batchnorm(model, batches)
-    x = torch.stack([model[0](batch).detach() for batch in batches]).double()
-    torch.testing.assert_close(model[1].running_mean.double(), x.mean((0, 1, 3, 4)), rtol=1e-4, atol=1e-6)
-    variance = torch.stack([part.transpose(0, 1).flatten(1).var(1) for part in x]).mean(0)
-    torch.testing.assert_close(model[1].running_var.double(), variance, rtol=1e-4, atol=1e-6)
-    assert model[1].momentum == .1 and not any(m.training for m in model.modules())
-    assert all(a.equal(b) for a, b in zip(weights, model.parameters()))
