@@ -25,7 +25,7 @@ from efcn_nb.instruments.subspaces import project_cnn, project_lcn, residuals, s
 
 from nets import (
     as_buffers, BOTH, close, closure, frozen, function_with_default, kernel, made, Net, OwnConv,
-    rand, RELEASED, settled, SHAPE, TIED, unchanged)
+    rand, RELEASED, residual, settled, SHAPE, TIED, unchanged)
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # threads only cost time on tensors as small as these
 

@@ -10,7 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from efcn_nb.ladder.folding import BATCHNORMS, merge_batchnorm
 from efcn_nb.ladder.embedding import embed, nearest_cnn
 
-from nets import BOTH, close, frozen, KINDS, made, Net, rand, settled, SHAPE, shape_of, unchanged
+from nets import BOTH, close, frozen, KINDS, made, Net, rand, residual, settled, SHAPE, shape_of, unchanged
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # threads only cost time on tensors as small as these
 

@@ -15,7 +15,7 @@ from efcn_nb.ladder.folding import merge_batchnorm
 from efcn_nb.ladder.embedding import embed, nearest_cnn, reinitialize
 
 from nets import (
-    alone, as_buffers, BOTH, Calls, close, Net, OwnConv, plain, rand, RELEASED, SHAPE,
+    alone, as_buffers, BOTH, Calls, close, Net, OwnConv, plain, rand, RELEASED, residual, SHAPE,
     untouched)
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # threads only cost time on tensors as small as these
