@@ -252,12 +252,22 @@ def _add_train(a):
     a('--device', help='cpu, cuda, ...; default a GPU if there is one')
     a('--out', help='folder in which the tables are kept')
 
+# %% ../nbs/99_cli.ipynb #af054b9e
+def _add_cohort(a):
+    "Flags of `efcn_bench cohort`."
+    a('--members', type=_integers, default=[1, 2, 4, 8, 16], metavar='1,2,4,8,16', help='sizes of the cohort')
+    a('--width', type=int, help="channels of the CNN; default the default model's")
+    a('--batch', type=int, default=25, help='images in a step (default 25)')
+    a('--images', type=int, default=1438, help='of the digits to train on (default all 1438)')
+    a('--repeat', type=int, default=5, help='turns of which the median counts (default 5)')
+    a('--out', help='folder in which the table is kept')
+
 # %% ../nbs/99_cli.ipynb #408de43a
 def _bench_parser():
     "The flags of `efcn_bench`."
     p = _Parser('efcn_bench', description='Time against the naive form and against the floor of this machine, as '
         'ratios within one run.')
-    kinds = p.add_subparsers(dest='what', required=True, metavar='embed|train', parser_class=_Parser)
+    kinds = p.add_subparsers(dest='what', required=True, metavar='embed|train|cohort', parser_class=_Parser)
     embed = kinds.add_parser('embed', help='convolutions to matrices, and locally-connected layers')
     train = kinds.add_parser('train', help='a training step of the eFCN, and an epoch end to end')
     for q in (embed, train):
@@ -265,6 +275,7 @@ def _bench_parser():
         q.add_argument('--repeat', type=int, default=5, help='turns of which the median counts (default 5)')
     _add_embed(embed.add_argument)
     _add_train(train.add_argument)
+    _add_cohort(kinds.add_parser('cohort', help='small networks trained together, against one alone').add_argument)
     return p
 
 # %% ../nbs/99_cli.ipynb #6f0e9601
@@ -288,7 +299,7 @@ def _check_bench(args, device):
     if args.batch < 1: raise ValueError(f'batch must be 1 or more, not {args.batch}')
     if args.images < args.batch:
         raise ValueError(f'images must fill a batch of {args.batch} at least, not be {args.images}')
-    check_precision(args.precision, device)
+    check_precision(getattr(args, 'precision', 'fp32'), device)
 
 def _bench_folder(args, command, where):
     "Have the folder for the tables, if one is asked for, with the command in it."
@@ -320,6 +331,20 @@ def _bench_train(args, names, device, command, where):
             if device.type != 'cuda': continue
             add('ladder', name, args.repeat, bench_ladder(name, width, args.batch, device, args.repeat))
 
+# %% ../nbs/99_cli.ipynb #5708c2f6
+def _bench_cohort(args, command, where):
+    "Print what networks cost alone and together, and keep the table if there is a folder for it."
+    from efcn_nb.experiments.bench import bench_cohort
+    if not args.members or min(args.members) < 1:
+        raise ValueError('members must be a list of numbers from 1, such as 1,4,8')
+    _check_bench(args, 'cpu')
+    _bench_folder(args, command, where)
+    table = bench_cohort(sizes=args.members, batch=args.batch, width=args.width, images=args.images,
+                         repeat=args.repeat)
+    print(f'\nAn epoch of one network, median of {args.repeat} turns, one thread\n'
+          f'{table.to_string(index=False, float_format="{:.4g}".format)}', flush=True)
+    if args.out: write_atomic(Path(args.out)/'cohort.csv', table.to_csv(index=False, float_format='%.5g'))
+
 # %% ../nbs/99_cli.ipynb #499c3984
 def efcn_bench(
     argv:list=None # arguments; None for those of the command line
@@ -331,12 +356,14 @@ def efcn_bench(
         os.execve(sys.executable, sys.orig_argv, os.environ | {'THP_MEM_ALLOC_ENABLE': '1'})
     try:
         if args.repeat < 1: raise ValueError(f'repeat must be 1 or more, not {args.repeat}')
-        names = [name.strip() for name in args.models.split(',')]
+        names = [name.strip() for name in getattr(args, 'models', '').split(',')]
         device = find_device(args.device) if args.what == 'train' else None
         from efcn_nb.experiments.bench import machine
         where = machine(device)
         print(where, flush=True)
+        command = shlex.join(['efcn_bench', *given])
         if args.what == 'embed': _bench_embed(args, names)
-        else: _bench_train(args, names, device, shlex.join(['efcn_bench', *given]), where)
+        elif args.what == 'train': _bench_train(args, names, device, command, where)
+        else: _bench_cohort(args, command, where)
     except KeyboardInterrupt: sys.exit('\nstopped')
     except (ValueError, OSError, MemoryError) as e: sys.exit(f'efcn_bench: {e}')

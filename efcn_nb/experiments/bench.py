@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['machine', 'bench_embed', 'bench_local', 'noise', 'cases', 'bench_train', 'bench_epoch', 'ceilings', 'ladder_jobs',
-           'rung', 'bench_ladder']
+           'rung', 'bench_ladder', 'bench_cohort']
 
 # %% ../../nbs/experiments/59_bench.ipynb #ceee120f
 import copy, gc, itertools, math, os, platform
@@ -19,9 +19,10 @@ from torch import nn
 from ..ladder.layers import FullyConnected, LocallyConnected
 from ..ladder.matrices import matrix_from_kernel
 from ..ladder.inspection import conv_geometries
-from ..ladder.embedding import embed, released_weights
-from ..materials.data import Data, Dataset
+from ..ladder.embedding import embed, reinitialize, released_weights
+from ..materials.data import Data, Dataset, load_data
 from ..materials.models import make_model
+from ..training.cohorts import Cohort
 from ..training.fused import FusedSGD
 from ..training.graphs import Group, Trainer
 from ..training.loop import evaluate, PRECISIONS, products, train_epoch
@@ -452,3 +453,53 @@ def bench_ladder(
         rows.append({'model': name, 'what': what, 'step (ms)': 1e3*seconds, 'of copy': shares[0],
                      'of product': shares[1], 'said': said})
     return pd.DataFrame(rows).fillna({'said': ''})
+
+# %% ../../nbs/experiments/59_bench.ipynb #e2eebf3e
+_FORMS = dict(cnn=None, elcn='lcn', efcn='fcn', fcn='fcn')
+
+def _cohort_members(network, data, n, width):
+    "`n` networks of the kind."
+    shape, to = data.shape, _FORMS[network]
+    cnns = [make_model('small', shape, len(data.classes), seed, width) for seed in range(n)]
+    models = cnns if to is None else [embed(cnn, shape, to=to) for cnn in cnns]
+    return [reinitialize(m, k, check=False) for k, m in enumerate(models)] if network == 'fcn' else models
+
+def _cohort_jobs(network, data, sizes, batch, precision, width):
+    "An epoch of one network alone, of one among several, and its products alone, as functions."
+    first, = _cohort_members(network, data, 1, width)
+    optimizer, jobs = FusedSGD(first, 1e-3), {}
+    jobs['alone'] = lambda: train_epoch(first, optimizer, data, batch, 0, True, precision)
+    for n in sizes:
+        cohort = Cohort(_cohort_members(network, data, n, width), data.shape, 1e-3)
+        jobs[n] = lambda cohort=cohort, n=n: cohort.train_epoch(data, batch, range(n), True, precision)
+    if _FORMS[network] == 'fcn':
+        once, steps = _products_alone(_matrices(first), batch, precision), math.ceil(len(data)/batch)
+        jobs['products'] = lambda: [once() for _ in range(steps)]
+    return jobs
+
+# %% ../../nbs/experiments/59_bench.ipynb #95c0230c
+def bench_cohort(
+    networks=('cnn', 'elcn', 'efcn', 'fcn'),
+    precisions=('fp32', 'bf16'),
+    sizes=(1, 2, 4, 8, 16), # members of the cohort
+    batch:int=25,
+    width:int=None,         # channels of the CNN; None for the default's
+    images:int=None,        # of the digits to train on; None for all
+    repeat:int=5
+)->pd.DataFrame:            # a row for each network, precision and size
+    """Seconds of an epoch of one small network on digits, alone with `FusedSGD` and in cohorts, on one thread.
+
+    `products / cohort` says how much of that time the products of a dense network take if nothing else is done."""
+    data = load_data('digits').train
+    data, rows, threads = data.thinned(images or len(data)), [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for network, precision in itertools.product(networks, precisions):
+            times = take_turns(_cohort_jobs(network, data, sizes, batch, precision, width), repeat)
+            for n in sizes:
+                own = times[n]/n
+                rows.append({'network': network, 'precision': precision, 'members': n, 'alone (s)': times['alone'],
+                             'cohort (s)': own, 'alone / cohort': times['alone']/own,
+                             'products / cohort': times.get('products', math.nan)/own})
+    finally: torch.set_num_threads(threads)
+    return pd.DataFrame(rows)
