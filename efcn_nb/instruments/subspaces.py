@@ -84,7 +84,7 @@ def _off_local_square(W, g):
     return total
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #a87ef9a7
-def _channels(g, most):
+def _channels(g, most=2**22):
     """Output channels of `g`, from and to, that have about `most` local weights together, with their geometry.
 
     All at once if there are groups.
@@ -101,7 +101,7 @@ def _squares_in_pieces(W, g):
     "Squared norms of the three parts of a large matrix, or of large local weights, some channels at a time."
     parts, dense = W.new_zeros(3, dtype=torch.float64), W.dim() == 2
     if dense: parts[2] = _off_local_square(W, g)
-    for a, b, own in _channels(g, _at_a_time(W, 2**22)):
+    for a, b, own in _channels(g):
         if dense: L = local_from_matrix(W.unflatten(0, (g.out_channels, -1))[a:b].flatten(0, 1), own)
         else: L = W[:,a:b]*(g.reads >= 0)[:,None,:,None].to(W.device)                 # no unfilled slots
         shared = local_from_kernel(kernel_from_local(L, own), own)
