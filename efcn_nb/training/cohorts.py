@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..ladder.layers import FullyConnected, LocallyConnected
+from ..materials.models import MaxPool2d
 from ..service.checks import first_line, whole
 from .fused import FusedSGD
 from .loop import check_training, Diverged, epoch_seed, measure_epoch, products, start_training
@@ -33,28 +34,28 @@ class _Together(nn.Module):
 
 # %% ../../nbs/training/24_cohorts.ipynb #ecb15ac6
 class _Products(torch.autograd.Function):
-    "Dense products of all members; the gradients of the weights stay, in factors, in the list `factors`."
+    "Dense products of all members of `layer`; the gradients of the weights stay there, in factors."
     @staticmethod
-    def forward(ctx, x, anchor, fused, factors, *biases):
+    def forward(ctx, x, anchor, layer, *biases):
         ctx.save_for_backward(x)
-        ctx.fused, ctx.factors, ctx.biased = fused, factors, bool(biases)
-        out = x.new_empty(*x.shape[:2], len(fused[0].weight))
+        ctx.layer, ctx.biased = layer, bool(biases)
+        out = x.new_empty(*x.shape[:2], len(layer.members[0].weight))
         for k, part in enumerate(x):
-            weight = fused[k].lowered(x.dtype).t()
+            weight = layer.moved(k, x.dtype).t()
             if biases: torch.addmm(biases[k], part, weight, out=out[k])
             else: torch.mm(part, weight, out=out[k])
+        layer.factors.clear()                                          # all members have moved
         return out
 
     @staticmethod
     def backward(ctx, grad):
         (x,), dx = ctx.saved_tensors, None
-        grad = grad.contiguous()
+        grad, fused = grad.contiguous(), [member.through for member in ctx.layer.members]
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
-            for part, fused, out in zip(grad, ctx.fused, dx): torch.mm(part, fused.lowered(x.dtype), out=out)
-        ctx.factors.append((x, grad))
-        biases = grad.sum(1).unbind() if ctx.biased else ()
-        return dx, None, None, None, *biases
+            for k, part in enumerate(grad): torch.mm(part, fused[k].lowered(x.dtype), out=dx[k])
+        ctx.layer.factors.append((x, grad))
+        return dx, None, None, *(grad.sum(1).unbind() if ctx.biased else ())
 
 # %% ../../nbs/training/24_cohorts.ipynb #0c4cf6b0
 def _product_type(x, weight):
@@ -63,7 +64,7 @@ def _product_type(x, weight):
     return torch.get_autocast_dtype(x.device.type) if on and weight.dtype == torch.float32 else weight.dtype
 
 class _DenseTogether(_Together):
-    "Fused `FullyConnected` layers."
+    "Fused `FullyConnected` layers. `factors` has inputs and gradients of outputs by which the weights shall move."
     def __init__(self, members):
         super().__init__(members)
         self.factors, self.anchor = [], torch.zeros(0, requires_grad=True)
@@ -73,20 +74,32 @@ class _DenseTogether(_Together):
         first.check_input(x, output_size)
         dtype = _product_type(x, first.weight)
         biases = [] if first.bias is None else [member.bias.to(dtype) for member in self.members]
-        x, fused = self.parts(x.to(dtype)).flatten(2), [member.through for member in self.members]
-        with torch.autocast(x.device.type, enabled=False):
-            out = _Products.apply(x, self.anchor, fused, self.factors, *biases)
+        x = self.parts(x.to(dtype)).flatten(2)
+        with torch.autocast(x.device.type, enabled=False): out = _Products.apply(x, self.anchor, self, *biases)
         return out.flatten(0, 1).unflatten(1, first.out_shape)
 
 # %% ../../nbs/training/24_cohorts.ipynb #ccb04674
 @patch
 @torch.no_grad()
-def step(self:_DenseTogether):
-    "Move the weights of all members down the gradients whose factors the backward pass has left."
-    if not self.factors: return
+def move(self:_DenseTogether, k):
+    "Move the weights of member `k` down the gradients whose factors wait."
+    weight = self.members[k].weight.detach()
+    if weight.device.type == 'cpu': weight.sum()               # read in order, they come into the cache faster
     x, grad = self.factors[0]
     if len(self.factors) > 1: x, grad = (torch.cat(several, 1) for several in zip(*self.factors))
-    for k, member in enumerate(self.members): member.through.descend_product(x[k], grad[k])
+    self.members[k].through.descend_product(x[k], grad[k])
+
+@patch
+def moved(self:_DenseTogether, k, dtype):
+    "The weights of member `k` as they are for the next product, in `dtype`."
+    if self.factors: self.move(k)
+    return self.members[k].through.lowered(dtype)
+
+@patch
+def finish(self:_DenseTogether):
+    "Move the weights of all members that are still to be moved."
+    if self.factors:
+        for k in range(len(self.members)): self.move(k)
     self.factors.clear()
 
 # %% ../../nbs/training/24_cohorts.ipynb #b2dbfcf2
@@ -158,10 +171,14 @@ def _holds(module):
     return any(t is not None for t in own) or parametrize.is_parametrized(module)
 
 def _outermost(model, name=''):
-    "Names of the outermost modules that hold something or are dropout."
-    if _holds(model) or type(model) is nn.Dropout: return [name]
+    "Names of the outermost modules that hold something, or for which others stand."
+    if _holds(model) or type(model) in (nn.Dropout, MaxPool2d): return [name]
     return [found for child, module in model.named_children()
             for found in _outermost(module, f'{name}.{child}' if name else child)]
+
+def _plain_pooling(pool):
+    "PyTorch's own max-pooling: ours gains where the images of a batch lie side by side, which here they do not."
+    return nn.MaxPool2d(pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.return_indices, pool.ceil_mode)
 
 def _together(members, optimizers):
     "What stands for the modules `members` in the joint network."
@@ -180,6 +197,7 @@ def _joint(models, optimizers, generators):
         members = [model.get_submodule(name) for model in models]
         first = members[0]
         if type(first) is nn.Dropout: made = _DropoutTogether(first.p, generators).train(first.training)
+        elif type(first) is MaxPool2d: made = _plain_pooling(first)
         else: made = _together(members, optimizers)
         memo[id(first)] = made
     return copy.deepcopy(models[0], memo)
@@ -284,7 +302,7 @@ def _join(self:Cohort):
     self._network = _joint(self.models, self.optimizers, self.generators)
     self._dense = [m for m in self._network.modules() if isinstance(m, _DenseTogether)]
     fused = {id(member.weight) for layer in self._dense for member in layer.members}
-    self._ordinary = [p for m in self.models for p in m.parameters() if id(p) not in fused]
+    self._ordinary = [[p for p in m.parameters() if id(p) not in fused] for m in self.models]
 
 @patch
 def __len__(self:Cohort): return len(self.models)
@@ -320,24 +338,40 @@ def hold(self:Cohort,
                          f'not {mask.dtype} of shape {tuple(mask.shape)}')
     self.held[member][name] = parameter, mask, parameter.detach().clone()
 
+@patch
 @torch.no_grad()
-def _put_back(held):
-    "Give entries that are held their values."
-    for parameter, mask, value in held.values(): parameter.copy_(torch.where(mask, value, parameter))
+def _settle(self:Cohort):
+    "Have all weights moved, and give entries that are held their values."
+    for layer in self._dense: layer.finish()
+    for held in self.held:
+        for parameter, mask, value in held.values(): parameter.copy_(torch.where(mask, value, parameter))
+
+# %% ../../nbs/training/24_cohorts.ipynb #61198f19
+@patch
+@torch.no_grad()
+def _descend(self:Cohort):
+    "Move all parameters that are not fused."
+    for optimizer, own in zip(self.optimizers, self._ordinary):
+        group, = optimizer.param_groups
+        if group['momentum']: optimizer.step()
+        elif moved := [p for p in own if p.grad is not None]:
+            grads = [p.grad for p in moved]
+            if group['weight_decay']: torch._foreach_add_(grads, moved, alpha=group['weight_decay'])
+            torch._foreach_add_(moved, grads, alpha=-group['lr'])
 
 # %% ../../nbs/training/24_cohorts.ipynb #32b758de
 @patch
 def _step(self:Cohort, x, y, precision):
     "A step on the joint batch; the loss of each member, and how many images it gets right."
-    for p in self._ordinary: p.grad = None
+    for own in self._ordinary:
+        for p in own: p.grad = None
     with products(precision, x.device): logits = self._network(x)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     parts, targets = (t.unflatten(0, (len(self), -1)) for t in (logits, y))
     losses = [F.cross_entropy(part, target) for part, target in zip(parts, targets)]
     torch.autograd.backward(losses)
-    for layer in self._dense: layer.step()
-    for optimizer in self.optimizers: optimizer.step()
-    for held in self.held: _put_back(held)
+    self._descend()
+    if any(self.held): self._settle()
     return torch.stack(losses).detach(), (parts.detach().argmax(2) == targets).sum(1)
 
 # %% ../../nbs/training/24_cohorts.ipynb #cf959b73
@@ -373,6 +407,7 @@ def train_epoch(self:Cohort,
         right.append(found[1])
         sizes.append(index.shape[1])
         if after_step: after_step()
+    self._settle()
     losses, right = (torch.stack(t).cpu().t().contiguous() for t in (losses, right))
     sizes = torch.tensor(sizes)
     return [_of_epoch(*own, sizes, len(data)) for own in zip(losses, right)]
@@ -383,11 +418,20 @@ def _each(values, n):
     return [*values] if hasattr(values, '__iter__') else [values]*n
 
 @patch
-def _after(self:Cohort, i, running, data, epoch, batch_size, precision):
-    "What member `i` has measured in `epoch`, or the `Diverged` that says why there is nothing."
-    steps, lr = math.ceil(len(data.train)/batch_size), self.optimizers[i].param_groups[0]['lr']
-    try: return measure_epoch(self.models[i], running, data, epoch, steps, batch_size, precision, lr)
-    except Diverged as e: return e
+def _measure(self:Cohort, members, running, data, epochs, batch_size, precision, found, after_epoch):
+    "Put into `found` what each member has measured in its epoch, or the `Diverged` that says why there is nothing."
+    steps = math.ceil(len(data.train)/batch_size)
+    for i, k in enumerate(members):
+        about = data, epochs[k], steps, batch_size, precision, self.optimizers[i].param_groups[0]['lr']
+        try: found[k] = measure_epoch(self.models[i], running[i], *about)
+        except Diverged as e: found[k] = e
+        if after_epoch: after_epoch(k, epochs[k], epochs[k]*steps, found[k])
+
+@patch
+def _dismiss(self:Cohort, members, gone):
+    "Let the members `gone` leave; those of `members` that stay."
+    if gone: self.leave([i for i, k in enumerate(members) if k in gone])
+    return [k for k in members if k not in gone]
 
 # %% ../../nbs/training/24_cohorts.ipynb #4a7ad640
 @patch
@@ -405,21 +449,13 @@ def train(self:Cohort,
     "Train every member from its first to its last epoch. Raises `ValueError` for impossible settings."
     last, first, seeds = (_each(values, len(self)) for values in (last, first, seeds))
     check_training(data, max(last), min(o.param_groups[0]['lr'] for o in self.optimizers), batch_size, precision)
-    steps, found, epochs = math.ceil(len(data.train)/batch_size), [{} for _ in last], [*first]
+    epochs, found = [*first], [{} for _ in last]
     members = self._dismiss([*range(len(self))], [k for k in range(len(self)) if first[k] >= last[k]])
     while members:
         own = [epoch_seed(seeds[k], epochs[k] + 1) for k in members]
         running = self.train_epoch(data.train, batch_size, own, shuffle, precision, after_step)
-        for i, k in enumerate(members):
-            epochs[k] += 1
-            found[k] = self._after(i, running[i], data, epochs[k], batch_size, precision)
-            if after_epoch: after_epoch(k, epochs[k], epochs[k]*steps, found[k])
+        for k in members: epochs[k] += 1
+        self._measure(members, running, data, epochs, batch_size, precision, found, after_epoch)
         gone = [k for k in members if epochs[k] == last[k] or isinstance(found[k], Diverged)]
         members = self._dismiss(members, gone)
     return found
-
-@patch
-def _dismiss(self:Cohort, members, gone):
-    "Let the members `gone` leave; those of `members` that stay."
-    if gone: self.leave([i for i, k in enumerate(members) if k in gone])
-    return [k for k in members if k not in gone]
