@@ -99,6 +99,13 @@ def _in_single_precision():
     try: yield
     finally: torch.set_default_dtype(before)
 
+_DRAWING = threading.RLock()
+
+@contextmanager
+def _drawing():
+    "Context in which no other thread draws from PyTorch's random numbers, which belong to the process."
+    with _DRAWING: yield
+
 def _as_data(data):
     "`Data` from `data` as `Study` takes them; raises `ValueError` for anything else."
     if isinstance(data, Data): return data
@@ -183,6 +190,7 @@ def model_name(self:Study)->str:
     return name if self.width is None else f'{name}{self.width}'
 
 @patch
+@_drawing()
 def cnn(self:Study, seed:int)->torch.nn.Module:
     "The untrained CNN of `seed`, on the study's device. Raises `ValueError` if the model's function makes no "\
     "network of 32 bit."
@@ -297,6 +305,7 @@ def _at(self:Study, run, make, epoch, remedy):
     return model
 
 @patch
+@_drawing()
 @_in_single_precision()
 def start(self:Study, network:str, seed:int, relax_time:int=None)->torch.nn.Module:
     "The network with which a run starts."
@@ -465,13 +474,13 @@ def _carry_out_alone(self:Study, run, after_step=None):
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #309c610b
 _SMALL = 5_000_000      # weights below which networks run on one thread each, and together
-_DRAWING = threading.Lock() # held by whoever draws from PyTorch's global random numbers
 
 def _kind(run):
     "Networks of one kind have the same architecture."
     return dict(cnn='cnn', elcn='lcn').get(run['network'], 'fcn')
 
 @patch
+@_drawing()
 @_in_single_precision()
 def _joins(self:Study, run)->bool:
     "Whether networks of the kind of `run` are trained together."
@@ -505,7 +514,7 @@ def _train_together(self:Study, runs, models, founds, lasts, note, after_step=No
 @patch
 def _carry_out_together(self:Study, runs, after_step=None, after_epoch=None):
     "`carry_out` for runs that this process holds, and whose networks are trained together."
-    with _DRAWING: records = [_Record(self, run) for run in runs]
+    with _drawing(): records = [_Record(self, run) for run in runs]
     def note(k, epoch, step, measured, optimizer):
         records[k].optimizer = optimizer
         records[k].note(epoch, step, measured)
