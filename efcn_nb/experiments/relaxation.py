@@ -446,7 +446,7 @@ def note(self:_Record, epoch, step, measured):
         self.add(epoch, step, {('train', 'diverged'): 1.})
         return self.end(diverged=str(measured))
     self.add(epoch, step, measured | _where(self.model, self.run))
-    if epoch in self.keep or time.monotonic() - self.saved > 30:
+    if epoch in self.keep or time.monotonic() - self.saved > (2 if self.run['network'] == 'cnn' else 30):
         self.store.save(epoch, self.model, self.table, self.optimizer, self.keep)
         self.saved = time.monotonic()
     if epoch == self.last: self.end()
