@@ -2,17 +2,21 @@
 import copy
 import math
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from efcn_nb.cli import efcn_bench
 from efcn_nb.instruments.subspaces import shares
 from efcn_nb.ladder.embedding import embed
 from efcn_nb.materials.data import Data, load_data
 from efcn_nb.materials.models import MaxPool2d, alexnet, small
 from efcn_nb.training.cohorts import Cohort, check_cohort
 from efcn_nb.training.loop import Diverged, epoch_seed, train, train_epoch
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # as a study trains them: threads can change last bits
 
 SHAPE = (2, 9, 9)
 RATES = [.1, .03, .05]
@@ -273,6 +277,24 @@ def test_bad_input():
         cohort.hold(0, "0.weight", torch.ones(3))
     with pytest.raises(ValueError, match="one seed for each of 1 networks"):
         cohort.train_epoch(Images(5, torch.float32), 5, [0, 1])
+
+
+def test_the_console_tells_what_a_cohort_costs(tmp_path, capsys):
+    flags = "cohort --members 1,2 --images 50 --width 2 --repeat 1 --out".split()
+    efcn_bench([*flags, str(tmp_path/"kept")])
+    table = pd.read_csv(tmp_path/"kept/cohort.csv")
+    assert list(table.groupby(["network", "precision"]).members.agg(list).map(tuple).unique()) == [(1, 2)]
+    assert set(table.network) == {"cnn", "elcn", "efcn", "fcn"} and (table["cohort (s)"] > 0).all()
+    assert "alone / cohort" in capsys.readouterr().out
+    assert "efcn_bench cohort" in (tmp_path/"kept/command.txt").read_text()
+
+
+@pytest.mark.parametrize("flags, said", [("--members 0,2", "members must be a list of numbers from 1"),
+                                         ("--batch 0", "batch must be 1 or more"),
+                                         ("--images 5", "images must fill a batch of 25"),
+                                         ("--repeat 0", "repeat must be 1 or more")])
+def test_what_cannot_be_timed_is_refused(flags, said):
+    with pytest.raises(SystemExit, match=said): efcn_bench(["cohort", *flags.split()])
 
 
 def test_shares_of_a_trained_member_are_those_of_the_network_alone():

@@ -320,8 +320,8 @@ def test_the_ladder_climbs_to_eight_networks_of_one_graph():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_console_prints_the_ladder_on_a_gpu_alone(monkeypatch, capsys, device):
     table = pd.DataFrame([{"model": "small", "step (ms)": 1.}])
-    for name in ("bench_train", "bench_epoch", "bench_ladder"): monkeypatch.setattr(cli, name, lambda *_: table)
+    for name in ("bench_train", "bench_epoch", "bench_ladder"): monkeypatch.setattr(bench, name, lambda *_: table)
     args = types.SimpleNamespace(batch=1, images=1, precision="bf16", out=None, repeat=1, width=None)
-    cli._bench_train(args, ["small"], torch.device(device), "efcn_bench train")
+    cli._bench_train(args, ["small"], torch.device(device), "efcn_bench train", "a machine")
     said = capsys.readouterr().out
     assert "step of small" in said and ("ladder of small" in said) == (device == "cuda")
