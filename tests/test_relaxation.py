@@ -28,7 +28,7 @@ from efcn_nb.experiments.claims import claims, final_values, summary
 from efcn_nb.training.cohorts import Cohort
 from efcn_nb.training.loop import Diverged, evaluate
 
-COLUMNS = "data model seed network relax protocol_epochs epoch step split metric value".split()
+COLUMNS = "data model seed network relax lr protocol_epochs epoch step split metric value".split()
 
 
 @pytest.fixture(scope="module")

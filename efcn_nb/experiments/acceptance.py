@@ -181,7 +181,7 @@ def _answer(study, model, index, training):
 # %% ../../nbs/experiments/54_acceptance.ipynb #e0f4a4d0
 def _try_network(study, model):
     "Raise `ValueError` if `model`, which is of no use afterwards, could not be trained or evaluated."
-    n, m = len(study.data.train), len(study.data.test)
+    n, m = study.train_size, len(study.data.test)
     if not n or not m: raise ValueError(f'there must be images to train on and to test on, not {n} and {m}')
     if not list(model.parameters()):
         return                                     # it has no convolution either, which is said later

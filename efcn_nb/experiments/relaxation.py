@@ -6,7 +6,7 @@
 __all__ = ['PAPER_TIMES', 'PROTOCOLS', 'with_networks', 'read_protocol', 'Study', 'suited', 'relax']
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #c692ef72
-import functools, json, math, os, re, secrets, shutil, textwrap, threading, time, warnings
+import functools, itertools, json, math, os, re, secrets, shutil, textwrap, threading, time, warnings
 from concurrent.futures import as_completed, FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, ExitStack
 from numbers import Real
@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from ..ladder.inspection import process_blank
 from ..ladder.embedding import embed, reinitialize
-from ..materials.data import Data, Dataset, load_data
+from ..materials.data import Data, Dataset, load_data, stratified_split
 from ..materials.models import count_weights, make_model
 from ..training.cohorts import check_cohort, Cohort
+from ..training.arms import ARMS, held_masks, make_arm, merge_off_local, moving_average
 from ..training.fused import FusedSGD
 from ..training.loop import check_precision, Diverged, evaluate, find_device, train
 from ..instruments.subspaces import shares
@@ -63,6 +64,9 @@ def read_protocol(
 PAPER_TIMES = (0, 1, 2, 3, 4, 5, 6, 8, 11, 14, 18, 23, 29, 37, 48, 61, 78, 100)
 PROTOCOLS = dict(
     small=dict(epochs=16, lr=.1, batch_size=25, relax_times=(0, 1, 2, 4, 8, 16), elcn_times=(0, 4)),
+    strided=dict(epochs=120, relaxed_epochs=20, lr=.1, relaxed_lr=(.1, .05, .02, .01), fcn_lr=(.1, .05, .02, .01),
+                 batch_size=50, relax_times=(0, 5, 10, 20, 40, 120), elcn_times=(0, 5, 10, 20, 40, 120),
+                 arms=('annealed', 'slowed', 'averaged', 'off_local', 'tied_off_local')),
     skinny=dict(epochs=100, lr=.1, batch_size=250, relax_times=PAPER_TIMES, elcn_times=()),
     alexnet=dict(epochs=100, lr=.1, batch_size=250, relax_times=PAPER_TIMES, elcn_times=()))
 
@@ -78,13 +82,23 @@ def _times(name, values, epochs):
                          f'choose times from 0 to {epochs}, or train longer')
     return times
 
+def _rates(name, values, default):
+    "Learning rates, each once, the largest first; `default` for None."
+    if values is None: return [default]
+    values = distinct(f'each of {name}', values, positive) if hasattr(values, '__iter__') else [positive(name, values)]
+    return sorted(map(float, values), reverse=True)
+
 def _settings(model, **asked):
     "The protocol of `model` with what was `asked` (not None) in its place; raises `ValueError` for what cannot be run."
     protocol = PROTOCOLS.get(model if isinstance(model, str) else None, PROTOCOLS['small'])
-    s = {k: protocol[k] if v is None else v for k, v in asked.items()}
+    s = {k: protocol.get(k) if v is None else v for k, v in asked.items()}
     s['epochs'] = int(whole('epochs', s['epochs'], 0))
+    s['relaxed_epochs'] = s['epochs'] if s['relaxed_epochs'] is None else int(
+        whole('relaxed_epochs', s['relaxed_epochs'], 0))
     s['batch_size'] = int(whole('batch_size', s['batch_size'], 1))
     s['lr'] = float(positive('lr', s['lr']))
+    for k in 'relaxed_lr', 'fcn_lr': s[k] = _rates(k, s[k], s['lr'])
+    s['arms'] = [one_of('arms', arm, ARMS) for arm in s['arms'] or ()]
     for k in ('relax_times', 'elcn_times'):
         if asked[k] is None: s[k] = [t for t in s[k] if t <= s['epochs']]
         s[k] = _times(k, s[k], s['epochs'])
@@ -133,13 +147,19 @@ class Study:
         out=None,             # folder of the runs; None for one in efcn_runs named after data, model and settings
         keep_weights=False,   # keep the final weights of relaxed networks and baselines too
         momentum=0., weight_decay=0., # of SGD; the memory of momentum starts empty in each network
-        trim=True             # leave out rows of matrices that make outputs which nothing reads
+        trim=True,            # leave out rows of matrices that make outputs which nothing reads
+        relaxed_lr=None,      # rate after relaxing, or several of them; None for `lr`
+        fcn_lr=None,          # rate of the baseline, or several; None for `lr`
+        relaxed_epochs=None,  # epochs after relaxing; None for `epochs`
+        arms=None,            # rivals that go on from the same CNNs: names in `ARMS`; None as above
+        images=None,          # training images of each seed, which no other seed sees; None for all images
+        validation=None       # training images that are held out to choose on
     ):
-        s = _settings(model, epochs=epochs, lr=lr, batch_size=batch_size, relax_times=relax_times,
-                      elcn_times=elcn_times)
+        s = _settings(model, epochs=epochs, lr=lr, batch_size=batch_size, relax_times=relax_times, arms=arms,
+                      elcn_times=elcn_times, relaxed_lr=relaxed_lr, fcn_lr=fcn_lr, relaxed_epochs=relaxed_epochs)
         self.settings = s | dict(model=model, seeds=_seed_list(seeds), precision=precision, shuffle=shuffle,
             fan_in=fan_in, width=width, keep_weights=keep_weights, momentum=momentum, weight_decay=weight_decay,
-            trim=trim)
+            trim=trim, images=images, validation=validation)
         self._joining = {}               # which kinds of networks are trained together
         self._take_settings(device)
         self._take_data(data)
@@ -159,29 +179,63 @@ def _take_settings(self:Study, device):
     check_function(s['model'])
     self.device = find_device(device)
     check_precision(s['precision'], self.device)
-    for name in ('epochs', 'relax_times', 'elcn_times', 'batch_size', 'seeds', 'model', 'width', 'precision',
-                 'shuffle', 'keep_weights'): setattr(self, name, s[name])
+    for name in ('epochs', 'relaxed_epochs', 'relax_times', 'elcn_times', 'relaxed_lr', 'fcn_lr', 'arms',
+                 'batch_size', 'seeds', 'model', 'width', 'precision', 'shuffle', 'keep_weights', 'images'):
+        setattr(self, name, s[name])
     self.trim = bool(s['trim'])
+
+# %% ../../nbs/experiments/55_relaxation.ipynb #9e8e98d2
+def _held_out(data, validation):
+    "`data` without so many training images, the same share of each class, and these; nothing is held out for None."
+    if validation is None: return data, None
+    whole('validation', validation, 1)
+    train = data.train
+    rest, chosen = stratified_split(train.y.cpu(), validation/len(train), classes=train.classes)
+    return Data(train.picked(rest), data.test, notes=data.notes), train.picked(chosen)
+
+def _disjoint_sets(train, images, seeds):
+    "For each seed its own so many images of `train`, all of them for None; raises `ValueError` if they do not suffice."
+    if images is None: return {seed: train for seed in seeds}
+    whole('images', images, 1, len(train))
+    wrong = [seed for seed in seeds if not 0 <= seed < len(train)//images]
+    if wrong:
+        raise ValueError(f'each seed has {images:,} training images of its own, and {len(train):,} are enough for the '
+                         f'seeds 0 to {len(train)//images - 1}, not for seed {wrong[0]}; take fewer images or seeds')
+    order = train.class_by_class()
+    return {seed: train.picked(order[seed*images:(seed+1)*images]) for seed in seeds}
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #69a83dab
 @patch
 def _take_data(self:Study, data):
     "Have `data` and the configuration; raises `ValueError` or `MemoryError` if the model cannot be trained on them."
-    self.data = _as_data(data).to(self.device)
+    self._source = _as_data(data)
+    self.data, self.validation = _held_out(self._source.to(self.device), self.settings['validation'])
+    self._sets = _disjoint_sets(self.data.train, self.images, self.seeds)
     identity = try_model(self)
-    s, train, test = self.settings, self.data.train, self.data.test
+    s, (train, test) = self.settings, self._source
     buffers = .5*(self.precision == 'bf16') + (s['momentum'] > 0)       # a copy of half the size, a memory
     check_network(self, 1 + buffers)
     self.config = dict(data=train.name, content=train.fingerprint + test.fingerprint, model=self.model_name,
         network=identity, epochs=self.epochs, lr=s['lr'], batch_size=self.batch_size, momentum=float(s['momentum']),
         weight_decay=float(s['weight_decay']), precision=self.precision, shuffle=self.shuffle, fan_in=s['fan_in'],
         trim=self.trim, device=self.device.type)
+    self.config |= {k: int(s[k]) for k in ('images', 'validation') if s[k] is not None}
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #df8c8362
 @patch(as_prop=True)
 def steps_per_epoch(self:Study)->int:
     "Steps in an epoch."
-    return math.ceil(len(self.data.train)/self.batch_size)
+    return math.ceil(self.train_size/self.batch_size)
+
+@patch(as_prop=True)
+def train_size(self:Study)->int:
+    "Training images of each seed."
+    return len(self.data.train) if self.images is None else self.images
+
+@patch
+def train_set(self:Study, seed:int)->Dataset:
+    "The training images of `seed`."
+    return self._sets[seed]
 
 @patch(as_prop=True)
 def model_name(self:Study)->str:
@@ -220,7 +274,7 @@ def _check_same(self:Study, known):
     try: there = dict(json.loads(known.read_bytes()))
     except (ValueError, TypeError):
         raise ValueError(f'{known} is damaged; choose another folder, or delete this one') from None
-    differ = [k for k in self.config if there.get(k) != self.config[k]]
+    differ = [k for k in self.config | there if there.get(k) != self.config.get(k)]
     if not differ: return
     was, here = (textwrap.shorten(str(c.get(differ[0])), 40, placeholder=' ...') for c in (there, self.config))
     raise ValueError(f'{self.out} holds another study ({differ[0]} is {was} there, {here} here); '
@@ -248,47 +302,60 @@ def _open(self:Study, out):
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #9c2547fc
 @patch
-def plan(self:Study)->list: # dicts with network, seed, relax, first and last epoch
+def plan(self:Study)->list: # dicts with network, seed, relax, first and last epoch, lr
     "All runs of the study in the order in which they are done."
-    E, runs = self.epochs, []
-    last = E + max([0, *self.relax_times, *self.elcn_times])
+    lr, runs = self.settings['lr'], []
+    times = dict(efcn=self.relax_times, elcn=self.elcn_times) | {
+        arm: self.relax_times for arm in self.arms if arm != 'averaged'}
+    last = max(self.epochs, *(t + self.relaxed_epochs for own in times.values() for t in own), 0)
     for seed in self.seeds:
-        runs.append(dict(network='cnn', seed=seed, relax=None, first=0, last=last))
-        runs.append(dict(network='fcn', seed=seed, relax=None, first=0, last=E))
-        runs += [dict(network='efcn', seed=seed, relax=t, first=t, last=t+E) for t in self.relax_times]
-        runs += [dict(network='elcn', seed=seed, relax=t, first=t, last=t+E) for t in self.elcn_times]
+        def add(network, relax, first, last, lr):
+            runs.append(dict(network=network, seed=seed, relax=relax, first=first, last=last, lr=lr))
+        add('cnn', None, 0, last, lr)
+        if 'averaged' in self.arms: add('averaged', None, 0, last, lr)
+        for rate in self.fcn_lr: add('fcn', None, 0, self.epochs, rate)
+        for network, own in times.items():
+            for t, rate in itertools.product(own, self.relaxed_lr):
+                if (network, rate) != ('annealed', lr): add(network, t, t, t + self.relaxed_epochs, rate)
     return runs
 
+# %% ../../nbs/experiments/55_relaxation.ipynb #35b576a4
 def _key(run):
     "What distinguishes a run of the plan from the others."
-    return run['network'], run['seed'], run['relax']
+    return run['network'], run['seed'], run['relax'], run['lr']
 
 @patch
-def _planned(self:Study, network, seed, relax_time):
-    "The run of the plan; raises `ValueError` if there is none."
-    for run in self.plan():
-        if _key(run) == (network, seed, relax_time): return run
-    raise ValueError(f'this study has no run of network {network!r}, seed {seed} and relax time {relax_time}')
+def _planned(self:Study, network, seed, relax_time, lr=None):
+    "The run of the plan, at the only rate that there is for None; raises `ValueError` if there is none, or several."
+    found = [r for r in self.plan() if _key(r)[:3] == (network, seed, relax_time) and lr in (None, r['lr'])]
+    if len(found) == 1: return found[0]
+    asked = f'network {network!r}, seed {seed} and relax time {relax_time}' + ('' if lr is None else f' at rate {lr}')
+    if not found: raise ValueError(f'this study has no run of {asked}')
+    raise ValueError(f'this study has runs of {asked} at the rates {", ".join(str(r["lr"]) for r in found)}; say lr=')
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #f5ce4c97
-def _hashed(run):
-    "A run of the plan, as configurations have it."
-    return dict(phase=_PHASES[run['network']]) | {k: v for k, v in run.items() if k != 'network'}
+@patch
+def _hashed(self:Study, run):
+    "A run of the plan, as configurations have it: with a rate only if that is not the study's."
+    left = ('network', 'lr') if run['lr'] == self.settings['lr'] else ('network',)
+    return dict(phase=_PHASES.get(run['network'], run['network'])) | {k: v for k, v in run.items() if k not in left}
 
 @patch
 def open_run(self:Study,
-    network:str,     # 'cnn', 'fcn', 'efcn' or 'elcn'
-    seed:int, relax_time:int=None
+    network:str,     # 'cnn', 'fcn', 'efcn', 'elcn' or one of `ARMS`
+    seed:int, relax_time:int=None,
+    lr:float=None    # None if there is one rate
 )->Run:
-    "The run of the plan with this network, seed and relax time, with its directory."
-    run = _hashed(self._planned(network, seed, relax_time))
+    "The run of the plan with this network, seed, relax time and rate, with its directory."
+    run = self._hashed(self._planned(network, seed, relax_time, lr))
     label = f'{run["phase"]}-seed{seed}' + ('' if relax_time is None else f'-relax{relax_time}')
+    if 'lr' in run: label += f'-lr{run["lr"]:g}'
     return Run(self.out, self.config | run, label, self.device)
 
 @patch(as_prop=True)
 def identity(self:Study)->dict:
     "What determines the tables of the study, in the words that are hashed."
-    return dict(config=self.config, plan=[_hashed(run) for run in self.plan()])
+    return dict(config=self.config, plan=[self._hashed(run) for run in self.plan()])
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #b1d5a013
 @patch
@@ -310,23 +377,25 @@ def _at(self:Study, run, make, epoch, remedy):
 def start(self:Study, network:str, seed:int, relax_time:int=None)->torch.nn.Module:
     "The network with which a run starts."
     cnn, shape = self.cnn(seed), self.data.train.shape
-    if network == 'cnn': return cnn
+    if network in ('cnn', 'averaged'): return cnn
     if network == 'fcn':
         return reinitialize(embed(cnn, shape, trim=self.trim), seed, self.config['fan_in'], inplace=True, check=False)
     self._recover(seed, relax_time)
     cnn = self._at(self.open_run('cnn', seed), lambda: cnn, relax_time, 'run the study first')
+    if network in ARMS: return make_arm(network, cnn, shape, self.trim)
     return embed(cnn, shape, to='lcn' if network == 'elcn' else 'fcn', trim=self.trim)
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #4f5caa4c
 @patch
 def network(self:Study,
-    network:str,       # 'cnn', 'fcn', 'efcn' or 'elcn'
+    network:str,       # 'cnn', 'fcn', 'efcn', 'elcn' or one of `ARMS`
     seed:int, relax_time:int=None,
-    epoch:int=None     # None for the last one; of CNNs, the relax times are kept too
+    epoch:int=None,    # None for the last one; of CNNs, the relax times are kept too
+    lr:float=None      # None if there is one rate
 )->torch.nn.Module:
     "A trained network of the study; raises `ValueError` if it diverged before or its weights were not kept."
-    run = self.open_run(network, seed, relax_time)
-    epoch = self._planned(network, seed, relax_time)['last'] if epoch is None else epoch
+    run = self.open_run(network, seed, relax_time, lr)
+    epoch = self._planned(network, seed, relax_time, lr)['last'] if epoch is None else epoch
     if run.diverged and run.table.epoch.max() <= epoch: raise ValueError(f'{run.path} diverged: {run.diverged}')
     make = lambda: self.start(network, seed, relax_time)
     return self._at(run, make, epoch, 'run the study with keep_weights=True')
@@ -342,7 +411,8 @@ def _rows(study, run, epoch, step, measured):
 def _where(model, run):
     "Shares of the weights' squared norm in the subspaces, and the norm, for all released layers ('weights') and for "\
     "each ('weights of NAME'); nothing for the run of a CNN."
-    if run['network'] == 'cnn': return {}
+    if _kind(run) in ('cnn', 'averaged'): return {}
+    if run['network'].endswith('off_local'): model = merge_off_local(model)
     found = {}
     for layer, row in shares(model).iloc[::-1].iterrows():
         split = 'weights' if layer == 'all' else f'weights of {layer}'
@@ -371,7 +441,8 @@ def _done(self:Study, run):
 def _table(self:Study, run):
     "What `run` has measured so far, as users see it."
     table = with_networks(self._store(run).table)
-    if 'epoch' in table: table.insert(table.columns.get_loc('epoch'), 'protocol_epochs', self.epochs)
+    for name, value in ('lr', run['lr']), ('protocol_epochs', self.epochs):
+        if 'epoch' in table: table.insert(table.columns.get_loc('epoch'), name, value)
     return table
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #38edfbc3
@@ -387,18 +458,28 @@ def suited(weights, small=5_000_000):
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #83298f3f
 @patch
+def _data_of(self:Study, run):
+    "Training and test images of `run`."
+    return Data(self.train_set(run['seed']), self.data.test)
+
+@patch
 def _train(self:Study, run, model, found, last, note, after_step=None):
     "Train `model` from checkpoint `found` (None for the beginning) to epoch `last`; "\
     "`note(epoch, step, measured, optimizer)` after every epoch."
     c = self.config
-    optimizer = FusedSGD(model, c['lr'], c['momentum'], c['weight_decay'])
+    optimizer = FusedSGD(model, run['lr'], c['momentum'], c['weight_decay'])
+    held = [(model.get_parameter(name), mask) for name, mask in held_masks(model).items()]
     if found:
         model.load_state_dict(found.weights)
         resume_optimizer(optimizer, found.memory)
     def after_epoch(*measured): note(*measured, optimizer)
+    def put_back():
+        with torch.no_grad():
+            for p, mask in held: p.masked_fill_(mask, 0)
+        if after_step: after_step()
     first = found.epoch if found else run['first']
-    try: train(model, self.data, last, batch_size=c['batch_size'], seed=run['seed'], first=first, shuffle=c['shuffle'],
-               precision=c['precision'], optimizer=optimizer, after_epoch=after_epoch, after_step=after_step)
+    try: train(model, self._data_of(run), last, batch_size=c['batch_size'], seed=run['seed'], first=first, shuffle=c['shuffle'],
+               precision=c['precision'], optimizer=optimizer, after_epoch=after_epoch, after_step=put_back)
     finally: optimizer.close()
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #ae5dc7ea
@@ -427,12 +508,15 @@ class _Record:
     def __init__(self, study, run):
         self.study, self.run, self.store, self.keep = study, run, study._store(run), study._keeps(run)
         self.store.begin()
-        self.model, self.found = study.start(*_key(run)), self.store.load()
+        self.model = self.trained = study.start(*_key(run)[:3])
+        self.average = moving_average(self.trained) if run['network'] == 'averaged' else None
+        if self.average: self.model = self.average.module
+        self.found = None if self.average else self.store.load()
         self.table, self.saved = with_networks(self.found.table) if self.found else None, time.monotonic()
         self.optimizer, self.last, self.first = None, run['last'], self.found.epoch if self.found else run['first']
         self.ended = False
         if self.found: self.model.load_state_dict(self.found.weights)
-        else: self.note(self.first, self.first*study.steps_per_epoch, study._tested(self.model))
+        else: self.note(self.first, self.first*study.steps_per_epoch, study._tested(self.model, 'test'))
 
     def add(self, epoch, step, measured):
         rows = _rows(self.study, self.run, epoch, step, measured)
@@ -445,8 +529,10 @@ def note(self:_Record, epoch, step, measured):
     if isinstance(measured, Diverged):
         self.add(epoch, step, {('train', 'diverged'): 1.})
         return self.end(diverged=str(measured))
-    self.add(epoch, step, measured | _where(self.model, self.run))
-    if epoch in self.keep or time.monotonic() - self.saved > (2 if self.run['network'] == 'cnn' else 30):
+    if self.average: measured = measured | self.study._tested(self.model, 'test')
+    self.add(epoch, step, measured | self.study._tested(self.model, 'validation') | _where(self.model, self.run))
+    seconds = math.inf if self.average else 2 if _kind(self.run) == 'cnn' else 30
+    if epoch in self.keep or time.monotonic() - self.saved > seconds:
         self.store.save(epoch, self.model, self.table, self.optimizer, self.keep)
         self.saved = time.monotonic()
     if epoch == self.last: self.end()
@@ -457,6 +543,15 @@ def end(self:_Record, diverged=None):
     if not self.ended: self.store.finish(self.table, self.keep, diverged)
     self.ended = True
 
+# %% ../../nbs/experiments/55_relaxation.ipynb #5a672013
+def _stepping(records, after_step):
+    "A function to be called after every step: moving averages move, then `after_step` is called."
+    averaged = [r for r in records if r.average]
+    def step():
+        for record in averaged: record.average.update_parameters(record.trained)
+        if after_step: after_step()
+    return step
+
 # %% ../../nbs/experiments/55_relaxation.ipynb #d5185430
 @patch
 def _carry_out_alone(self:Study, run, after_step=None):
@@ -466,7 +561,7 @@ def _carry_out_alone(self:Study, run, after_step=None):
         record.optimizer = optimizer
         record.note(epoch, step, measured)
         give_back_memory()                                    # what embedding, measuring and storing leave behind
-    try: self._train(run, record.model, record.found, record.last, note, after_step)
+    try: self._train(run, record.trained, record.found, record.last, note, _stepping([record], after_step))
     except Diverged as e:
         epoch = record.table.epoch.max() + 1
         record.note(epoch, epoch*self.steps_per_epoch, e)
@@ -477,7 +572,14 @@ _SMALL = 5_000_000      # weights below which networks run on one thread each, a
 
 def _kind(run):
     "Networks of one kind have the same architecture."
-    return dict(cnn='cnn', elcn='lcn').get(run['network'], 'fcn')
+    return dict(efcn='fcn', elcn='lcn', annealed='cnn', slowed='cnn').get(run['network'], run['network'])
+
+@patch
+def _of_kind(self:Study, kind):
+    "A network of this kind."
+    cnn, shape = self.cnn(self.seeds[0]), self.data.train.shape
+    if kind in ARMS: return make_arm(kind, cnn, shape, self.trim)
+    return cnn if kind == 'cnn' else embed(cnn, shape, to=kind, trim=self.trim)
 
 @patch
 @_drawing()
@@ -488,8 +590,7 @@ def _joins(self:Study, run)->bool:
     if kind not in self._joining:
         self._joining[kind] = self.weights < _SMALL and self.device.type == 'cpu'
         if self._joining[kind]:
-            cnn = self.cnn(run['seed'])
-            try: check_cohort(cnn if kind == 'cnn' else embed(cnn, shape, to=kind, trim=self.trim), shape)
+            try: check_cohort(self._of_kind(kind), shape)
             except ValueError: self._joining[kind] = False
     return self._joining[kind]
 
@@ -499,14 +600,17 @@ def _train_together(self:Study, runs, models, founds, lasts, note, after_step=No
     "Train `models` as a cohort, each from its checkpoint (None for the beginning) to its last epoch; "\
     "`note(k, epoch, step, measured, optimizer)` after every epoch of each."
     c, first = self.config, [f.epoch if f else run['first'] for run, f in zip(runs, founds)]
-    cohort = Cohort(models, self.data.train.shape, c['lr'], c['momentum'], c['weight_decay'], check=False)
+    rates = [run['lr'] for run in runs]
+    cohort = Cohort(models, self.data.train.shape, rates, c['momentum'], c['weight_decay'], check=False)
     optimizers = [*cohort.optimizers]
     for model, optimizer, found in zip(models, optimizers, founds):
         if found:
             model.load_state_dict(found.weights)
             resume_optimizer(optimizer, found.memory)
+    for k, model in enumerate(models):
+        for name, mask in held_masks(model).items(): cohort.hold(k, name, mask)
     def after_epoch(k, *measured): note(k, *measured, optimizers[k])
-    try: cohort.train(self.data, lasts, c['batch_size'], [run['seed'] for run in runs], first, c['shuffle'],
+    try: cohort.train([*map(self._data_of, runs)], lasts, c['batch_size'], [run['seed'] for run in runs], first, c['shuffle'],
                       c['precision'], after_epoch, after_step)
     finally: cohort.close()
 
@@ -519,14 +623,16 @@ def _carry_out_together(self:Study, runs, after_step=None, after_epoch=None):
         records[k].optimizer = optimizer
         records[k].note(epoch, step, measured)
         if after_epoch: after_epoch(runs[k])
-    self._train_together(runs, *zip(*((r.model, r.found, r.last) for r in records)), note, after_step)
+    networks = zip(*((r.trained, r.found, r.last) for r in records))
+    self._train_together(runs, *networks, note, _stepping(records, after_step))
     for record in records: record.end()
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #1e9b7b26
 @patch
-def _tested(self:Study, model):
-    "What `model` achieves on the test set, as rows take it."
-    return {('test', k): v for k, v in evaluate(model, self.data.test, precision=self.precision).items()}
+def _tested(self:Study, model, split):
+    "What `model` achieves on the test set or on the images held out (`split`), if there are any, as rows take it."
+    data = self.data.test if split == 'test' else self.validation
+    return {(split, k): v for k, v in evaluate(model, data, precision=self.precision).items()} if data else {}
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #0d3b3345
 @patch
@@ -549,7 +655,7 @@ def _recover(self:Study, seed, epoch):
 @patch
 def _cost(self:Study, run):
     "Roughly the time of one step of a run, an eFCN's being 1."
-    return {'cnn': .2, 'elcn': .5}.get(run['network'], 1)
+    return dict(cnn=.2, averaged=.3, lcn=.5).get(_kind(run), 1)
 
 @patch
 def _bar(self:Study, runs, progress):
@@ -558,20 +664,22 @@ def _bar(self:Study, runs, progress):
     return tqdm(total=total, disable=not progress, smoothing=.05, ncols=min(100, shutil.get_terminal_size().columns),
                 bar_format='{desc} {percentage:3.0f}% {bar} {elapsed} gone, {remaining} left')
 
-def _label(run):
+@patch
+def _label(self:Study, run):
     "The name of a run in messages."
-    return f"seed {run['seed']} {run['network']}" + ('' if run['relax'] is None else f" at {run['relax']}")
+    at = '' if run['relax'] is None else f' at {run["relax"]}'
+    return f'seed {run["seed"]} {run["network"]}{at}' + f', rate {run["lr"]:g}'*(run['lr'] != self.settings['lr'])
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #2632aba5
 @patch
-def lost(self:Study, network:str, seed:int, relax_time:int=None,
+def lost(self:Study, network:str, seed:int, relax_time:int=None, lr:float=None,
     begin:bool=False # whether the network with which the run starts is asked for, and not that at its end
 )->bool:
     "Whether this run diverged, or could not be begun because its CNN did."
     if relax_time is not None:
         cnn = self.open_run('cnn', seed)
         if cnn.diverged and cnn.table.epoch.max() <= relax_time: return True
-    return not begin and bool(self.open_run(network, seed, relax_time).diverged)
+    return not begin and bool(self.open_run(network, seed, relax_time, lr).diverged)
 
 @patch
 def _impossible(self:Study, run): return self.lost(*_key(run), begin=True)
@@ -587,7 +695,7 @@ def diverged(self:Study)->dict: # name of a run: what happened
     "The runs of the plan that are lost."
     lost = [r for r in self.plan() if self.lost(*_key(r))]
     never = 'its CNN diverged before it could be relaxed'
-    return {_label(r): never if self._impossible(r) else self._store(r).diverged for r in lost}
+    return {self._label(r): never if self._impossible(r) else self._store(r).diverged for r in lost}
 
 @patch
 def environments(self:Study)->list: # str
@@ -604,8 +712,9 @@ def disk_needed(self:Study,
     copies = 2 if self.config['momentum'] else 1
     cnn = 4*sum(p.numel() for p in self.cnn(self.seeds[0]).parameters())*copies
     matrices, local = cnn + 4*self.weights*copies, cnn + 4*self.local_weights*copies
-    sizes = dict(cnn=cnn, fcn=matrices, efcn=matrices, elcn=local)
-    return 3*workers*max(sizes.values()) + sum(sizes[r['network']]*len(self._keeps(r)) for r in self.plan())
+    sizes = dict(cnn=cnn, averaged=cnn, lcn=local)
+    sizes = {_kind(r): sizes.get(_kind(r), matrices) for r in self.plan()}
+    return 3*workers*max(sizes.values()) + sum(sizes[_kind(r)]*len(self._keeps(r)) for r in self.plan())
 
 @patch
 def _check_disk(self:Study, workers):
@@ -620,7 +729,8 @@ def _check_disk(self:Study, workers):
 @patch
 def _most(self:Study, kind):
     "How many networks of a kind are trained together: as many as stay in the cache, eight at most."
-    weights = dict(cnn=count_weights(self.cnn(self.seeds[0])), lcn=self.local_weights, fcn=self.weights)[kind]
+    cnn = count_weights(self.cnn(self.seeds[0]))
+    weights = dict(cnn=cnn, averaged=cnn, lcn=self.local_weights).get(kind, self.weights)
     return max(1, min(8, 2**23//max(weights, 1)))
 
 @patch
@@ -644,7 +754,7 @@ def _in_threads(self:Study, groups, threads, bar):
     def after_step():
         if stop.is_set(): raise _Stopped
     def work(runs):
-        bar.set_description_str(_label(runs[0]) if len(runs) == 1 else f'{len(runs)} networks {runs[0]["network"]}')
+        bar.set_description_str(self._label(runs[0]) if len(runs) == 1 else f'{len(runs)} networks {runs[0]["network"]}')
         self._carry_out(runs, after_step, lambda run: bar.update(self._cost(run)))
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(work, runs) for runs in groups]
@@ -670,7 +780,7 @@ def _run_here(self:Study, progress):
                 together = [g for g in groups if self._joins(g[0])]
                 self._in_threads(together, threads, bar)
                 for run, in [g for g in groups if g not in together]:
-                    bar.set_description_str(_label(run))
+                    bar.set_description_str(self._label(run))
                     self.carry_out(run, lambda: bar.update(self._cost(run)/self.steps_per_epoch))
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #4c0f9774
@@ -794,7 +904,7 @@ def _ended(self:Study, future, runs, bar):
     future.result()
     for run in runs:
         if not self._done(run):
-            raise OSError(f'a worker has done {_label(run)}, but not in {self.out.absolute()}; all workers must see '
+            raise OSError(f'a worker has done {self._label(run)}, but not in {self.out.absolute()}; all workers must see '
                           f'that folder')
         bar.update((run['last'] - run['first'])*self._cost(run))
 
@@ -823,7 +933,7 @@ def _run_there(self:Study, executor, progress, threads, content):
         running = {}
         try:
             if content: self._try_out(executor, content, min(workers, len(left)), threads)
-            _store_data(self.data, job[2])
+            _store_data(self._source, job[2])
             with self._bar(left, progress) as bar: self._share_out(executor, job, left, running, bar, workers)
         except Exception as e:
             if not is_lost_worker(e): raise

@@ -130,6 +130,27 @@ def thinned(self:Dataset,
     index = torch.linspace(0, len(self) - 1, min(n, len(self)), dtype=torch.float64).round().long().to(self.x.device)
     return replace(self, x=self.x[index], y=self.y[index])
 
+# %% ../../nbs/materials/10_data.ipynb #926ea1a2
+@patch
+def picked(self:Dataset,
+    index # positions of the samples: tensor of integers
+)->Dataset:
+    "The samples at `index`."
+    index = index.to(self.x.device)
+    return replace(self, x=self.x[index], y=self.y[index])
+
+@patch
+def class_by_class(self:Dataset,
+    seed:int=0 # of the order within a class
+)->Tensor: # positions of all samples (N,)
+    "An order of which each stretch has the classes in the same shares, as nearly as its length allows."
+    draw, y = torch.Generator().manual_seed(seed), self.y.cpu()
+    place = torch.zeros(len(y), dtype=torch.float64)
+    for c in y.unique():
+        own = (y == c).nonzero().flatten()
+        place[own[torch.randperm(len(own), generator=draw)]] = (torch.arange(len(own)) + .5).double()/len(own)
+    return place.argsort(stable=True)
+
 # %% ../../nbs/materials/10_data.ipynb #bd69b991
 def _tensor_digest(*tensors)->str:
     "sha256 over type, shape and values."

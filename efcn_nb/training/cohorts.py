@@ -68,6 +68,7 @@ class _DenseTogether(_Together):
     def __init__(self, members):
         super().__init__(members)
         self.factors, self.anchor = [], torch.zeros(0, requires_grad=True)
+        self.kept = {}                       # member: what it keeps, as `_Kept`
 
     def forward(self, x, output_size=None):
         first = self.members[0]
@@ -88,6 +89,7 @@ def move(self:_DenseTogether, k):
     x, grad = self.factors[0]
     if len(self.factors) > 1: x, grad = (torch.cat(several, 1) for several in zip(*self.factors))
     self.members[k].through.descend_product(x[k], grad[k])
+    if k in self.kept: self.kept[k].put_back()
 
 @patch
 def moved(self:_DenseTogether, k, dtype):
@@ -303,6 +305,7 @@ def _join(self:Cohort):
     self._dense = [m for m in self._network.modules() if isinstance(m, _DenseTogether)]
     fused = {id(member.weight) for layer in self._dense for member in layer.members}
     self._ordinary = [[p for p in m.parameters() if id(p) not in fused] for m in self.models]
+    self._share_kept()
 
 @patch
 def __len__(self:Cohort): return len(self.models)
@@ -322,6 +325,15 @@ def close(self:Cohort):
     "Give the layers their own products back."
     for optimizer in self.optimizers: optimizer.close()
 
+# %% ../../nbs/training/24_cohorts.ipynb #4535caaa
+class _Kept:
+    "Entries of `parameter`, where `mask` is True, that keep the values they have now."
+    def __init__(self, parameter, mask):
+        self.parameter, self.index = parameter, mask.flatten().nonzero().flatten()
+        self.values = parameter.detach().take(self.index)
+
+    def put_back(self): self.parameter.detach().put_(self.index, self.values)
+
 # %% ../../nbs/training/24_cohorts.ipynb #5f0f32c5
 @patch
 def hold(self:Cohort,
@@ -336,15 +348,23 @@ def hold(self:Cohort,
     if mask.dtype != torch.bool or mask.shape != parameter.shape:
         raise ValueError(f'the mask of {name} must be bool of shape {tuple(parameter.shape)}, '
                          f'not {mask.dtype} of shape {tuple(mask.shape)}')
-    self.held[member][name] = parameter, mask, parameter.detach().clone()
+    self.held[member][name] = _Kept(parameter, mask)
+    self._share_kept()
+
+@patch
+def _share_kept(self:Cohort):
+    "Tell fused layers what they are to put back as soon as they have moved it."
+    self._kept = [kept for held in self.held for kept in held.values()]
+    for layer in self._dense:
+        places = {id(member.weight): k for k, member in enumerate(layer.members)}
+        layer.kept = {places[id(kept.parameter)]: kept for kept in self._kept if id(kept.parameter) in places}
+        self._kept = [kept for kept in self._kept if id(kept.parameter) not in places]
 
 @patch
 @torch.no_grad()
 def _settle(self:Cohort):
-    "Have all weights moved, and give entries that are held their values."
+    "Have all weights moved."
     for layer in self._dense: layer.finish()
-    for held in self.held:
-        for parameter, mask, value in held.values(): parameter.copy_(torch.where(mask, value, parameter))
 
 # %% ../../nbs/training/24_cohorts.ipynb #61198f19
 @patch
@@ -371,7 +391,7 @@ def _step(self:Cohort, x, y, precision):
     losses = [F.cross_entropy(part, target) for part, target in zip(parts, targets)]
     torch.autograd.backward(losses)
     self._descend()
-    if any(self.held): self._settle()
+    for kept in self._kept: kept.put_back()
     return torch.stack(losses).detach(), (parts.detach().argmax(2) == targets).sum(1)
 
 # %% ../../nbs/training/24_cohorts.ipynb #cf959b73
@@ -381,6 +401,21 @@ def _orders(self:Cohort, n, seeds, shuffle):
     if not shuffle: return torch.arange(n).expand(len(self), n)
     return torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
+def _joint_batch(data, index):
+    "Images and labels of all members one after the other; `index` is (members, images of each)."
+    if all(own is data[0] for own in data): return data[0].batch(index.flatten())
+    return map(torch.cat, zip(*(own.batch(where) for own, where in zip(data, index))))
+
+@patch
+def _data_of_each(self:Cohort, data):
+    "A list of `Dataset`, one for each member; raises `ValueError` unless all are of one size."
+    data = _each(data, len(self)) if isinstance(data, list) else [data]*len(self)
+    sizes = {len(own) for own in data}
+    if len(data) != len(self) or len(sizes) > 1:
+        raise ValueError(f'there must be one set of images, or one for each of {len(self)} networks and all of one size, '
+                         f'not {len(data)} of {", ".join(map(str, sorted(sizes)))} images')
+    return data
+
 def _of_epoch(losses, right, sizes, n):
     "Running mean accuracy and loss of one member, or `Diverged`."
     if not losses.isfinite().all(): return Diverged(int((~losses.isfinite()).nonzero()[0]) + 1)
@@ -389,7 +424,7 @@ def _of_epoch(losses, right, sizes, n):
 # %% ../../nbs/training/24_cohorts.ipynb #223464ce
 @patch
 def train_epoch(self:Cohort,
-    data,                 # a `Dataset`
+    data,                 # a `Dataset`, or one for each member, all of one size
     batch_size:int,
     seeds,                # of order and dropout, one for each member
     shuffle:bool=True,
@@ -401,8 +436,10 @@ def train_epoch(self:Cohort,
     if len(seeds) != len(self): raise ValueError(f'there must be one seed for each of {len(self)} networks')
     for generator, seed in zip(self.generators, seeds): generator.manual_seed(seed)
     losses, right, sizes = [], [], []
-    for index in self._orders(len(data), seeds, shuffle).to(data.x.device).split(batch_size, 1):
-        found = self._step(*data.batch(index.flatten()), precision)
+    data = self._data_of_each(data)
+    n, device = len(data[0]), data[0].x.device
+    for index in self._orders(n, seeds, shuffle).to(device).split(batch_size, 1):
+        found = self._step(*_joint_batch(data, index), precision)
         losses.append(found[0])
         right.append(found[1])
         sizes.append(index.shape[1])
@@ -410,7 +447,7 @@ def train_epoch(self:Cohort,
     self._settle()
     losses, right = (torch.stack(t).cpu().t().contiguous() for t in (losses, right))
     sizes = torch.tensor(sizes)
-    return [_of_epoch(*own, sizes, len(data)) for own in zip(losses, right)]
+    return [_of_epoch(*own, sizes, n) for own in zip(losses, right)]
 
 # %% ../../nbs/training/24_cohorts.ipynb #df1fae08
 def _each(values, n):
@@ -420,9 +457,9 @@ def _each(values, n):
 @patch
 def _measure(self:Cohort, members, running, data, epochs, batch_size, precision, found, after_epoch):
     "Put into `found` what each member has measured in its epoch, or the `Diverged` that says why there is nothing."
-    steps = math.ceil(len(data.train)/batch_size)
     for i, k in enumerate(members):
-        about = data, epochs[k], steps, batch_size, precision, self.optimizers[i].param_groups[0]['lr']
+        steps = math.ceil(len(data[k].train)/batch_size)
+        about = data[k], epochs[k], steps, batch_size, precision, self.optimizers[i].param_groups[0]['lr']
         try: found[k] = measure_epoch(self.models[i], running[i], *about)
         except Diverged as e: found[k] = e
         if after_epoch: after_epoch(k, epochs[k], epochs[k]*steps, found[k])
@@ -436,7 +473,7 @@ def _dismiss(self:Cohort, members, gone):
 # %% ../../nbs/training/24_cohorts.ipynb #4a7ad640
 @patch
 def train(self:Cohort,
-    data,                # `Data`: train and test
+    data,                # `Data`, train and test; or one for each member, with training images of one number
     last,                # the last epoch to train, one number or one for each member
     batch_size:int=250,
     seeds=0,             # of order and dropout; likewise
@@ -448,12 +485,15 @@ def train(self:Cohort,
 )->list:                 # for each member what was measured after its last epoch, or the `Diverged` of its end
     "Train every member from its first to its last epoch. Raises `ValueError` for impossible settings."
     last, first, seeds = (_each(values, len(self)) for values in (last, first, seeds))
-    check_training(data, max(last), min(o.param_groups[0]['lr'] for o in self.optimizers), batch_size, precision)
+    data = data if isinstance(data, list) else [data]*len(self)
+    lr = min(o.param_groups[0]['lr'] for o in self.optimizers)
+    for own in data: check_training(own, max(last), lr, batch_size, precision)
     epochs, found = [*first], [{} for _ in last]
     members = self._dismiss([*range(len(self))], [k for k in range(len(self)) if first[k] >= last[k]])
     while members:
         own = [epoch_seed(seeds[k], epochs[k] + 1) for k in members]
-        running = self.train_epoch(data.train, batch_size, own, shuffle, precision, after_step)
+        images = [data[k].train for k in members]
+        running = self.train_epoch(images, batch_size, own, shuffle, precision, after_step)
         for k in members: epochs[k] += 1
         self._measure(members, running, data, epochs, batch_size, precision, found, after_epoch)
         gone = [k for k in members if epochs[k] == last[k] or isinstance(found[k], Diverged)]
