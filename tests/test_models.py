@@ -28,7 +28,7 @@ def test_of_a_real_network_without_making_it():
 
 
 @pytest.mark.parametrize("call, said", [
-    (lambda: make_model("vgg", (3, 32, 32), 10), "unknown model 'vgg'; known are small, skinny, alexnet"),
+    (lambda: make_model("vgg", (3, 32, 32), 10), "unknown model 'vgg'; known are small, strided, skinny, alexnet"),
     (lambda: make_model("small", (1, 16, 16), 10, width=0), "width must be a whole number from 1 to 100000, not 0"),
     (lambda: make_model("small", (1, 16, 16), 10, width=2.5), "width must be a whole number from 1 to 100000, not 2.5"),
     (lambda: make_model("skinny", (3, 8, 8), 10),

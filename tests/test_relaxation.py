@@ -250,7 +250,7 @@ def test_a_run_that_diverges_does_not_stop_the_others(done, tmp_path, monkeypatc
         m.setattr(Study, "start", broken)
         table = study.run()
     lost = [r for r in study.plan() if r["network"] == network or network == "cnn" and r["relax"] is not None]
-    assert set(study.diverged()) == {relaxation._label(r) for r in lost}
+    assert set(study.diverged()) == {study._label(r) for r in lost}
     assert not tiny.study(study.out, keep_weights=True).unfinished()
     assert all(len(why.splitlines()) == 1 and ("not finite at step " in why or "its CNN diverged" in why)
                for why in study.diverged().values())
@@ -476,7 +476,7 @@ def no_convolution(shape, classes): return nn.Sequential(nn.Flatten(), nn.Linear
     (dict(width=-2), "width"),
     (dict(device="nowhere"), "no device 'nowhere'"), (dict(device="meta"), "device"),
     (dict(precision="fp8"), "fp32, tf32, bf16"), (dict(fan_in="all"), "known are folded, padded"),
-    (dict(model="resnet"), "known are small, skinny, alexnet"), (dict(model="skinny"), "use larger images"),
+    (dict(model="resnet"), "known are small, strided, skinny, alexnet"), (dict(model="skinny"), "use larger images"),
     (dict(data="pets"), "unknown data 'pets'"),
     (dict(model=no_convolution, width=None), "no convolution")], ids=lambda value: str(value).split(" at 0x")[0])
 def test_refusals(tmp_path, changed, says):

@@ -12,6 +12,7 @@ import torch
 
 from ..ladder.inspection import conv_geometries
 from ..ladder.embedding import released_weights
+from ..training.arms import check_arms
 from ..training.loop import products
 from ..service.memory import require_memory
 from ..service.checks import first_line
@@ -193,7 +194,8 @@ def _try_network(study, model):
         raise ValueError('the outputs of the network do not depend on its weights in a way that can be '
                          'differentiated; leave out torch.no_grad() and detach() in its forward pass')
     _answer(study, model, two, training=False)
-    for images, at_a_time, training in (n, size, True), (m, max(size, 250), False):
+    evaluated = (m, max(size, 250)), (m, 250), (len(study.validation or ()), 250)
+    for images, at_a_time, training in (n, size, True), *((*batches, False) for batches in evaluated):
         if images % at_a_time != 1 and at_a_time > 1: continue
         try: _answer(study, model, [0], training)
         except ValueError as e:
@@ -213,14 +215,15 @@ def _study_geometries(study, cnn, copies):
         raise ValueError(f'{e}{more}') from e
 
 def check_network(study, copies):
-    "Note the numbers of weights. Raises `ValueError` or `MemoryError` if the CNN cannot be embedded or `copies` of "\
-    "its eFCN's weights do not fit into memory."
+    "Note the numbers of weights. Raises `ValueError` or `MemoryError` if the CNN cannot be embedded or become one of "\
+    "the study's arms, or if `copies` of its eFCN's weights do not fit into memory."
     cnn = study.cnn(study.seeds[0])
     geometries = _study_geometries(study, cnn, copies)
     frozen = [name for name in geometries if not cnn.get_submodule(name).weight.requires_grad]
     if frozen:
         warnings.warn(f'frozen convolutions ({", ".join(frozen)}) stay frozen when they are embedded, so that '
                       f'relaxing sets nothing free in them')
+    check_arms(study.arms, cnn, geometries)
     study.weights = released_weights(geometries)
     study.local_weights = released_weights(geometries, 'lcn') if study.elcn_times else 0
     require_memory(int(4*copies*max(study.weights, study.local_weights)), study.device)

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+# %% ../../nbs/experiments/55_relaxation.ipynb #43b0bab1
 from ..ladder.inspection import process_blank
 from ..ladder.embedding import embed, reinitialize
 from ..materials.data import Data, Dataset, load_data, stratified_split
@@ -85,9 +86,16 @@ def _times(name, values, epochs):
 def _rates(name, values, default):
     "Learning rates, each once, the largest first; `default` for None."
     if values is None: return [default]
-    values = distinct(f'each of {name}', values, positive) if hasattr(values, '__iter__') else [positive(name, values)]
+    alone = isinstance(values, Real)
+    values = [positive(name, values)] if alone else distinct(name, values, positive)
     return sorted(map(float, values), reverse=True)
 
+def _arms(names):
+    "A list of names in `ARMS`, which may be empty."
+    if names is None or not isinstance(names, (str, bytes)) and hasattr(names, '__len__') and not len(names): return []
+    return distinct('arms', names, lambda _, name: one_of('arm', name, ARMS))
+
+# %% ../../nbs/experiments/55_relaxation.ipynb #faabf639
 def _settings(model, **asked):
     "The protocol of `model` with what was `asked` (not None) in its place; raises `ValueError` for what cannot be run."
     protocol = PROTOCOLS.get(model if isinstance(model, str) else None, PROTOCOLS['small'])
@@ -98,7 +106,7 @@ def _settings(model, **asked):
     s['batch_size'] = int(whole('batch_size', s['batch_size'], 1))
     s['lr'] = float(positive('lr', s['lr']))
     for k in 'relaxed_lr', 'fcn_lr': s[k] = _rates(k, s[k], s['lr'])
-    s['arms'] = [one_of('arms', arm, ARMS) for arm in s['arms'] or ()]
+    s['arms'] = _arms(s['arms'])
     for k in ('relax_times', 'elcn_times'):
         if asked[k] is None: s[k] = [t for t in s[k] if t <= s['epochs']]
         s[k] = _times(k, s[k], s['epochs'])
@@ -133,37 +141,41 @@ def _seed_list(seeds):
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #6920df14
 class Study:
-    "CNNs, their embeddings relaxed at several times, and the baseline: the runs of one folder."
+    "CNNs, their embeddings relaxed at several times, their rivals, and the baseline: the runs of one folder."
     @_in_single_precision()
     def __init__(self,
         data='digits',        # `Data`, a pair of `Dataset`, or what `load_data` takes: a name, a folder of images
         model='small',        # a name in `MODELS`, or a function of input shape and number of classes
         relax_times=None,     # epochs at which the CNN becomes an eFCN; None for the model's protocol
-        elcn_times=None,      # epochs at which it becomes an eLCN; None as above, for all up to batch_size
-        epochs=None,          # of the CNN, of each relaxed network, of the baseline
-        lr=None, batch_size=None,
+        elcn_times=None,      # epochs at which it becomes an eLCN; None as above
+        epochs=None,          # of the CNN and of the baseline; None as above
+        lr=None, batch_size=None, # None as above
         seeds=3,              # how many, or a list of them
         device=None, precision='fp32', shuffle:bool=True, fan_in='folded', width=None,
         out=None,             # folder of the runs; None for one in efcn_runs named after data, model and settings
-        keep_weights=False,   # keep the final weights of relaxed networks and baselines too
+        keep_weights=False,   # keep the final weights of relaxed networks, rivals and baselines too
         momentum=0., weight_decay=0., # of SGD; the memory of momentum starts empty in each network
         trim=True,            # leave out rows of matrices that make outputs which nothing reads
-        relaxed_lr=None,      # rate after relaxing, or several of them; None for `lr`
-        fcn_lr=None,          # rate of the baseline, or several; None for `lr`
-        relaxed_epochs=None,  # epochs after relaxing; None for `epochs`
-        arms=None,            # rivals that go on from the same CNNs: names in `ARMS`; None as above
+        relaxed_lr=None,      # rate after relaxing, or a list of them; None as above, and there for `lr`
+        fcn_lr=None,          # rate of the baseline, or a list of them; likewise
+        relaxed_epochs=None,  # epochs after relaxing; likewise, for `epochs`
+        arms=None,            # a list of rivals that go on from the same CNNs, from `ARMS`; likewise, for none
         images=None,          # training images of each seed, which no other seed sees; None for all images
-        validation=None       # training images that are held out to choose on
-    ):
-        s = _settings(model, epochs=epochs, lr=lr, batch_size=batch_size, relax_times=relax_times, arms=arms,
-                      elcn_times=elcn_times, relaxed_lr=relaxed_lr, fcn_lr=fcn_lr, relaxed_epochs=relaxed_epochs)
-        self.settings = s | dict(model=model, seeds=_seed_list(seeds), precision=precision, shuffle=shuffle,
-            fan_in=fan_in, width=width, keep_weights=keep_weights, momentum=momentum, weight_decay=weight_decay,
-            trim=trim, images=images, validation=validation)
-        self._joining = {}               # which kinds of networks are trained together
-        self._take_settings(device)
-        self._take_data(data)
-        self._open(out)
+        validation=None       # training images held out to choose on, by class, so that it may be a few more or less
+    ): self._begin(**{k: v for k, v in locals().items() if k != 'self'})
+
+# %% ../../nbs/experiments/55_relaxation.ipynb #7537e2ce
+@patch
+def _begin(self:Study, data, device, out, **asked):
+    "Take the settings, then the data, and open the folder."
+    by_protocol = ('model', 'epochs', 'relaxed_epochs', 'lr', 'relaxed_lr', 'fcn_lr', 'batch_size', 'relax_times',
+                   'elcn_times', 'arms')
+    self.settings = asked | _settings(**{k: asked[k] for k in by_protocol})
+    self.settings['seeds'] = _seed_list(asked['seeds'])
+    self._joining = {}               # which kinds of networks are trained together
+    self._take_settings(device)
+    self._take_data(data)
+    self._open(out)
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #f500ccc9
 @patch
@@ -185,14 +197,25 @@ def _take_settings(self:Study, device):
     self.trim = bool(s['trim'])
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #9e8e98d2
+def _check_held_out(train, validation):
+    "Raise `ValueError` unless each class of `train` has an image among so many held out, and one that is left."
+    whole('validation', validation, 1, len(train) - 1)
+    for c, n in zip(*(found.tolist() for found in train.y.unique(return_counts=True))):
+        held = round(validation/len(train)*n)
+        if 0 < held < n: continue
+        wrong, right = ('to choose on', 'more') if not held else ('to train on', 'less')
+        raise ValueError(f'validation={validation} of {len(train):,} training images leaves class {train.classes[c]}, '
+                         f'which has {n}, without an image {wrong}; hold out {right}')
+
 def _held_out(data, validation):
     "`data` without so many training images, the same share of each class, and these; nothing is held out for None."
     if validation is None: return data, None
-    whole('validation', validation, 1)
+    _check_held_out(data.train, validation)
     train = data.train
     rest, chosen = stratified_split(train.y.cpu(), validation/len(train), classes=train.classes)
     return Data(train.picked(rest), data.test, notes=data.notes), train.picked(chosen)
 
+# %% ../../nbs/experiments/55_relaxation.ipynb #a1c308b4
 def _disjoint_sets(train, images, seeds):
     "For each seed its own so many images of `train`, all of them for None; raises `ValueError` if they do not suffice."
     if images is None: return {seed: train for seed in seeds}
@@ -214,7 +237,7 @@ def _take_data(self:Study, data):
     identity = try_model(self)
     s, (train, test) = self.settings, self._source
     buffers = .5*(self.precision == 'bf16') + (s['momentum'] > 0)       # a copy of half the size, a memory
-    check_network(self, 1 + buffers)
+    check_network(self, 1 + buffers + 2*('tied' in self.arms))          # a gradient, and its projection
     self.config = dict(data=train.name, content=train.fingerprint + test.fingerprint, model=self.model_name,
         network=identity, epochs=self.epochs, lr=s['lr'], batch_size=self.batch_size, momentum=float(s['momentum']),
         weight_decay=float(s['weight_decay']), precision=self.precision, shuffle=self.shuffle, fan_in=s['fan_in'],
@@ -234,9 +257,10 @@ def train_size(self:Study)->int:
 
 @patch
 def train_set(self:Study, seed:int)->Dataset:
-    "The training images of `seed`."
-    return self._sets[seed]
+    "The training images of `seed`; raises `ValueError` for a seed that is not in the study."
+    return self._sets[one_of('seed', seed, self.seeds)]
 
+# %% ../../nbs/experiments/55_relaxation.ipynb #14a526bb
 @patch(as_prop=True)
 def model_name(self:Study)->str:
     "The name of the model in tables and folders."
@@ -316,8 +340,14 @@ def plan(self:Study)->list: # dicts with network, seed, relax, first and last ep
         for rate in self.fcn_lr: add('fcn', None, 0, self.epochs, rate)
         for network, own in times.items():
             for t, rate in itertools.product(own, self.relaxed_lr):
-                if (network, rate) != ('annealed', lr): add(network, t, t, t + self.relaxed_epochs, rate)
+                if network == 'annealed' and self._is_cnn(rate): continue
+                add(network, t, t, t + self.relaxed_epochs, rate)
     return runs
+
+@patch
+def _is_cnn(self:Study, rate):
+    "Whether the arm `annealed` at this rate does what the CNN does anyway: it has no memory that it could lose."
+    return rate == self.settings['lr'] and not self.settings['momentum']
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #35b576a4
 def _key(run):
@@ -347,8 +377,13 @@ def open_run(self:Study,
     lr:float=None    # None if there is one rate
 )->Run:
     "The run of the plan with this network, seed, relax time and rate, with its directory."
-    run = self._hashed(self._planned(network, seed, relax_time, lr))
-    label = f'{run["phase"]}-seed{seed}' + ('' if relax_time is None else f'-relax{relax_time}')
+    return self._store(self._planned(network, seed, relax_time, lr))
+
+@patch
+def _store(self:Study, run):
+    "`run`, a member of `plan`, with its directory."
+    run = self._hashed(run)
+    label = f'{run["phase"]}-seed{run["seed"]}' + ('' if run['relax'] is None else f'-relax{run["relax"]}')
     if 'lr' in run: label += f'-lr{run["lr"]:g}'
     return Run(self.out, self.config | run, label, self.device)
 
@@ -393,11 +428,13 @@ def network(self:Study,
     epoch:int=None,    # None for the last one; of CNNs, the relax times are kept too
     lr:float=None      # None if there is one rate
 )->torch.nn.Module:
-    "A trained network of the study; raises `ValueError` if it diverged before or its weights were not kept."
+    "A trained network of the study, without the hooks of its arm. Raises `ValueError` if it diverged before or its "\
+    "weights were not kept."
     run = self.open_run(network, seed, relax_time, lr)
     epoch = self._planned(network, seed, relax_time, lr)['last'] if epoch is None else epoch
     if run.diverged and run.table.epoch.max() <= epoch: raise ValueError(f'{run.path} diverged: {run.diverged}')
-    make = lambda: self.start(network, seed, relax_time)
+    plain = dict(slowed='annealed', tied='efcn').get(network, network)
+    make = lambda: self.start(plain, seed, relax_time)
     return self._at(run, make, epoch, 'run the study with keep_weights=True')
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #1a618dc6
@@ -425,9 +462,6 @@ def _keeps(self:Study, run):
     "Epochs of `run` whose weights stay."
     if run['network'] == 'cnn': return {*self.relax_times, *self.elcn_times, self.epochs, run['last']}
     return {run['last']} if self.keep_weights else set()
-
-@patch
-def _store(self:Study, run): return self.open_run(*_key(run))
 
 @patch
 def _done(self:Study, run):
@@ -478,8 +512,9 @@ def _train(self:Study, run, model, found, last, note, after_step=None):
             for p, mask in held: p.masked_fill_(mask, 0)
         if after_step: after_step()
     first = found.epoch if found else run['first']
-    try: train(model, self._data_of(run), last, batch_size=c['batch_size'], seed=run['seed'], first=first, shuffle=c['shuffle'],
-               precision=c['precision'], optimizer=optimizer, after_epoch=after_epoch, after_step=put_back)
+    try: train(model, self._data_of(run), last, batch_size=c['batch_size'], seed=run['seed'], first=first,
+               shuffle=c['shuffle'], precision=c['precision'], optimizer=optimizer, after_epoch=after_epoch,
+               after_step=put_back)
     finally: optimizer.close()
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #ae5dc7ea
@@ -610,8 +645,8 @@ def _train_together(self:Study, runs, models, founds, lasts, note, after_step=No
     for k, model in enumerate(models):
         for name, mask in held_masks(model).items(): cohort.hold(k, name, mask)
     def after_epoch(k, *measured): note(k, *measured, optimizers[k])
-    try: cohort.train([*map(self._data_of, runs)], lasts, c['batch_size'], [run['seed'] for run in runs], first, c['shuffle'],
-                      c['precision'], after_epoch, after_step)
+    data, seeds = [*map(self._data_of, runs)], [run['seed'] for run in runs]
+    try: cohort.train(data, lasts, c['batch_size'], seeds, first, c['shuffle'], c['precision'], after_epoch, after_step)
     finally: cohort.close()
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #389cbcc8
@@ -668,7 +703,7 @@ def _bar(self:Study, runs, progress):
 def _label(self:Study, run):
     "The name of a run in messages."
     at = '' if run['relax'] is None else f' at {run["relax"]}'
-    return f'seed {run["seed"]} {run["network"]}{at}' + f', rate {run["lr"]:g}'*(run['lr'] != self.settings['lr'])
+    return f'seed {run["seed"]} {run["network"]}{at}' + f', rate {run["lr"]}'*(run['lr'] != self.settings['lr'])
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #2632aba5
 @patch
@@ -754,7 +789,8 @@ def _in_threads(self:Study, groups, threads, bar):
     def after_step():
         if stop.is_set(): raise _Stopped
     def work(runs):
-        bar.set_description_str(self._label(runs[0]) if len(runs) == 1 else f'{len(runs)} networks {runs[0]["network"]}')
+        alone = len(runs) == 1
+        bar.set_description_str(self._label(runs[0]) if alone else f'{len(runs)} networks {runs[0]["network"]}')
         self._carry_out(runs, after_step, lambda run: bar.update(self._cost(run)))
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(work, runs) for runs in groups]
@@ -789,7 +825,7 @@ def run(self:Study,
     progress:bool=None, # a bar on standard error; None for one if somebody watches
     executor=None,      # of the kind of `concurrent.futures`, to do the runs in parallel; None to do them here
     workers:int=1       # processes that do the runs in parallel, each with its share of the cores, without an executor
-)->pd.DataFrame:        # tidy: data, model, seed, network, relax, protocol_epochs, epoch, step, split, metric, value
+)->pd.DataFrame:        # tidy: data, model, seed, network, relax, lr, protocol_epochs, epoch, step, split, ...
     "Do all runs, or what is left of them. Runs that diverge end early, see `diverged`; raises `Diverged` if all "\
     "do, `ValueError` or `OSError` before any work if workers cannot do it or the disk is too small, `Busy` if "\
     "another process is at work, `WorkerLost` if a worker dies."
@@ -904,8 +940,8 @@ def _ended(self:Study, future, runs, bar):
     future.result()
     for run in runs:
         if not self._done(run):
-            raise OSError(f'a worker has done {self._label(run)}, but not in {self.out.absolute()}; all workers must see '
-                          f'that folder')
+            raise OSError(f'a worker has done {self._label(run)}, but not in {self.out.absolute()}; all workers must '
+                          f'see that folder')
         bar.update((run['last'] - run['first'])*self._cost(run))
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #aa8bea30

@@ -130,20 +130,21 @@ def thinned(self:Dataset,
     index = torch.linspace(0, len(self) - 1, min(n, len(self)), dtype=torch.float64).round().long().to(self.x.device)
     return replace(self, x=self.x[index], y=self.y[index])
 
-# %% ../../nbs/materials/10_data.ipynb #926ea1a2
+# %% ../../nbs/materials/10_data.ipynb #c7cd0b7b
 @patch
 def picked(self:Dataset,
-    index # positions of the samples: tensor of integers
+    index # positions of the samples: a tensor or list of integers
 )->Dataset:
     "The samples at `index`."
-    index = index.to(self.x.device)
+    index = torch.as_tensor(index, dtype=torch.long, device=self.x.device)
     return replace(self, x=self.x[index], y=self.y[index])
 
+# %% ../../nbs/materials/10_data.ipynb #ba6ed4a9
 @patch
 def class_by_class(self:Dataset,
     seed:int=0 # of the order within a class
 )->Tensor: # positions of all samples (N,)
-    "An order of which each stretch has the classes in the same shares, as nearly as its length allows."
+    "An order of which each stretch has the classes in the shares of the whole, up to rounding."
     draw, y = torch.Generator().manual_seed(seed), self.y.cpu()
     place = torch.zeros(len(y), dtype=torch.float64)
     for c in y.unique():

@@ -351,6 +351,7 @@ def hold(self:Cohort,
     self.held[member][name] = _Kept(parameter, mask)
     self._share_kept()
 
+# %% ../../nbs/training/24_cohorts.ipynb #78f75223
 @patch
 def _share_kept(self:Cohort):
     "Tell fused layers what they are to put back as soon as they have moved it."
@@ -406,14 +407,13 @@ def _joint_batch(data, index):
     if all(own is data[0] for own in data): return data[0].batch(index.flatten())
     return map(torch.cat, zip(*(own.batch(where) for own, where in zip(data, index))))
 
-@patch
-def _data_of_each(self:Cohort, data):
-    "A list of `Dataset`, one for each member; raises `ValueError` unless all are of one size."
-    data = _each(data, len(self)) if isinstance(data, list) else [data]*len(self)
-    sizes = {len(own) for own in data}
-    if len(data) != len(self) or len(sizes) > 1:
-        raise ValueError(f'there must be one set of images, or one for each of {len(self)} networks and all of one size, '
-                         f'not {len(data)} of {", ".join(map(str, sorted(sizes)))} images')
+def _of_each(data, n, train=lambda own: own):
+    "A list of data, one for each of `n` members; raises `ValueError` unless all are as many training images."
+    data = data if isinstance(data, list) else [data]*n
+    sizes = sorted({len(train(own)) for own in data})
+    if len(data) != n or len(sizes) > 1:
+        raise ValueError(f'there must be one set of images, or a list of one for each of {n} networks and all of one '
+                         f'size, not {len(data)} of {", ".join(map(str, sizes))} images')
     return data
 
 def _of_epoch(losses, right, sizes, n):
@@ -424,7 +424,7 @@ def _of_epoch(losses, right, sizes, n):
 # %% ../../nbs/training/24_cohorts.ipynb #223464ce
 @patch
 def train_epoch(self:Cohort,
-    data,                 # a `Dataset`, or one for each member, all of one size
+    data,                 # a `Dataset`, or a list of one for each member, all of one size
     batch_size:int,
     seeds,                # of order and dropout, one for each member
     shuffle:bool=True,
@@ -436,7 +436,7 @@ def train_epoch(self:Cohort,
     if len(seeds) != len(self): raise ValueError(f'there must be one seed for each of {len(self)} networks')
     for generator, seed in zip(self.generators, seeds): generator.manual_seed(seed)
     losses, right, sizes = [], [], []
-    data = self._data_of_each(data)
+    data = _of_each(data, len(self))
     n, device = len(data[0]), data[0].x.device
     for index in self._orders(n, seeds, shuffle).to(device).split(batch_size, 1):
         found = self._step(*_joint_batch(data, index), precision)
@@ -473,7 +473,7 @@ def _dismiss(self:Cohort, members, gone):
 # %% ../../nbs/training/24_cohorts.ipynb #4a7ad640
 @patch
 def train(self:Cohort,
-    data,                # `Data`, train and test; or one for each member, with training images of one number
+    data,                # `Data`, train and test; or a list of one for each member, with as many training images
     last,                # the last epoch to train, one number or one for each member
     batch_size:int=250,
     seeds=0,             # of order and dropout; likewise
@@ -485,7 +485,7 @@ def train(self:Cohort,
 )->list:                 # for each member what was measured after its last epoch, or the `Diverged` of its end
     "Train every member from its first to its last epoch. Raises `ValueError` for impossible settings."
     last, first, seeds = (_each(values, len(self)) for values in (last, first, seeds))
-    data = data if isinstance(data, list) else [data]*len(self)
+    data = _of_each(data, len(self), lambda own: own.train)
     lr = min(o.param_groups[0]['lr'] for o in self.optimizers)
     for own in data: check_training(own, max(last), lr, batch_size, precision)
     epochs, found = [*first], [{} for _ in last]
