@@ -12,7 +12,7 @@ from efcn_nb.cli import efcn_bench
 from efcn_nb.instruments.subspaces import shares
 from efcn_nb.ladder.embedding import embed
 from efcn_nb.materials.data import Data, load_data
-from efcn_nb.materials.models import MaxPool2d, alexnet, small
+from efcn_nb.materials.models import MaxPool2d, alexnet, make_model, small
 from efcn_nb.training.cohorts import Cohort, check_cohort
 from efcn_nb.training.loop import Diverged, epoch_seed, train, train_epoch
 
@@ -210,6 +210,62 @@ def test_entries_that_are_held_stay():
     assert not moved[mask].any() and moved[~mask].any()
     assert (models[1][0].weight != before[1][0].weight)[mask].any()
     cohort.close()
+
+
+@pytest.mark.parametrize("precision, most", [("fp32", 1e-5), ("bf16", 2e-2)])
+@pytest.mark.parametrize("settings", [{}, dict(momentum=.5, weight_decay=.1)], ids=["plain", "momentum and decay"])
+@pytest.mark.parametrize("form", FORMS)
+def test_holding_some_entries_is_putting_them_back_after_each_step(form, settings, precision, most):
+    "Without loss of accuracy in fused layers, too, whose copy in bf16 follows."
+    data, models = Images(47, torch.float32), networks(plain, form, torch.float32, 2)
+    before, (alone, _) = copy.deepcopy(models), copy.deepcopy(models)
+    masks = {n: torch.rand_like(p) < .5 for n, p in models[0].named_parameters() if n in ("0.weight", "3.bias")}
+    cohort = Cohort(models, SHAPE, .05, **settings)
+    for name, mask in masks.items(): cohort.hold(0, name, mask)
+    cohort.train_epoch(data, 5, SEEDS[:2], precision=precision)
+    def put_back():
+        with torch.no_grad():
+            for name, mask in masks.items():
+                p = alone.get_parameter(name)
+                p.copy_(torch.where(mask, before[0].get_parameter(name), p))
+    optimizer = torch.optim.SGD(alone.parameters(), .05, **settings)
+    train_epoch(alone, optimizer, data, 5, SEEDS[0], precision=precision, after_step=put_back)
+    for name, mask in masks.items():
+        new, old = models[0].get_parameter(name), before[0].get_parameter(name)
+        assert torch.equal(new[mask], old[mask]) and (new != old)[~mask].any()
+    assert largest_difference(models[:1], [alone]) < most
+    cohort.close()
+    x, _ = data.batch(torch.arange(9))
+    assert torch.equal(models[0](x), copy.deepcopy(models[0])(x)), "no copy of old weights is left"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_members_with_images_of_their_own(form):
+    "Each computes what it computes alone with its images, which may be those of another."
+    images = load_data("digits").train.thinned(60)
+    sets = [images.picked(range(0, 20)), images.picked(range(20, 40)), images.picked(range(20, 40))]
+    test, shape = images.picked(range(40, 60)), images.shape
+    cnns = [make_model("small", shape, 10, seed, 2) for seed in range(3)]
+    models = cnns if form == "cnn" else [embed(model, shape, to=form) for model in cnns]
+    copies = copy.deepcopy(models)
+    cohort = Cohort(models, shape, RATES)
+    found = cohort.train([Data(s, test) for s in sets], 2, 8, SEEDS)
+    for k, model in enumerate(copies):
+        alone = Cohort([model], shape, RATES[k]).train(Data(sets[k], test), 2, 8, SEEDS[k])
+        assert alone == [found[k]] and largest_difference([model], [models[k]]) == 0
+    assert found[1] != found[2]
+
+
+@pytest.mark.parametrize("sizes, said", [
+    ([20, 19], "a list of one for each of 2 networks and all of one size, not 2 of 19, 20 images"),
+    ([20], "not 1 of 20 images"), ([20, 20, 20], "not 3 of 20 images"), ([], "not 0 of")])
+def test_images_that_do_not_fit_the_members_are_refused(sizes, said):
+    models = networks(plain, "cnn", torch.float32, 2)
+    before, cohort = copy.deepcopy(models), Cohort(models, SHAPE)
+    sets = [Images(n, torch.float32) for n in sizes]
+    with pytest.raises(ValueError, match=said): cohort.train_epoch(sets, 5, [0, 1])
+    with pytest.raises(ValueError, match=said): cohort.train([Data(s, s) for s in sets], 1, 5, [0, 1])
+    assert largest_difference(before, models) == 0
 
 
 class Mixing(nn.Module):

@@ -55,6 +55,46 @@ def same(a, b): return (a.train.fingerprint, a.test.fingerprint) == (b.train.fin
 
 # Dataset
 
+@pytest.mark.parametrize("index", [[3, 0, 3], torch.tensor([19]), range(4), []], ids=str)
+def test_picked_samples(index):
+    whole, part = photos(), photos().picked(index)
+    where = torch.as_tensor(index, dtype=torch.long)
+    assert torch.equal(part.x, whole.x[where]) and torch.equal(part.y, whole.y[where])
+    assert (part.classes, part.name) == (whole.classes, whole.name) and torch.equal(part.mean, whole.mean)
+
+
+BALANCED = dict(ordered=torch.arange(5).repeat_interleave(12), in_turn=torch.arange(60) % 5,
+                mixed=(torch.arange(60) % 5)[torch.randperm(60, generator=torch.Generator().manual_seed(1))])
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 7, 20, 60])
+@pytest.mark.parametrize("case", BALANCED)
+def test_blocks_of_balanced_classes_are_disjoint_and_balanced(case, size):
+    "Exactly, where blocks hold all classes equally often; up to rounding at both ends of a block otherwise."
+    y = BALANCED[case]
+    whole = Dataset(torch.zeros(len(y), 1, 2, 2), y, list("abcde"), torch.zeros(1), torch.ones(1), "numbers")
+    order = whole.class_by_class()
+    assert sorted(order.tolist()) == list(range(len(y)))
+    for block in order.split(size):
+        counts = y[block].bincount(minlength=5)
+        if size % 5 == 0: assert (counts == len(block)//5).all()
+        assert (counts - len(block)/5).abs().max() < 2
+    assert torch.equal(order, whole.class_by_class(0)) and not torch.equal(order, whole.class_by_class(1))
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 40), (3, 10, 29), (7, 14, 21), (42, 0, 1)])
+def test_blocks_of_unbalanced_classes_have_the_shares_of_the_whole(counts):
+    "Up to rounding at both ends of a block."
+    y = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    whole = Dataset(torch.zeros(len(y), 1, 2, 2), y, list("abc"), torch.zeros(1), torch.ones(1), "numbers")
+    order = whole.class_by_class(2)
+    assert sorted(order.tolist()) == list(range(len(y)))
+    shares = torch.tensor(counts)/len(y)
+    for size in (6, 7, 14):
+        for block in order.split(size):
+            assert (y[block].bincount(minlength=3) - len(block)*shares).abs().max() < 2
+
+
 def photos(n=20):
     x = torch.randint(256, (n, 3, 8, 8), generator=seeded(), dtype=torch.uint8)
     return Dataset(x, torch.arange(n) % 4, list("abcd"), *channel_stats(x), "photos")

@@ -4,6 +4,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+from efcn_nb.ladder.embedding import embed, released_weights
+from efcn_nb.ladder.inspection import conv_geometries
 from efcn_nb.materials.models import count_weights, fit_width, make_model, small
 
 
@@ -27,7 +29,23 @@ def test_of_a_real_network_without_making_it():
     assert fit_width(lambda width: nn.Linear(2**20, width, bias=False), 2**50) == 2**20, "terabytes, were they made"
 
 
+@pytest.mark.parametrize("shape, classes, width, places", [
+    ((1, 16, 16), 10, None, 4), ((3, 32, 32), 100, 5, 16), ((2, 13, 9), 3, 1, 1)])
+def test_the_strided_network(shape, classes, width, places):
+    "Its weights are counted by hand; its eFCN computes the same, and has few weights for its images."
+    model, channels = make_model("strided", shape, classes, width=width), width or 24
+    first, second = channels*(16*shape[0] + 1), channels*(9*channels + 1)
+    assert count_weights(model) == first + second + classes*(places*channels + 1)
+    x = torch.randn(2, *shape)
+    assert model(x).shape == (2, classes)
+    torch.testing.assert_close(embed(model, shape)(x), model(x), atol=1e-5, rtol=1e-5)
+    of = {name: make_model(name, (1, 16, 16), 10, width=8) for name in ("small", "strided")}
+    few, many = (released_weights(conv_geometries(of[name], (1, 16, 16))) for name in ("strided", "small"))
+    assert few < many
+
+
 @pytest.mark.parametrize("call, said", [
+    (lambda: make_model("strided", (3, 4, 4), 10), "images of shape .3, 4, 4. do not fit this network"),
     (lambda: make_model("vgg", (3, 32, 32), 10), "unknown model 'vgg'; known are small, strided, skinny, alexnet"),
     (lambda: make_model("small", (1, 16, 16), 10, width=0), "width must be a whole number from 1 to 100000, not 0"),
     (lambda: make_model("small", (1, 16, 16), 10, width=2.5), "width must be a whole number from 1 to 100000, not 2.5"),

@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import pickle
@@ -25,8 +26,10 @@ from efcn_nb.service.files import Busy
 from efcn_nb.service.tables import read_table
 from efcn_nb.experiments.relaxation import PROTOCOLS, Study, relax
 from efcn_nb.experiments.claims import claims, final_values, summary
+from efcn_nb.materials.data import Data
+from efcn_nb.training.arms import ARMS, held_masks
 from efcn_nb.training.cohorts import Cohort
-from efcn_nb.training.loop import Diverged, evaluate
+from efcn_nb.training.loop import Diverged, evaluate, train
 
 COLUMNS = "data model seed network relax lr protocol_epochs epoch step split metric value".split()
 
@@ -478,6 +481,21 @@ def no_convolution(shape, classes): return nn.Sequential(nn.Flatten(), nn.Linear
     (dict(precision="fp8"), "fp32, tf32, bf16"), (dict(fan_in="all"), "known are folded, padded"),
     (dict(model="resnet"), "known are small, strided, skinny, alexnet"), (dict(model="skinny"), "use larger images"),
     (dict(data="pets"), "unknown data 'pets'"),
+    *((dict({name: wrong}), f"{name} must be .* not {said}") for name in ("relaxed_lr", "fcn_lr") for wrong, said in (
+        (0, 0), (-.1, "-0.1"), (math.nan, "nan"), (True, True), ([.1, 0], 0), ([True], True), ("0.1", "'0.1'"))),
+    (dict(relaxed_lr=[]), "relaxed_lr must hold at least one value"),
+    (dict(fcn_lr=[.1, .1]), "fcn_lr must differ from each other, but 0.1 is there twice"),
+    (dict(relaxed_epochs=-1), "relaxed_epochs must be a whole number, 0 or more"),
+    (dict(relaxed_epochs=1.5), "relaxed_epochs must be a whole number, 0 or more"),
+    (dict(arms="slowed"), "arms must be a list, such as \\['slowed'\\]"), (dict(arms=["slow"]), "unknown arm 'slow'; known are"),
+    (dict(arms=["slowed", "slowed"]), "'slowed' is there twice"), (dict(arms=5), "arms must be a list"),
+    (dict(images=0), "images must be a whole number from 1 to 100, not 0"), (dict(images=101), "from 1 to 100, not 101"),
+    (dict(images=True), "images must be a whole number"), (dict(images=90, validation=20), "images must be"),
+    (dict(images=60, seeds=2), "each seed has 60 training images of its own, and 100 are enough for the seeds 0 to 0"),
+    (dict(images=10, seeds=[-1]), "not for seed -1"), (dict(images=10, seeds=[3, 10]), "not for seed 10"),
+    (dict(validation=0), "validation must be a whole number from 1 to 99, not 0"), (dict(validation=100), "not 100"),
+    (dict(validation=3), "validation=3 of 100 .* without an image to choose on; hold out more"),
+    (dict(validation=97), "validation=97 of 100 .* without an image to train on; hold out less"),
     (dict(model=no_convolution, width=None), "no convolution")], ids=lambda value: str(value).split(" at 0x")[0])
 def test_refusals(tmp_path, changed, says):
     with pytest.raises(ValueError, match=says) as error: tiny.study(tmp_path/"s", **changed)
@@ -495,6 +513,138 @@ def test_networks_that_are_not_there(copied):
                  lambda: copied.network("mlp", 0)):
         with pytest.raises(ValueError, match="this study has no run"): call()
     with pytest.raises(ValueError, match="no good weights"): copied.network("cnn", 0, epoch=99)
+
+
+# Rates, rivals, images of each seed's own, images held out
+
+ARMED = dict(epochs=1, relaxed_epochs=2, batch_size=20, relax_times=[0, 1], elcn_times=[1], seeds=2, images=30,
+             validation=20, relaxed_lr=[.05, .1], fcn_lr=(.02,), arms=[*ARMS], keep_weights=True)
+
+
+@pytest.fixture(scope="module")
+def armed(tmp_path_factory):
+    study = tiny.study(tmp_path_factory.mktemp("armed")/"s", **ARMED)
+    study.run(progress=False)
+    return study
+
+
+def keys(study, seed=0): return [(r["network"], r["relax"], r["lr"]) for r in study.plan() if r["seed"] == seed]
+
+
+def test_the_plan_of_rates_and_arms(armed):
+    "`annealed` at the rate of the CNN is the CNN, and therefore not there."
+    both = [("slowed", t, lr) for t in (0, 1) for lr in (.1, .05)]
+    assert keys(armed) == keys(armed, 1) == [
+        ("cnn", None, .1), ("averaged", None, .1), ("fcn", None, .02),
+        *[("efcn", t, lr) for t in (0, 1) for lr in (.1, .05)], ("elcn", 1, .1), ("elcn", 1, .05),
+        ("annealed", 0, .05), ("annealed", 1, .05), *both,
+        *[(arm, t, lr) for arm in ("tied", "off_local", "tied_off_local") for _, t, lr in both]]
+    last = {r["network"]: r["last"] - r["first"] for r in armed.plan()}
+    assert last == dict.fromkeys(last, 2) | dict(cnn=3, averaged=3, fcn=1)
+
+
+def test_rows_of_rates_and_arms(armed):
+    table = armed.measured()
+    assert list(table) == COLUMNS and not armed.diverged() and not armed.unfinished()
+    found = table[["network", "seed", "relax", "lr"]].drop_duplicates()
+    assert len(found) == len(armed.plan())
+    begins = table[table.epoch == table.relax.fillna(0)]
+    for split in "test", "validation": assert set(table[table.split == split].epoch) == {0, 1, 2, 3}
+    ends = table[(table.epoch == 3) & (table.network != "fcn")].groupby("network").split.unique()
+    for network, splits in ends.items():
+        matrix = network not in ("cnn", "annealed", "slowed", "averaged")
+        assert {*splits} >= {"train", "test", "validation"} and ("weights" in splits) == matrix, network
+    losses = begins.query("split == 'test' and metric == 'loss'").set_index(["seed", "network", "relax", "lr"]).value
+    for (seed, network, relax, _), loss in losses.items():
+        if network in ("cnn", "averaged", "fcn"): continue
+        cnn = table.query("network == 'cnn' and split == 'test' and metric == 'loss'")
+        start = cnn[(cnn.seed == seed) & (cnn.epoch == relax)].value.item()
+        assert loss == pytest.approx(start, abs=1e-4), network
+
+
+def test_arms_are_what_they_say(armed):
+    "By their stored weights: tied equals slowed, no entry within a window moves, the null keeps within the CNNs."
+    for seed, t, lr in itertools.product((0, 1), (0, 1), (.1, .05)):
+        slowed, tied = (armed.network(arm, seed, t, lr=lr) for arm in ("slowed", "tied"))
+        assert not slowed[0].weight._backward_hooks and not tied[0].weight._backward_hooks
+        x = armed.train_set(seed).batch(torch.arange(5))[0]
+        torch.testing.assert_close(slowed(x), tied(x), atol=1e-4, rtol=1e-4)
+        frozen, cnn = armed.network("off_local", seed, t, lr=lr), armed.network("cnn", seed, epoch=t)
+        assert torch.equal(frozen[0].conv.weight, cnn[0].weight) and torch.equal(frozen[-1].weight, cnn[-1].weight)
+        for name, mask in held_masks(frozen).items():
+            assert not frozen.get_parameter(name)[mask].any() and frozen.get_parameter(name).any()
+    rows = armed.measured().query("network == 'tied' and split == 'weights' and metric == 'convolutional'")
+    assert (rows.value > 1 - 1e-6).all()
+
+
+def test_annealed_at_the_rate_of_the_cnn_is_the_cnn(armed, tmp_path):
+    "Trained by hand; with momentum, whose memory it loses, it is another network, and in the plan."
+    cnn, rows = armed.network("cnn", 0, epoch=1), []
+    train(cnn, Data(armed.train_set(0), armed.data.test), 3, .1, 20, 0, first=1,
+          after_epoch=lambda epoch, step, found: rows.append(found["test", "loss"]))
+    table = armed.measured().query("network == 'cnn' and seed == 0 and split == 'test' and metric == 'loss'")
+    assert table[table.epoch > 1].value.tolist() == pytest.approx(rows, abs=1e-6)
+    own = dict(arms=["annealed"], seeds=1, relax_times=[0], elcn_times=[])
+    assert ("annealed", 0, .1) not in keys(tiny.study(tmp_path/"plain", **own))
+    assert ("annealed", 0, .1) in keys(tiny.study(tmp_path/"momentum", momentum=.5, **own))
+
+
+def test_seeds_share_no_image_and_none_is_held_out(armed):
+    parts = [armed.train_set(0), armed.train_set(1), armed.validation]
+    assert [len(part) for part in parts[:2]] == [30, 30] and abs(len(armed.validation) - 20) <= 5
+    everything = torch.cat([part.x for part in parts]).flatten(1)
+    assert len(everything.unique(dim=0)) == len(everything)
+    assert armed.steps_per_epoch == 2 and armed.train_size == 30
+    with pytest.raises(ValueError, match="unknown seed 2; known are 0, 1"): armed.train_set(2)
+
+
+def test_several_rates_need_one_to_be_said(armed):
+    for call in armed.open_run, armed.network, armed.lost:
+        with pytest.raises(ValueError, match=r"efcn.*, seed 0 and relax time 1 at the rates 0.1, 0.05; say lr="):
+            call("efcn", 0, 1)
+        with pytest.raises(ValueError, match="this study has no run of .* at rate 0.3"): call("efcn", 0, 1, lr=.3)
+        call("efcn", 0, 1, lr=.05)
+    assert armed.open_run("efcn", 0, 1, .05).path.name.startswith("relaxed-seed0-relax1-lr0.05-")
+    assert "lr" not in armed._hashed(armed.plan()[0]) and armed.open_run("fcn", 0).config["lr"] == .02
+
+
+@pytest.mark.parametrize("arm", ["cnn", *ARMS])
+def test_an_arm_that_is_interrupted_arrives_at_the_same_table(armed, tmp_path, arm):
+    study, after = tiny.study(tmp_path/"s", **ARMED | dict(seeds=1)), iter(range(100))
+    class Accident(Exception): pass
+    def stop():
+        if next(after) == 3: raise Accident
+    for run in study.plan():
+        if run["network"] == arm and run["lr"] == min(r["lr"] for r in study.plan() if r["network"] == arm): break
+    study.carry_out(study.plan()[0]) if arm != "cnn" else None
+    with pytest.raises(Accident): study.carry_out(run, stop)
+    assert not study.open_run(arm, 0, run["relax"], run["lr"]).finished
+    assert study.carry_out(run).equals(armed._table(run))
+
+
+def test_workers_hold_out_the_same_images(armed, tmp_path):
+    study = tiny.study(tmp_path/"s", **ARMED)
+    with ThreadPoolExecutor(1) as pool: assert study.run(progress=False, executor=pool).equals(armed.measured())
+
+
+@pytest.mark.parametrize("changed", [dict(images=20), dict(images=None), dict(validation=30), dict(validation=None)],
+                         ids=str)
+def test_other_images_are_another_study(armed, changed):
+    with pytest.raises(ValueError, match=f"holds another study .{[*changed][0]} is"):
+        tiny.study(armed.out, **ARMED | changed)
+
+
+def test_rates_and_arms_may_join_a_folder(done, copied):
+    "They leave the runs that are there as they are, and their identity."
+    before = tiny.files(copied.out)
+    more = tiny.study(copied.out, relaxed_lr=[.1, .01], arms=["slowed"])
+    assert len(more.unfinished()) == len(more.plan()) - len(done.plan()) and before == tiny.files(copied.out)
+
+
+def test_rates_and_arms_when_all_cnns_diverge(tmp_path, monkeypatch):
+    study = tiny.study(tmp_path/"s", **ARMED | dict(lr=1e30, relaxed_lr=[1e30, 1e29], fcn_lr=1e30, arms=["averaged", "slowed"]))
+    with pytest.raises(Diverged, match="all other runs diverged, too"): study.run(progress=False)
+    assert len(study.diverged()) == len(study.plan()) and not study.unfinished()
 
 
 # Models that a function makes
