@@ -15,6 +15,7 @@ import torch
 
 from . import __version__
 from .materials.models import MODELS
+from .training.arms import ARMS
 from .training.loop import check_precision, Diverged, find_device, PRECISIONS
 from .service.files import clear_away, held, publish, write_atomic
 
@@ -24,20 +25,32 @@ def _integers(text):
     try: return [int(part) for part in text.split(',') if part.strip()]
     except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is no list of whole numbers such as 0,1,3') from None
 
+def _rates(text):
+    "A list of learning rates from text like '0.05,0.02'."
+    try: found = [float(part) for part in text.split(',') if part.strip()]
+    except ValueError: found = []
+    if not found: raise argparse.ArgumentTypeError(f'{text!r} is no list of numbers such as 0.05,0.02')
+    return found
+
 def _seeds(text):
     "A number of seeds ('3' is seeds 0, 1, 2) or, with commas, a list of them ('7,' is seed 7 alone)."
     found = _integers(text)
     return found if ',' in text or len(found) != 1 else found[0]
 
-_MEASURES = ('ablation', 'profiles', 'biases', 'templates', 'barriers', 'paths', 'gradients', 'curvature', 'control')
+# %% ../nbs/99_cli.ipynb #94a485dc
+_MEASURES = ('ablation', 'profiles', 'biases', 'templates', 'barriers', 'paths', 'gradients', 'curvature')
 
-def _measures(text):
-    "A list of names in `_MEASURES` from text like 'ablation,paths'."
+def _names(text, what, known):
+    "A list of names among the `known` from text like 'ablation,paths'."
     names = [part.strip() for part in text.split(',') if part.strip()]
-    unknown = [name for name in names if name not in _MEASURES]
+    unknown = [name for name in names if name not in known]
     if names and not unknown: return names
-    wrong, known = (unknown or [text])[0], ', '.join(_MEASURES)
-    raise argparse.ArgumentTypeError(f'{wrong!r} is no measure; known are {known}')
+    wrong = (unknown or [text])[0]
+    raise argparse.ArgumentTypeError(f'{wrong!r} is no {what}; known are {", ".join(known)}')
+
+def _measures(text): return _names(text, 'measure', _MEASURES)
+
+def _arms(text): return _names(text, 'arm', ARMS) if text.strip() else []
 
 # %% ../nbs/99_cli.ipynb #aa5b49d5
 class _Parser(argparse.ArgumentParser):
@@ -65,7 +78,12 @@ def _add_protocol(a):
       help="epochs at which it becomes an eLCN, a locally-connected network; default the model's protocol")
     a('--lcn', dest='elcn', type=_integers, help=argparse.SUPPRESS) # its name before 0.1.0, in commands of records
     a('--epochs', type=int, help="of the CNN, and again of each network after it; default the model's protocol")
+    a('--relaxed_epochs', type=int, help="of each network after relaxing, if not as many as of the CNN")
+    a('--arms', type=_arms, metavar='annealed,slowed',
+      help=f'rivals that go on from the same CNNs, from {", ".join(ARMS)}; default those of the protocol')
     a('--seeds', type=_seeds, default=3, help='how many (default 3), or a list such as 0,1,2')
+    a('--images', type=int, help='training images of each seed, which no other seed sees; default all, for all seeds')
+    a('--validation', type=int, help='training images to hold out and to measure on, by class; default none')
     a('--fan_in', choices=('folded', 'padded'), default='folded', help="inputs that the FCN's initial weights count: "
       'real ones (default), or constant zeros of the padding too')
     a('--no-trim', dest='trim', action='store_false',
@@ -75,6 +93,9 @@ def _add_protocol(a):
 def _add_training(a):
     "Flags that say how they are trained."
     a('--lr', type=float, help='learning rate of plain SGD; default 0.1')
+    a('--relaxed_lr', type=_rates, metavar='0.05,0.02',
+      help='learning rate after relaxing, one or several; default as in the protocol, or --lr')
+    a('--fcn_lr', type=_rates, metavar='0.05,0.02', help='learning rate of the FCN; likewise')
     a('--batch_size', type=int, help='images in a step; default 25 for small, 250 for the others')
     a('--momentum', type=float, default=0., help='of SGD; default 0, as in the paper')
     a('--weight_decay', type=float, default=0., help='of SGD; default 0, as in the paper')
@@ -138,14 +159,15 @@ def _study(args):
     model = args.model or ('small' if args.data == 'digits' else 'skinny')
     return Study(data, model, args.relax, args.elcn, args.epochs, args.lr, args.batch_size, args.seeds, args.device,
                  args.precision, args.shuffle, args.fan_in, args.width, args.out,
-                 args.keep_weights or bool(args.measure), args.momentum, args.weight_decay, args.trim)
+                 args.keep_weights or bool(args.measure), args.momentum, args.weight_decay, args.trim,
+                 args.relaxed_lr, args.fcn_lr, args.relaxed_epochs, args.arms, args.images, args.validation)
 
 def _judged(study, table, found):
     "Summary, and claims if there is something to compare."
     from efcn_nb.experiments.claims import claims, summary
     tables = dict(summary=summary(table))
     if _can_judge(tables['summary']):
-        tables['claims'] = claims(table, found.get('ablation'), found.get('control'), _chance(study.data.test))
+        tables['claims'] = claims(table, ablation=found.get('ablation'), chance=_chance(study.data.test))
     return tables
 
 # %% ../nbs/99_cli.ipynb #7521482b

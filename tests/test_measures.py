@@ -1,5 +1,4 @@
 "The instruments, taken to all networks of a study."
-import copy
 import math
 
 import pandas as pd
@@ -8,9 +7,9 @@ import torch
 from torch import nn
 
 import tiny
-from efcn_nb.experiments.measures import MEASURES, first_rows, measured, one_seed, over_networks, slowed
+from efcn_nb.experiments.measures import MEASURES, first_rows, measured, one_seed, over_networks
 from efcn_nb.instruments.subspaces import shares
-from efcn_nb.ladder.embedding import convert, embed
+from efcn_nb.ladder.embedding import embed
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +44,8 @@ def test_without_kept_weights(tmp_path):
 def test_a_diverged_network_is_left_out(study, monkeypatch):
     "As if the one relaxed at 1 had diverged."
     right = type(study).open_run
-    def open_run(self, network, seed, relax_time=None):
-        run = right(self, network, seed, relax_time)
+    def open_run(self, network, seed, relax_time=None, lr=None):
+        run = right(self, network, seed, relax_time, lr)
         if (network, relax_time) == ("efcn", 1):
             monkeypatch.setattr(type(run), "diverged", property(lambda r: "at step 3" if r.path == run.path else None),
                                 raising=False)
@@ -58,27 +57,11 @@ def test_a_diverged_network_is_left_out(study, monkeypatch):
 
 def test_a_cnn_that_diverged_early_spoils_no_measure(study, monkeypatch):
     "As if the CNN had diverged before it could be relaxed at 1 or later: those networks never were."
-    monkeypatch.setattr(type(study), "lost", lambda self, network, seed, relax_time=None, begin=False: bool(relax_time))
+    monkeypatch.setattr(type(study), "lost",
+                        lambda self, network, seed, relax_time=None, lr=None, begin=False: bool(relax_time))
     assert over_networks(study, lambda m: shares(m).loc[["all"]]).relax.tolist() == [0]
     assert over_networks(study, lambda m: shares(m).loc[["all"]], begin=True).relax.tolist() == [0]
-    assert MEASURES["control"](study).relax.unique().tolist() == [0]
     assert MEASURES["paths"](study).relax.unique().tolist() == [0]
-
-
-@pytest.mark.parametrize("conv", [nn.Conv2d(1, 3, 5, padding=2, stride=2), nn.ConvTranspose2d(1, 2, 2, stride=2),
-                                  nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect")])
-def test_a_slowed_cnn_with_padding(conv):
-    conv = copy.deepcopy(conv)
-    conv.reset_parameters()                                                       # it was drawn when this file was read
-    cnn = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.LazyLinear(10)).double()
-    x, y = tiny.DATA.train.batch(range(20))
-    cnn(x.double())
-    efcn = embed(cnn, (1, 16, 16))
-    for model, optimizer in ((cnn, slowed(cnn, (1, 16, 16), .3, .9, .01)),
-                             (efcn, torch.optim.SGD(efcn.parameters(), .3, .9, weight_decay=.01))):
-        nn.functional.cross_entropy(model(x.double()), y).backward()
-        optimizer.step()
-    for p, q in zip(convert(efcn, "cnn").parameters(), cnn.parameters()): assert torch.allclose(p, q, atol=1e-12)
 
 
 class Moduli(nn.Module):
@@ -91,6 +74,6 @@ def complex_net():
 
 
 def test_pictures_of_complex_rows_are_refused(study, monkeypatch):
-    monkeypatch.setattr(type(study), "start", lambda *args: complex_net())
-    monkeypatch.setattr(type(study), "network", lambda *args: complex_net())
+    monkeypatch.setattr(type(study), "start", lambda *args, **kw: complex_net())
+    monkeypatch.setattr(type(study), "network", lambda *args, **kw: complex_net())
     with pytest.raises(ValueError, match="rows are shown as images of real numbers"): first_rows(study)

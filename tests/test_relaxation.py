@@ -487,9 +487,10 @@ def no_convolution(shape, classes): return nn.Sequential(nn.Flatten(), nn.Linear
     (dict(fcn_lr=[.1, .1]), "fcn_lr must differ from each other, but 0.1 is there twice"),
     (dict(relaxed_epochs=-1), "relaxed_epochs must be a whole number, 0 or more"),
     (dict(relaxed_epochs=1.5), "relaxed_epochs must be a whole number, 0 or more"),
-    (dict(arms="slowed"), "arms must be a list, such as \\['slowed'\\]"), (dict(arms=["slow"]), "unknown arm 'slow'; known are"),
-    (dict(arms=["slowed", "slowed"]), "'slowed' is there twice"), (dict(arms=5), "arms must be a list"),
-    (dict(images=0), "images must be a whole number from 1 to 100, not 0"), (dict(images=101), "from 1 to 100, not 101"),
+    (dict(arms="slowed"), "arms must be a list, such as \\['slowed'\\]"),
+    (dict(arms=["slow"]), "unknown arm 'slow'; known are"), (dict(arms=["slowed", "slowed"]), "'slowed' is there twice"), (dict(arms=5), "arms must be a list"),
+    (dict(images=0), "images must be a whole number from 1 to 100, not 0"),
+    (dict(images=101), "images must be a whole number from 1 to 100, not 101"),
     (dict(images=True), "images must be a whole number"), (dict(images=90, validation=20), "images must be"),
     (dict(images=60, seeds=2), "each seed has 60 training images of its own, and 100 are enough for the seeds 0 to 0"),
     (dict(images=10, seeds=[-1]), "not for seed -1"), (dict(images=10, seeds=[3, 10]), "not for seed 10"),
@@ -642,7 +643,8 @@ def test_rates_and_arms_may_join_a_folder(done, copied):
 
 
 def test_rates_and_arms_when_all_cnns_diverge(tmp_path, monkeypatch):
-    study = tiny.study(tmp_path/"s", **ARMED | dict(lr=1e30, relaxed_lr=[1e30, 1e29], fcn_lr=1e30, arms=["averaged", "slowed"]))
+    rates = dict(lr=1e30, relaxed_lr=[1e30, 1e29], fcn_lr=1e30)
+    study = tiny.study(tmp_path/"s", **ARMED | rates | dict(arms=["averaged", "slowed"]))
     with pytest.raises(Diverged, match="all other runs diverged, too"): study.run(progress=False)
     assert len(study.diverged()) == len(study.plan()) and not study.unfinished()
 

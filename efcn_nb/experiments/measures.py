@@ -5,19 +5,14 @@
 # %% auto #0
 __all__ = ['MEASURES', 'over_networks', 'measure_ablation', 'measure_profiles', 'measure_biases', 'measure_templates',
            'first_rows', 'one_seed', 'measure_barriers', 'measure_paths', 'measure_gradients', 'measure_curvature',
-           'slowed', 'measure_control', 'measured']
+           'measured']
 
 # %% ../../nbs/experiments/57_measures.ipynb #cb9ae1df
-import itertools, math
-from functools import partial
+import math
 
 import pandas as pd
 import torch
-from torch import nn
 
-from ..ladder.matrices import kernel_from_tied_sum
-from ..ladder.inspection import conv_geometries
-from ..training.loop import Diverged, train
 from ..instruments.subspaces import (
     ablation, bias_spread, dimensions, off_local_rows, PARTS, radial_profile, released_layers, template_similarity)
 from ..instruments.paths import along, barrier_matrix, PATHS
@@ -28,23 +23,45 @@ from ..service.checks import one_of
 from ..service.files import write_atomic
 
 # %% ../../nbs/experiments/57_measures.ipynb #b31f0911
+def _runs(study, networks, begin=False):
+    "The runs of `networks` that came to their ends; or, to `begin`, one for each network with which a run starts."
+    found = {}
+    for run in study.plan():
+        key = run['network'], run['seed'], run['relax']
+        if run['network'] not in networks or study.lost(*key, run['lr'], begin): continue
+        found.setdefault(key if begin else (*key, run['lr']), run)
+    return found.values()
+
+def _about(study, run, begin=False):
+    "What tells `run` from the others in a table; its rate only where the plan has several, and not as it begins."
+    several = len({r['lr'] for r in study.plan()}) > 1 and not begin
+    return {k: run[k] for k in ('network', 'seed', 'relax', *['lr']*several)}
+
+def _at_end(study, run):
+    "The network of `run` at its end."
+    return study.network(run['network'], run['seed'], run['relax'], lr=run['lr'])
+
+# %% ../../nbs/experiments/57_measures.ipynb #7745f476
+def _over_seeds(study, measure, networks, begin=False):
+    "`over_networks` for a `measure` of a network and its seed."
+    tables, first = [], ()
+    for run in _runs(study, networks, begin):
+        model = study.start(run['network'], run['seed'], run['relax']) if begin else _at_end(study, run)
+        first = _about(study, run, begin)
+        tables.append(measure(model, run['seed']).assign(**first))
+    if not tables: raise ValueError(f'the study has no network to measure among {", ".join(networks)}')
+    table = pd.concat(tables, ignore_index=True)
+    return table[[*first, *[c for c in table if c not in first]]]
+
 def over_networks(
     study:Study,        # finished, with weights kept
     measure,            # a function of a network, returning a table
-    networks=('efcn',), # of 'efcn', 'elcn', 'fcn'
+    networks=('efcn',), # of 'efcn', 'elcn', 'fcn' and the study's arms
     begin:bool=False    # measure the networks as they start instead of as they end
-)->pd.DataFrame:        # network, seed, relax, and the columns of `measure`
+)->pd.DataFrame:        # network, seed, relax, lr if the plan has several, and the columns of `measure`
     "What `measure` finds in every network of the study, at their ends in those that did not diverge. Raises "\
     "`ValueError` if weights were not kept."
-    tables = []
-    for run in study.plan():
-        key = run['network'], run['seed'], run['relax']
-        if run['network'] not in networks or study.lost(*key, begin=begin): continue
-        found = measure(study.start(*key) if begin else study.network(*key))
-        tables.append(found.assign(network=key[0], seed=key[1], relax=key[2]))
-    if not tables: raise ValueError(f'the study has no network to measure among {", ".join(networks)}')
-    table = pd.concat(tables, ignore_index=True)
-    return table[['network', 'seed', 'relax', *[c for c in table if c not in ('network', 'seed', 'relax')]]]
+    return _over_seeds(study, lambda model, seed: measure(model), networks, begin)
 
 # %% ../../nbs/experiments/57_measures.ipynb #85d743f2
 def measure_ablation(
@@ -72,10 +89,10 @@ def measure_biases(
     return over_networks(study, lambda m: bias_spread(m).rename_axis('layer').reset_index(), ['efcn', 'elcn', 'fcn'])
 
 # %% ../../nbs/experiments/57_measures.ipynb #5abf1848
-def _change(study, seed):
-    "The FCN of `seed` with what training has added to its released weights, in their place."
-    model = study.network('fcn', seed)
-    start = released_layers(study.start('fcn', seed))
+def _change(study, run):
+    "The FCN of `run` with what training has added to its released weights, in their place."
+    model = _at_end(study, run)
+    start = released_layers(study.start('fcn', run['seed']))
     for name, m in released_layers(model).items(): m.weight.data.sub_(start[name].weight.data)
     return model
 
@@ -84,23 +101,25 @@ def measure_templates(
 )->pd.DataFrame: # network, seed, relax, unit, class_name, class_similarity, image, image_similarity
     "`template_similarity` of the first layer of every eFCN, of every FCN, of what it has added to its start "\
     "('fcn change'), and of the FCN before training ('fresh')."
-    def similarity(model): return template_similarity(next(iter(released_layers(model).values())), study.data.train)
-    found = over_networks(study, similarity, ['efcn', 'fcn'])
-    fresh = over_networks(study, similarity, ['fcn'], begin=True).assign(network='fresh')
-    seeds = found[found.network == 'fcn'].seed.unique()
-    change = [similarity(_change(study, seed)).assign(network='fcn change', seed=seed) for seed in seeds]
-    return pd.concat([found, fresh, pd.concat(change)], ignore_index=True)
+    def similarity(model, seed):
+        return template_similarity(next(iter(released_layers(model).values())), study.train_set(seed))
+    found = _over_seeds(study, similarity, ['efcn', 'fcn'])
+    fresh = _over_seeds(study, similarity, ['fcn'], begin=True).assign(network='fresh')
+    change = [similarity(_change(study, run), run['seed']).assign(**_about(study, run) | dict(network='fcn change'))
+              for run in _runs(study, ['fcn'])]
+    return pd.concat([found, fresh, *change], ignore_index=True)
 
 # %% ../../nbs/experiments/57_measures.ipynb #26dce767
 def _first_trio(study):
     "The first layer of the first seed's eFCN at its start and at its end (second relax time, or the only one, that "\
-    "did not diverge), that of its FCN, and the relax time."
+    "did not diverge), that of its FCN, and the relax time; at the first rate of several."
     seed = study.seeds[0]
-    times = [t for t in study.relax_times if not study.lost('efcn', seed, t)]
-    if not times or study.lost('fcn', seed):
+    relaxed, fcns = ([r for r in _runs(study, [network]) if r['seed'] == seed] for network in ('efcn', 'fcn'))
+    if not relaxed or not fcns:
         raise ValueError('the first seed has no relaxed network and FCN that came to their ends')
-    t = times[:2][-1]
-    models = study.start('efcn', seed, t), study.network('efcn', seed, t), study.network('fcn', seed)
+    t = [*dict.fromkeys(r['relax'] for r in relaxed)][:2][-1]
+    run = next(r for r in relaxed if r['relax'] == t)
+    models = study.start('efcn', seed, t), _at_end(study, run), _at_end(study, fcns[0])
     return *(next(iter(released_layers(model).values())) for model in models), t
 
 # %% ../../nbs/experiments/57_measures.ipynb #478b3c97
@@ -130,13 +149,17 @@ def one_seed(
     study:Study,
     seed:int
 )->dict: # name: network; 'CNN' after the protocol's epochs, 'eFCN 3' relaxed at 3, 'eLCN 3', 'FCN'
-    "The networks of `seed` at their ends, but for those that diverged."
+    """The networks of `seed` at their ends, but for those that diverged and for rivals.
+
+    Of several rates, the names say which: 'eFCN 3, rate 0.05'."""
+    rates = dict(cnn=(), fcn=study.fcn_lr, efcn=study.relaxed_lr, elcn=study.relaxed_lr)
     found = {}
-    for run in study.plan():
-        key = run['network'], run['seed'], run['relax']
-        if run['seed'] != seed or study.lost(*key): continue
+    for run in _runs(study, _NAMES):
+        if run['seed'] != seed: continue
+        name = _NAMES[run['network']].format(run['relax'])
+        if len(rates[run['network']]) > 1: name += f', rate {run["lr"]}'
         epoch = study.epochs if run['network'] == 'cnn' else None
-        found[_NAMES[run['network']].format(run['relax'])] = study.network(*key, epoch)
+        found[name] = study.network(run['network'], seed, run['relax'], epoch, run['lr'])
     return found
 
 # %% ../../nbs/experiments/57_measures.ipynb #9dedc77b
@@ -146,8 +169,9 @@ def measure_barriers(
     points:int=7
 )->pd.DataFrame:     # seed, a, b, height (nats)
     "Barriers of the training loss on straight lines between all pairs of networks of each seed."
-    data, tables = study.data.train.thinned(images), []
+    tables = []
     for seed in study.seeds:
+        data = study.train_set(seed).thinned(images)
         heights = barrier_matrix(one_seed(study, seed), data, data.shape, trim=study.trim, points=points, train=data)
         pairs = heights.rename_axis('a').rename_axis('b', axis=1).stack().rename('height').reset_index()
         tables.append(pairs.assign(seed=seed))
@@ -158,17 +182,16 @@ def measure_paths(
     study:Study,
     images:int=1000,
     points:int=11
-)->pd.DataFrame: # seed, relax, path, t, loss (nats), accuracy
+)->pd.DataFrame: # seed, relax, path, t, loss (nats), accuracy; and lr, if the plan has several
     "Test loss along three paths from the CNN at each relax time to the eFCN relaxed there, at its end."
-    tables, data, train_data = [], study.data.test.thinned(images), study.data.train.thinned(images)
-    for seed, relax_time in itertools.product(study.seeds, study.relax_times):
-        if study.lost('efcn', seed, relax_time): continue
-        start, end = study.start('efcn', seed, relax_time), study.network('efcn', seed, relax_time)
-        for kind in PATHS:
-            found = along(start, end, data, kind, points, train=train_data)
-            tables.append(found.assign(seed=seed, relax=relax_time))
+    tables, data, about = [], study.data.test.thinned(images), ()
+    for run in _runs(study, ['efcn']):
+        start, end = study.start('efcn', run['seed'], run['relax']), _at_end(study, run)
+        train, about = study.train_set(run['seed']).thinned(images), _about(study, run)
+        for kind in PATHS: tables.append(along(start, end, data, kind, points, train=train).assign(**about))
     if not tables: raise ValueError('the study has no relaxed network that came to its end')
-    return pd.concat(tables, ignore_index=True)[['seed', 'relax', 'path', 't', 'loss', 'accuracy']]
+    first = [name for name in about if name != 'network']
+    return pd.concat(tables, ignore_index=True)[[*first, 'path', 't', 'loss', 'accuracy']]
 
 # %% ../../nbs/experiments/57_measures.ipynb #91076fcd
 def measure_gradients(
@@ -176,8 +199,10 @@ def measure_gradients(
     images:int=1000 # of the training set
 )->pd.DataFrame:    # network, seed, relax, layer, convolutional, unshared, off_local, other, norm
     "`gradient_shares` of the training loss at every embedding, before the first step."
-    batches = list(study.data.train.thinned(images).batches(250))
-    return over_networks(study, lambda m: gradient_shares(m, batches).rename_axis('layer').reset_index(), begin=True)
+    def found(model, seed):
+        batches = list(study.train_set(seed).thinned(images).batches(250))
+        return gradient_shares(model, batches).rename_axis('layer').reset_index()
+    return _over_seeds(study, found, ['efcn'], begin=True)
 
 # %% ../../nbs/experiments/57_measures.ipynb #44ec3dff
 def _restricted_curvature(model, batches, probes, parts):
@@ -190,12 +215,16 @@ def _restricted_curvature(model, batches, probes, parts):
     return rows
 
 def _moments(study, seed, relax_time):
-    "Moment, network and its parts: the CNN at its relax time, embedded, and at its end if it did not diverge."
+    "What tells the row from others, network and its parts: the CNN at its relax time, embedded, and at the ends, at "\
+    "each rate that did not diverge."
     embedded, whole = study.start('efcn', seed, relax_time), dict(whole=None)
     parts = whole | {part: part for part in PARTS if dimensions(embedded).loc['all', part]}
-    yield 'CNN', study.network('cnn', seed, epoch=relax_time), whole
-    yield 'embedded', embedded, parts
-    if not study.lost('efcn', seed, relax_time): yield 'end', study.network('efcn', seed, relax_time), parts
+    yield dict(moment='CNN'), study.network('cnn', seed, epoch=relax_time), whole
+    yield dict(moment='embedded'), embedded, parts
+    for run in _runs(study, ['efcn']):
+        if (run['seed'], run['relax']) != (seed, relax_time): continue
+        more = {k: v for k, v in _about(study, run).items() if k == 'lr'}
+        yield dict(moment='end') | more, _at_end(study, run), parts
 
 # %% ../../nbs/experiments/57_measures.ipynb #002cc632
 def measure_curvature(
@@ -205,63 +234,20 @@ def measure_curvature(
 )->pd.DataFrame:    # moment ('CNN', 'embedded', 'end'), seed, relax, part, top, trace, error (of the trace)
     "Largest eigenvalue and trace of the Hessian (nats per squared weight), whole and in each part, for networks of "\
     "the first seed relaxed at the first, the middle and the last time; one that diverged has no end."
-    batches, seed, rows = list(study.data.train.thinned(images).batches(250)), study.seeds[0], []
-    times = [t for t in study.relax_times if not study.lost('efcn', seed, t, begin=True)]
+    seed, rows = study.seeds[0], []
+    batches = list(study.train_set(seed).thinned(images).batches(250))
+    times = [run['relax'] for run in _runs(study, ['efcn'], begin=True) if run['seed'] == seed]
     if not times: raise ValueError('the study has no network that was relaxed')
     for relax_time in sorted({times[0], times[len(times)//2], times[-1]}):
         for moment, model, parts in _moments(study, seed, relax_time):
-            same = dict(moment=moment, seed=seed, relax=relax_time)
+            same = moment | dict(seed=seed, relax=relax_time)
             rows += [same | row for row in _restricted_curvature(model, batches, probes, parts)]
-    return pd.DataFrame(rows)
-
-# %% ../../nbs/experiments/57_measures.ipynb #4b7bd417
-def slowed(
-    cnn:nn.Module,     # a CNN; its convolutions get hooks
-    input_shape:tuple, # (channels, *size)
-    lr:float,
-    momentum:float=0., weight_decay:float=0.,
-    trim:bool=True     # outputs that nothing reads do not count
-)->torch.optim.SGD:
-    "SGD that moves each convolution as slowly as its embedding: the gradient of a kernel entry is divided by the "\
-    "number of its copies (for padding that adds copies up, solved for), that of a bias by the number of positions."
-    hooked = set()
-    for name, g in conv_geometries(cnn, input_shape, trim=trim).items():
-        for kind, p in cnn.get_submodule(name).named_parameters():
-            if id(p) in hooked: continue
-            hooked.add(id(p))
-            divided = partial(torch.div, other=math.prod(g.output_size))
-            p.register_hook(partial(kernel_from_tied_sum, g=g) if kind == 'weight' else divided)
-    return torch.optim.SGD(cnn.parameters(), lr, momentum, weight_decay=weight_decay)
-
-# %% ../../nbs/experiments/57_measures.ipynb #13047b7d
-def _continue_slowed(study, seed, relax_time):
-    "Rows of the CNN of `seed` continued by `slowed` from `relax_time` on; none if it diverges."
-    cnn, c, rows = study.network('cnn', seed, epoch=relax_time), study.config, []
-    same = dict(network='slowed', seed=seed, relax=relax_time)
-    def note(epoch, step, measured):
-        rows.extend(same | dict(epoch=epoch, split=s, metric=m, value=v) for (s, m), v in measured.items())
-    optimizer = slowed(cnn, study.data.train.shape, c['lr'], c['momentum'], c['weight_decay'], study.trim)
-    try: train(cnn, study.data, relax_time + study.epochs, batch_size=c['batch_size'], seed=seed, first=relax_time,
-               shuffle=c['shuffle'], precision=c['precision'], optimizer=optimizer, after_epoch=note)
-    except Diverged: return []
-    return rows
-
-def measure_control(
-    study:Study
-)->pd.DataFrame: # network ('slowed'), seed, relax, epoch, split, metric, value
-    "CNNs of the study continued from each relax time with `slowed` instead of being relaxed: the same seeds, images "\
-    "and epochs. One that diverges is left out."
-    rows = []
-    for seed, t in itertools.product(study.seeds, study.relax_times):
-        if not study.lost('efcn', seed, t, begin=True): rows += _continue_slowed(study, seed, t)
-    if not rows: raise ValueError('the study has no relax time at which a CNN could be continued')
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/57_measures.ipynb #18edbb28
 MEASURES = dict(
     ablation=measure_ablation, profiles=measure_profiles, biases=measure_biases, templates=measure_templates,
-    barriers=measure_barriers, paths=measure_paths, gradients=measure_gradients, curvature=measure_curvature,
-    control=measure_control)
+    barriers=measure_barriers, paths=measure_paths, gradients=measure_gradients, curvature=measure_curvature)
 
 def measured(
     study:Study, # finished, with weights kept
