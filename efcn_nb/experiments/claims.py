@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAST', 'check_table', 'diverged_runs', 'protocol_epochs', 'final_values', 'summary', 'choose_rates', 'gains',
-           'claims', 'claim_intervals']
+           'claims', 'needed_rows', 'claim_intervals']
 
 # %% ../../nbs/experiments/56_claims.ipynb #7543ac6b
 import math
@@ -374,6 +374,19 @@ def _without_diverged(rows, table):
         rows.loc[rows.claim.str[0].isin(['1', '3']), 'effect'] += f'; {lost} relaxed network{"s" if lost > 1 else ""} diverged'
         rows.loc[(rows.claim.str[0] == '3') & (rows.verdict == 'holds'), 'verdict'] = 'undecided'
     return rows
+
+# %% ../../nbs/experiments/56_claims.ipynb #de3ea80b
+def needed_rows(
+    table:pd.DataFrame # as `relax` returns it
+)->pd.DataFrame:       # some of its rows, without what is the same in all
+    "The rows on which `summary`, `gains` and `claims` depend."
+    table, key = check_table(table), _key(table)
+    last = table.groupby(key, dropna=False).epoch.transform('max')
+    late = table.epoch > last - LAST
+    accuracy = (table.metric == 'accuracy') & (late | (table.network == 'cnn'))
+    weights = (table.split == 'weights') & (table.epoch == last)
+    found = table[accuracy | weights | (table.metric == 'diverged')]
+    return found.drop(columns=['step'], errors='ignore').reset_index(drop=True)
 
 # %% ../../nbs/experiments/56_claims.ipynb #e2987458
 def claim_intervals(
