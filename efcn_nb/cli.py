@@ -162,12 +162,14 @@ def _study(args):
                  args.keep_weights or bool(args.measure), args.momentum, args.weight_decay, args.trim,
                  args.relaxed_lr, args.fcn_lr, args.relaxed_epochs, args.arms, args.images, args.validation)
 
-def _judged(study, table, found):
-    "Summary, and claims if there is something to compare."
+def _judged(study, table, found, failed):
+    "Summary, and claims if there is something to compare; why they could not be judged is added to `failed`."
     from efcn_nb.experiments.claims import claims, summary
-    tables = dict(summary=summary(table))
-    if _can_judge(tables['summary']):
-        tables['claims'] = claims(table, ablation=found.get('ablation'), chance=_chance(study.data.test))
+    chance = _chance(study.data.test)
+    tables = dict(summary=summary(table, chance=chance))
+    if not _can_judge(tables['summary']): return tables
+    try: tables['claims'] = claims(table, ablation=found.get('ablation'), chance=chance)
+    except ValueError as e: failed['claims'] = e
     return tables
 
 # %% ../nbs/99_cli.ipynb #7521482b
@@ -180,7 +182,7 @@ def _relax(args, command):
     new = bool(study.unfinished())
     table = study.run(workers=args.workers)
     found, failed = _measure(study, args.measure, new)
-    tables = _judged(study, table, found)
+    tables = _judged(study, table, found, failed)
     where = '\n'.join(study.environments())
     texts = {f'{name}.csv': t.to_csv(index=False) for name, t in (found | tables).items()}
     if new: texts['command.txt'] = f'{command}\n{where}\n'

@@ -287,6 +287,30 @@ def test_other_studies(console, done, tmp_path, flags):
         assert (tmp_path/"s"/"metrics.csv").read_bytes() != (done[0]/"metrics.csv").read_bytes()
 
 
+RATES = "--relaxed_lr 0.1,0.02 --fcn_lr 0.05 --relaxed_epochs 2 --arms annealed,averaged --images 100".split()
+
+
+def test_rates_arms_and_images(console, tmp_path):
+    "With images held out the claims are judged at the rates chosen on them; without, a sentence says what is missing."
+    code, out, err = console(*tiny.FLAGS, *RATES, "--seeds", "2", "--validation", "50", "--out", "s", cwd=tmp_path)
+    assert code == 0 and "Traceback" not in err, err
+    table = pd.read_csv(tmp_path/"s"/"metrics.csv")
+    rates = table.groupby("network").lr.unique().map(sorted).to_dict()
+    assert rates == dict(cnn=[.1], averaged=[.1], fcn=[.05], efcn=[.02, .1], elcn=[.02, .1], annealed=[.02])
+    assert {"validation", "test"} < set(table.split) and table[table.network == "efcn"].epoch.max() == 3
+    assert {"claims.csv", "summary.csv", "figure.png"} <= {p.name for p in (tmp_path/"s").iterdir()}, out
+    code, out, err = console(*tiny.FLAGS, *RATES, "--out", "t", cwd=tmp_path)
+    assert code == 0 and "not measured: claims: " in out and not (tmp_path/"t"/"claims.csv").exists(), out + err
+
+
+def test_no_arms(console, tmp_path):
+    "Not even those of the protocol."
+    flags = [*tiny.FLAGS, "--relax", "0", "--elcn", "", "--model", "strided", "--relaxed_epochs", "1",
+             "--relaxed_lr", ".1", "--fcn_lr", ".1", "--arms", "", "--out", "s"]
+    code, out, err = console(*flags, cwd=tmp_path)
+    assert code == 0 and set(pd.read_csv(tmp_path/"s"/"metrics.csv").network) == {"cnn", "efcn", "fcn"}, err
+
+
 def test_a_folder_of_images(console, tmp_path):
     for part in ("train", "test"):
         for name, grey in dict(dark=40, light=200).items():

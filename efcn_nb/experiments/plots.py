@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'NAMES', 'PART_COLOURS', 'PART_NAMES', 'KEPT', 'set_style', 'plot_curves', 'plot_curve_panels',
-           'plot_relax_times', 'plot_deviation', 'plot_accuracy_deviation', 'plot_claims', 'plot_rows', 'plot_ablation',
-           'plot_profile', 'plot_parts', 'plot_sharpness', 'plot_matrix', 'plot_paths', 'plot_slice', 'plot_steps',
-           'plot_growth', 'plot_study']
+           'plot_relax_times', 'plot_gains', 'plot_deviation', 'plot_accuracy_deviation', 'plot_claims', 'plot_rows',
+           'plot_ablation', 'plot_profile', 'plot_parts', 'plot_sharpness', 'plot_matrix', 'plot_paths', 'plot_slice',
+           'plot_steps', 'plot_growth', 'plot_study']
 
 # %% ../../nbs/experiments/58_plots.ipynb #bd8f5a91
 import matplotlib.pyplot as plt
@@ -19,8 +19,12 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from .claims import check_table, diverged_runs, final_values, protocol_epochs
 
 # %% ../../nbs/experiments/58_plots.ipynb #84f7ae98
-COLOURS = dict(cnn='black', fcn='tab:red', efcn='tab:green', elcn='tab:cyan', lcn='tab:blue')
-NAMES = dict(cnn='CNN', fcn='FCN', efcn='eFCN', elcn='eLCN', lcn='LCN')
+COLOURS = dict(cnn='black', fcn='tab:red', efcn='tab:green', elcn='tab:cyan', lcn='tab:blue', annealed='dimgray',
+               slowed='tab:brown', averaged='tab:purple', tied='tab:pink', off_local='tab:orange',
+               tied_off_local='tab:olive')
+NAMES = dict(cnn='CNN', fcn='FCN', efcn='eFCN', elcn='eLCN', lcn='LCN', annealed='annealed CNN', slowed='slowed CNN',
+             averaged='averaged CNN', tied='tied eFCN', off_local='frozen CNN + off-local',
+             tied_off_local='CNN + off-local')
 PART_COLOURS = dict(convolutional='black', unshared='tab:blue', off_local='tab:orange', other='lightgray')
 PART_NAMES = dict(convolutional='convolutional', unshared='unshared', off_local='off-local', other='other layers',
                   whole='whole')
@@ -119,11 +123,6 @@ def _levels(ax, ends):
         ax.axhline(level.mean(), color=COLOURS[network], ls=style, label=NAMES[network])
         if len(level) > 1: ax.axhspan(level.min(), level.max(), color=COLOURS[network], alpha=.12, lw=0)
 
-def _lost_at_bottom(ax, lost, x, colour):
-    "A cross for each of the `lost` runs, at `x`, from the bottom of the axes upwards."
-    height = lost.groupby(['network', 'relax']).cumcount()
-    ax.plot(x, .03 + .05*height, 'x', ms=5, mew=1.5, color=colour, transform=ax.get_xaxis_transform())
-
 def _say_fewer(ax, values, n):
     "Write how many seeds there are at points where they are fewer than `n`."
     for x, found in values.groupby('x').value:
@@ -135,23 +134,43 @@ def plot_relax_times(
     table:pd.DataFrame, # tidy, as `relax` returns it
     ax=None
 ):
-    "Final test accuracy against relax time, one dot a seed, with the levels (mean and range over seeds) of CNN and "\
-    "FCN; returns the axes."
+    "Outcome against relax time, one dot a seed, a cross for one that diverged and counts as guessing, with the levels "\
+    "(mean and range over seeds) of CNN and FCN; returns the axes."
     ends, lost, ax = final_values(table), diverged_runs(table), _axes(ax)
     relaxed = table[table.network.isin(['efcn', 'elcn'])]
     place = {t: i for i, t in enumerate(sorted(relaxed.relax.unique()))}
     _levels(ax, ends)
     for network, shift, mark in ('efcn', 0, '-'), ('elcn', .15, '_'):
-        part, gone = ends[ends.network == network], lost[lost.network == network]
-        colour = COLOURS[network]
-        part = part.assign(x=part.relax.map(place) + shift)
-        _lost_at_bottom(ax, gone, gone.relax.map(place) + shift, colour)
+        part, colour = ends[ends.network == network], COLOURS[network]
         if part.empty: continue
+        part = part.assign(x=part.relax.map(place) + shift)
+        gone = part.merge(lost.drop(columns='epoch'))
         ax.plot(part.x, part.value, 'o', ms=4, alpha=.5, color=colour, mec='none')
+        ax.plot(gone.x, gone.value, 'x', ms=5, mew=1.5, color=colour)
         ax.plot(part.groupby('x').value.mean(), mark, ms=9, color=colour, label=NAMES[network])
-        _say_fewer(ax, part, table.seed.nunique())
     if len(lost): ax.plot([], [], 'x', color='gray', label='diverged')
-    ax.set(xlabel='relax time (epochs)', ylabel='final test accuracy', xticks=[*place.values()])
+    ax.set(xlabel='relax time (epochs)', ylabel='test accuracy', xticks=[*place.values()])
+    ax.set_xticklabels([f'{t:g}' for t in place])
+    _legend(ax)
+    return ax
+
+# %% ../../nbs/experiments/58_plots.ipynb #6b2ab8ed
+def plot_gains(
+    effects:pd.DataFrame, # as `gains` returns it
+    ax=None
+):
+    "Effects against relax time, in points, with their 95 % intervals, a line for each network; returns the axes."
+    effects, ax = check_table(effects, ['network', 'relax', 'mean', 'low', 'high'], 'gains'), _axes(ax, 5)
+    place = {t: i for i, t in enumerate(sorted(effects.relax.unique()))}
+    networks = [name for name in NAMES if name in {*effects.network}]
+    for k, network in enumerate(networks):
+        t = effects[effects.network == network].sort_values('relax')
+        x, own = t.relax.map(place) + .06*(k - (len(networks) - 1)/2), network in ('efcn', 'elcn')
+        half = 100*(t.high - t['mean']).where(np.isfinite(t.high), 0)
+        ax.errorbar(x, 100*t['mean'], half, color=COLOURS[network], marker='o' if own else 's', ms=4 if own else 3,
+                    lw=1.6 if own else 1, ls='-' if own else '--', capsize=2, label=NAMES[network])
+    ax.axhline(0, color='black', lw=.8, ls=':')
+    ax.set(xlabel='relax time (epochs)', ylabel='gain (points)', xticks=[*place.values()])
     ax.set_xticklabels([f'{t:g}' for t in place])
     _legend(ax)
     return ax

@@ -161,7 +161,8 @@ class Study:
         relaxed_epochs=None,  # epochs after relaxing; likewise, for `epochs`
         arms=None,            # a list of rivals that go on from the same CNNs, from `ARMS`; likewise, for none
         images=None,          # training images of each seed, which no other seed sees; None for all images
-        validation=None       # training images held out to choose on, by class, so that it may be a few more or less
+        validation=None,      # training images held out to choose on, by class, so that it may be a few more or less
+        tests=None            # use the test set in so many last epochs of a run, and at the best on those; None: always
     ): self._begin(**{k: v for k, v in locals().items() if k != 'self'})
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #7537e2ce
@@ -192,7 +193,7 @@ def _take_settings(self:Study, device):
     self.device = find_device(device)
     check_precision(s['precision'], self.device)
     for name in ('epochs', 'relaxed_epochs', 'relax_times', 'elcn_times', 'relaxed_lr', 'fcn_lr', 'arms',
-                 'batch_size', 'seeds', 'model', 'width', 'precision', 'shuffle', 'keep_weights', 'images'):
+                 'batch_size', 'seeds', 'model', 'width', 'precision', 'shuffle', 'keep_weights', 'images', 'tests'):
         setattr(self, name, s[name])
     self.trim = bool(s['trim'])
 
@@ -242,7 +243,18 @@ def _take_data(self:Study, data):
         network=identity, epochs=self.epochs, lr=s['lr'], batch_size=self.batch_size, momentum=float(s['momentum']),
         weight_decay=float(s['weight_decay']), precision=self.precision, shuffle=self.shuffle, fan_in=s['fan_in'],
         trim=self.trim, device=self.device.type)
-    self.config |= {k: int(s[k]) for k in ('images', 'validation') if s[k] is not None}
+    self._check_tests()
+    self.config |= {k: int(s[k]) for k in ('images', 'validation', 'tests') if s[k] is not None}
+
+# %% ../../nbs/experiments/55_relaxation.ipynb #1294fe07
+@patch
+def _check_tests(self:Study):
+    "Raise `ValueError` unless something else is measured where the test set is left out."
+    if self.tests is None: return
+    whole('tests', self.tests, 1)
+    if not self.validation:
+        raise ValueError('tests= leaves out uses of the test set, and needs images held out for the rest; give '
+                         'validation=')
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #df8c8362
 @patch(as_prop=True)
@@ -492,10 +504,16 @@ def suited(weights, small=5_000_000):
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #83298f3f
 @patch
-def _data_of(self:Study, run):
-    "Training and test images of `run`."
-    return Data(self.train_set(run['seed']), self.data.test)
+def _is_sparse(self:Study, run):
+    "Whether `run` uses the test set now and then only."
+    return self.tests is not None and run['network'] != 'cnn'
 
+@patch
+def _data_of(self:Study, run):
+    "Training images of `run`, and those on which it is measured after every epoch."
+    return Data(self.train_set(run['seed']), self.validation if self._is_sparse(run) else self.data.test)
+
+# %% ../../nbs/experiments/55_relaxation.ipynb #1b4612cb
 @patch
 def _train(self:Study, run, model, found, last, note, after_step=None):
     "Train `model` from checkpoint `found` (None for the beginning) to epoch `last`; "\
@@ -551,11 +569,32 @@ class _Record:
         self.optimizer, self.last, self.first = None, run['last'], self.found.epoch if self.found else run['first']
         self.ended = False
         if self.found: self.model.load_state_dict(self.found.weights)
-        else: self.note(self.first, self.first*study.steps_per_epoch, study._tested(self.model, 'test'))
+        else: self.note(self.first, self.first*study.steps_per_epoch, None)
 
     def add(self, epoch, step, measured):
         rows = _rows(self.study, self.run, epoch, step, measured)
         self.table = rows if self.table is None else pd.concat([self.table, rows], ignore_index=True)
+
+# %% ../../nbs/experiments/55_relaxation.ipynb #e6ed1d99
+@patch
+def _is_due(self:_Record, epoch, accuracy):
+    "Whether the test set is used after `epoch`: in the last ones, and when `accuracy` (validation) is the best so far."
+    if not self.study._is_sparse(self.run): return True
+    t = self.table[(self.table.split == 'validation') & (self.table.metric == 'accuracy')]
+    return epoch > self.last - self.study.tests or accuracy > t.value.max()
+
+@patch
+def measured(self:_Record, epoch, found):
+    "What is noted of `epoch`, given what was `found` of the network in training; None for the beginning."
+    own = {} if found is None else {k: v for k, v in found.items() if k[0] == 'train'}
+    fresh, sparse = found is None or self.average, self.study._is_sparse(self.run)
+    there = {} if fresh else {k: v for (split, k), v in found.items() if split == 'test'}
+    def on(split):
+        if there and (split == 'validation') == sparse: return {(split, k): v for k, v in there.items()}
+        return self.study._tested(self.model, split)
+    validated = on('validation')
+    due = found is None or self._is_due(epoch, validated.get(('validation', 'accuracy')))
+    return own | (on('test') if due else {}) | validated
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #20e02f4a
 @patch
@@ -564,8 +603,7 @@ def note(self:_Record, epoch, step, measured):
     if isinstance(measured, Diverged):
         self.add(epoch, step, {('train', 'diverged'): 1.})
         return self.end(diverged=str(measured))
-    if self.average: measured = measured | self.study._tested(self.model, 'test')
-    self.add(epoch, step, measured | self.study._tested(self.model, 'validation') | _where(self.model, self.run))
+    self.add(epoch, step, self.measured(epoch, measured) | _where(self.model, self.run))
     seconds = math.inf if self.average else 2 if _kind(self.run) == 'cnn' else 30
     if epoch in self.keep or time.monotonic() - self.saved > seconds:
         self.store.save(epoch, self.model, self.table, self.optimizer, self.keep)
