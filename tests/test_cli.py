@@ -190,7 +190,11 @@ WRONG = [
     ("--seeds", "99999999999999999999,"), ("--seeds", "99999999999999999,"), ("--device", "nowhere"),
     ("--device", "meta"), ("--device", "cuda:99"), ("--precision", "fp8"),
     ("--workers", "0"), ("--precision", "tf32"), ("--out", "a-file"), ("--out", "a-file/below"), ("--out", "foreign"),
-    ("--out", "/dev/null/x"), ("--foo",), ("bar",)]
+    ("--out", "/dev/null/x"), ("--foo",), ("bar",),
+    *((flag, value) for flag in ("--relaxed_lr", "--fcn_lr") for value in ("x", "", "0", "-1", "nan", "0.1,0.1")),
+    ("--relaxed_epochs", "-1"), ("--relaxed_epochs", "x"), ("--arms", "slow"), ("--arms", "slowed,slowed"),
+    ("--arms", "slowed,eFCN"), ("--images", "0"), ("--images", "99999"), ("--images", "1000", "--seeds", "2"),
+    ("--images", "x"), ("--validation", "0"), ("--validation", "1438"), ("--validation", "3")]
 
 
 @pytest.fixture(scope="module")
