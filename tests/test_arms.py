@@ -110,10 +110,9 @@ def outputs(model):
     with torch.no_grad(): return copy.deepcopy(model).eval()(x)
 
 
-@pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize("arm", ARMS)
-@ALL
-def test_every_arm_starts_at_the_function_of_the_cnn(name, arm, trim):
+@pytest.mark.parametrize("name, trim", [*((name, True) for name in NETWORKS), ("trimmed", False)])
+def test_every_arm_starts_at_the_function_of_the_cnn(name, trim, arm):
     made = make_arm(arm, NETWORKS[name](), SHAPE, trim)
     torch.testing.assert_close(outputs(made), outputs(NETWORKS[name]()), atol=1e-11, rtol=0)
 
@@ -127,8 +126,8 @@ def test_an_arm_of_a_convolution_that_is_the_whole_network(arm):
     if held_masks(made): torch.testing.assert_close(merge_off_local(made)(x), conv(x), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [{}, dict(momentum=.8, weight_decay=.1)], ids=["plain", "momentum and decay"])
-@ALL
+@pytest.mark.parametrize("name, settings", [*((name, {}) for name in NETWORKS), *(
+    (name, dict(momentum=.8, weight_decay=.1)) for name in ("trimmed", "reflect", "batchnorm", "frozen_bias"))])
 def test_tied_equals_slowed(name, settings):
     "The null of all comparisons, over ten steps that change the function."
     start = outputs(NETWORKS[name]())
@@ -155,7 +154,7 @@ def states(model):
     return {k: v.detach().clone() for k, v in (*model.named_parameters(), *model.named_buffers())}
 
 
-OPTIMISERS = dict(plain={}, decay=dict(weight_decay=.1), momentum=dict(momentum=.9, weight_decay=.1))
+OPTIMISERS = dict(plain={}, momentum_and_decay=dict(momentum=.9, weight_decay=.1))
 
 
 @pytest.mark.parametrize("settings", OPTIMISERS)
