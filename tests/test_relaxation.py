@@ -27,6 +27,7 @@ from efcn_nb.service.tables import read_table
 from efcn_nb.experiments.relaxation import PROTOCOLS, Study, relax
 from efcn_nb.experiments.claims import claims, final_values, summary
 from efcn_nb.materials.data import Data
+from efcn_nb.materials.models import small
 from efcn_nb.training.arms import ARMS, held_masks
 from efcn_nb.training.cohorts import Cohort
 from efcn_nb.training.loop import Diverged, evaluate, train
@@ -623,6 +624,22 @@ def test_an_arm_that_is_interrupted_arrives_at_the_same_table(armed, tmp_path, a
     with pytest.raises(Accident): study.carry_out(run, stop)
     assert not study.open_run(arm, 0, run["relax"], run["lr"]).finished
     assert study.carry_out(run).equals(armed._table(run))
+
+
+def partly_released(shape, classes): return embed(small(shape, classes, 2), shape, layers=["0"])
+
+
+def test_the_average_of_a_cnn_with_a_dense_layer_is_not_a_step_behind(tmp_path, monkeypatch):
+    "A cohort moves dense layers late; the same as if there were no cohorts."
+    model = dict(model=partly_released, width=None, arms=["averaged"], relax_times=[0], elcn_times=[],
+                 keep_weights=True)
+    ends = []
+    for name in ("with", "without"):
+        study = tiny.study(tmp_path/name, **model)
+        study.run(progress=False)
+        ends.append(study.network("averaged", 0))
+        monkeypatch.setattr(Study, "_joins", lambda self, run: False)
+    for p, q in zip(*(end.parameters() for end in ends)): torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
 
 
 def test_workers_hold_out_the_same_images(armed, tmp_path):

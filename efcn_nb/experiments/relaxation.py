@@ -22,6 +22,7 @@ from tqdm import tqdm
 # %% ../../nbs/experiments/55_relaxation.ipynb #43b0bab1
 from ..ladder.inspection import process_blank
 from ..ladder.embedding import embed, reinitialize
+from ..ladder.layers import FullyConnected
 from ..materials.data import Data, Dataset, load_data, stratified_split
 from ..materials.models import count_weights, make_model
 from ..training.cohorts import check_cohort, Cohort
@@ -663,8 +664,11 @@ def _joins(self:Study, run)->bool:
     if kind not in self._joining:
         self._joining[kind] = self.weights < _SMALL and self.device.type == 'cpu'
         if self._joining[kind]:
-            try: check_cohort(self._of_kind(kind), shape)
-            except ValueError: self._joining[kind] = False
+            model = self._of_kind(kind)
+            late = kind == 'averaged' and any(isinstance(m, FullyConnected) for m in model.modules())
+            try: check_cohort(model, shape)
+            except ValueError: late = True
+            self._joining[kind] = not late                  # a cohort moves fused layers after the average
     return self._joining[kind]
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #1f8e2c99
