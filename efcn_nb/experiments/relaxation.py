@@ -585,7 +585,7 @@ def _is_due(self:_Record, epoch, accuracy):
     return epoch > self.last - self.study.tests or accuracy > t.value.max()
 
 @patch
-def measured(self:_Record, epoch, found):
+def to_note(self:_Record, epoch, found):
     "What is noted of `epoch`, given what was `found` of the network in training; None for the beginning."
     own = {} if found is None else {k: v for k, v in found.items() if k[0] == 'train'}
     fresh, sparse = found is None or self.average, self.study._is_sparse(self.run)
@@ -604,7 +604,7 @@ def note(self:_Record, epoch, step, measured):
     if isinstance(measured, Diverged):
         self.add(epoch, step, {('train', 'diverged'): 1.})
         return self.end(diverged=str(measured))
-    self.add(epoch, step, self.measured(epoch, measured) | _where(self.model, self.run))
+    self.add(epoch, step, self.to_note(epoch, measured) | _where(self.model, self.run))
     seconds = math.inf if self.average else 2 if _kind(self.run) == 'cnn' else 30
     if epoch in self.keep or time.monotonic() - self.saved > seconds:
         self.store.save(epoch, self.model, self.table, self.optimizer, self.keep)
