@@ -34,10 +34,11 @@ def prose(nb):
 
 
 def numbers(text):
-    "Each number in a text with the word or the % behind it; not those in code, in addresses, or within a word."
+    "Each number in a text with the word or % behind it, else the word before; not in code, addresses, other words."
     text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|<[^>]*>", " ", text, flags=re.S)
-    found = re.findall(r"(?<![\w.-])(?<!\d,)([+-]?(?:\d[\d,]*)?\.?\d+)(?![\w-])(?=\s*(%|\w*))", text)
-    return sorted({f"{number} {word}".strip() for number, word in found})
+    found = re.finditer(r"(?<![\w.-])(?<!\d,)([+-]?(?:\d[\d,]*)?\.?\d+)(?![\w-])(?=\s*(%|\w*))", text)
+    def before(match): return "".join(re.findall(r"\S+", text[:match.start()])[-1:])
+    return sorted({f"{match[1]} {match[2]}" if match[2] else f"{before(match)} {match[1]}" for match in found})
 
 
 def filled_in(path, root):
@@ -52,7 +53,7 @@ def filled_in(path, root):
         if not keep.is_run(cell): continue
         cell.outputs = []
         shell.cell(cell)
-        if shell.exc: raise shell.exc[1]
+        if shell.exc: raise shell.exc
         found[cell.id] = markdown(cell)
     return found
 
@@ -89,7 +90,8 @@ def test_run(path, project):
 
 
 @pytest.mark.parametrize("text, found", [
-    ("It is 1.89 ± 0.06 times, -7.7 points.", ["-7.7 points", "0.06 times", "1.89"]),
-    ("128: 128,000 at a rate of .02. The", [".02", "128", "128,000 at"]), ("95 % of $n = 64$", ["64", "95 %"]),
-    ("`lr=0.1`, [see](59_bench.ipynb), H200, CIFAR-10, conv1", []), ("from {} to {} %", [])])
+    ("It is 1.89 ± 0.06 times, -7.7 points.", ["-7.7 points", "0.06 times", "is 1.89"]),
+    ("batch 128: 128,000 samples at .02. The", ["128,000 samples", "at .02", "batch 128"]),
+    ("95 % of $n = 64$", ["95 %", "= 64"]), ("from {} to {} %", []),
+    ("`lr=0.1`, [see](59_bench.ipynb), H200, CIFAR-10, conv1", [])])
 def test_which_numbers_are_typed(text, found): assert numbers(text) == found
