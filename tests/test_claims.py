@@ -8,8 +8,8 @@ import pytest
 
 import tiny
 from efcn_nb.experiments import relaxation
-from efcn_nb.experiments.claims import (check_table, claim_intervals, claims, diverged_runs, final_values,
-                                        protocol_epochs, summary)
+from efcn_nb.experiments.claims import (check_table, choose_rates, claim_intervals, claims, diverged_runs,
+                                        final_values, gains, needed_rows, protocol_epochs, summary)
 from efcn_nb.experiments.measures import MEASURES, measured
 from efcn_nb.experiments.plots import (plot_ablation, plot_accuracy_deviation, plot_curve_panels, plot_curves,
                                        plot_deviation, plot_profile, plot_relax_times, plot_study)
@@ -42,7 +42,7 @@ def test_verdicts(fcn, cnn, off, verdicts):
                     off=off)
     found = claims(table).assign(claim=lambda t: t.claim.str.split().str[0]).set_index("claim")
     assert {k: found.verdict[k] for k in verdicts} == verdicts and found.n["1"] == 4
-    assert found.verdict["4"] == "not judged"
+    assert [claim for claim in found.index if found.verdict[claim] == "not judged"] == ["P", "2c", "2d", "4"]
 
 
 def test_one_seed_decides_nothing():
@@ -72,15 +72,35 @@ def test_runs_that_diverged_are_told_in_one_way():
                       ("efcn", 3, 0))
     assert diverged_runs(table)[["network", "seed", "relax", "epoch"]].values.tolist() == [
         ["efcn", 1, 0, 4], ["efcn", 3, 0, 4]]
-    assert final_values(table).query("network == 'efcn' and relax == 0").seed.tolist() == [0, 2]
-    assert summary(table).query("network == 'efcn'")[["n", "diverged"]].values.tolist() == [[2, 2], [4, 0]]
-    assert "; 2 relaxed networks diverged" in claims(table).effect[0]
+    ends = final_values(table, chance=.2).query("network == 'efcn' and relax == 0").set_index("seed").value
+    assert [ends[1], ends[3]] == [.2, .2] and ends[[0, 2]].min() > .5
+    assert summary(table).query("network == 'efcn'")[["n", "diverged"]].values.tolist() == [[4, 2], [4, 0]]
+    assert "; 2 relaxed networks diverged" in claims(table).effect[1]
 
 
-def test_a_relax_time_counts_though_a_seed_was_lost():
-    table = made_up({("cnn", None): .5, ("fcn", None): .4, ("efcn", 0): .6, ("efcn", 2): .55})
-    found = claims(with_lost(table, ("efcn", 1, 2))).iloc[0]
-    assert "at relax time 2" in found.effect and found.n == 3
+def test_a_run_that_diverged_counts_as_guessing():
+    table = made_up({("cnn", None): .5, ("fcn", None): .4, ("efcn", 0): .6, ("efcn", 2): .7})
+    assert claims(table).verdict[1] == "holds"
+    found = claims(with_lost(table, ("efcn", 1, 2))).iloc[1]
+    assert "at relax time 2" in found.effect and (found.n, found.verdict) == (4, "undecided")
+
+
+def test_a_cnn_that_diverged_counts_as_guessing_from_then_on():
+    table = made_up({("cnn", None): .5, ("fcn", None): .4, ("efcn", 0): .6, ("efcn", 2): .7}).assign(protocol_epochs=4)
+    late = (table.network == "cnn") & (table.seed == 1) & (table.epoch >= 5)
+    end = table[late].head(1).assign(metric="diverged", split="train", value=1.)
+    ends = final_values(pd.concat([table[~late], end])).query("seed == 1").set_index("network").value
+    assert ends["cnn"] > .5 and ends["cnn+"] == .1
+    over = gains(pd.concat([table[~late], end]), "cnn+").set_index("relax")["mean"]
+    assert math.isclose(over[0], .1015, abs_tol=.002) and over[2] > .29
+
+
+def test_outcomes_are_means_of_the_last_epochs():
+    table = made_up({("cnn", None): .5, ("fcn", None): .4, ("efcn", 2): .6}, seeds=1).assign(protocol_epochs=4)
+    rising = table.assign(value=table.value + .01*table.epoch*(table.metric == "accuracy"))
+    ends = final_values(rising).set_index("network").value                   # the first epoch is before training
+    assert math.isclose(ends["cnn"], .5 + .01*2.5) and math.isclose(ends["cnn+"], .5 + .01*6)
+    assert math.isclose(ends["efcn"], .6 + .01*4.5) and math.isclose(final_values(rising, last=1).value.iloc[-1], .66)
 
 
 def test_the_number_of_epochs():
@@ -101,7 +121,7 @@ def test_intervals_are_those_of_the_claims():
     for row in found.itertuples():
         half = said.set_index("claim").interval[row.claim]
         assert half == f"±{50*(row.high - row.low):.1f}"
-    assert said.effect[0] == f"{100*found['mean'][0]:+.1f} points at relax time {found.relax[0]:g}"
+    assert said.effect[1] == f"{100*found['mean'][0]:+.1f} points at relax time {found.relax[0]:g}"
 
 
 # A table that is none of the protocol's
@@ -155,21 +175,19 @@ def test_categories_are_as_good_as_text():
 ABLATION = pd.DataFrame([dict(network="efcn", seed=seed, relax=relax, kept=kept, accuracy=.5 + .01*seed)
                          for seed in range(3) for relax in (0, 2)
                          for kept in ("convolutional + unshared + off_local", "convolutional + unshared", "off_local")])
-CONTROL = GOOD[GOOD.network == "efcn"]
 NO_SUPPLEMENTS = dict(
     old_ablation=(dict(ablation=ABLATION.rename(columns=dict(network="phase"))), "read it with read_protocol"),
     no_efcn=(dict(ablation=ABLATION.assign(network="elcn")), "ablation has no eFCN of which convolutional"),
     part=(dict(ablation=ABLATION[ABLATION.kept != "off_local"]), "ablation has no eFCN of which off_local is kept"),
     measured=(dict(ablation=GOOD), "no column kept; it must be as measure_ablation returns it"),
-    control=(dict(control=CONTROL.drop(columns="epoch")), "no column epoch; it must be as measure_control returns it"),
-    a_path=(dict(control="control.csv"), "must be a DataFrame as measure_control returns it, not str"))
+    a_path=(dict(ablation="ablation.csv"), "must be a DataFrame as measure_ablation returns it, not str"))
 
 
 @pytest.mark.parametrize("case", NO_SUPPLEMENTS)
 @pytest.mark.parametrize("function", [claims, claim_intervals])
 def test_what_is_no_table_of_a_measure(function, case):
     given, says = NO_SUPPLEMENTS[case]
-    assert len(function(GOOD, ABLATION, CONTROL)) == 7
+    assert len(function(GOOD, ABLATION)) == (9 if function is claims else 6)
     with pytest.raises(ValueError, match=says) as error: function(GOOD, **given)
     assert len(str(error.value).splitlines()) == 1
 
@@ -195,16 +213,13 @@ def test_old_and_new_names_of_the_networks(case):
 
 @pytest.mark.parametrize("name", ["needle_digits", "cifar10_jpeg_skinny", "cifar10_jpeg_skinny16_10k"])
 def test_an_old_record(name):
-    "Its table is read with today's names, and gives the summary and the verdicts that were recorded."
+    "Its table is read with today's names, and can be judged."
     table, was = read_protocol(RECORDS/name/"metrics.csv"), read_protocol(RECORDS/name/"summary.csv")
     assert "phase" in (RECORDS/name/"metrics.csv").read_text()[:100]
     assert set(table.network) == {*was.network} - {"cnn+"} <= {"cnn", "fcn", "efcn", "elcn"}
-    pd.testing.assert_frame_equal(summary(table)[list(was)], was, check_dtype=False, rtol=1e-4)
-    more = {k: read_protocol(RECORDS/name/f"{k}.csv")
-            for k in ("ablation", "control") if (RECORDS/name/f"{k}.csv").exists()}
-    said = pd.read_csv(RECORDS/name/"claims.csv").set_index("claim").verdict
-    found = claims(table, **more).set_index("claim").verdict
-    assert found.to_dict() == {claim: said[claim] for claim in found.index}
+    ablation = RECORDS/name/"ablation.csv"
+    assert set(summary(table).network) == {*was.network}
+    assert len(claims(table, read_protocol(ablation) if ablation.exists() else None)) == 9
 
 
 def test_an_old_folder(tmp_path, monkeypatch):

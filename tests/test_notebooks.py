@@ -12,6 +12,8 @@ import keep
 NOTEBOOKS = keep.notebooks()
 NAMES = [str(path.relative_to(keep.ROOT / "nbs")) for path in NOTEBOOKS]
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+PROSE = json.loads((keep.ROOT / "tests/settings_in_prose.json").read_text(encoding="utf-8"))  # test_prose runs these
+RUN = {name: path for name, path in zip(NAMES, NOTEBOOKS) if path.stem not in PROSE}
 
 
 def outputs(path): return [output for cell in keep.code_cells(read_nb(path)) for output in cell.outputs]
@@ -47,7 +49,7 @@ def test_small(path):
     assert path.stat().st_size <= limit * 1000, f"over {limit} kB"
 
 
-@every_notebook
+@pytest.mark.parametrize("path", RUN.values(), ids=RUN)
 def test_run(path, project):
     "In a copy of the project, from top to bottom, in a process of its own; the gallery at a small size."
     passed, errors = keep.in_child(run_notebook, project / path.relative_to(keep.ROOT), project, timeout=keep.HANGS)

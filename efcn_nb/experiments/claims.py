@@ -116,7 +116,7 @@ def summary(
 )->pd.DataFrame:        # network, relax, lr if there are several, epochs, accuracy, spread, n, diverged, off_local
     "Mean outcome (test accuracy), its standard deviation over n seeds, how many of them diverged (and count as "\
     "guessing), and mean off-local share of the others, for every kind of network."
-    several = 'lr' in table and table.lr.nunique() > 1
+    several = 'lr' in check_table(table) and table.lr.nunique() > 1
     by = ['network', 'relax', *['lr']*several]
     groups = final_values(table, chance=chance).groupby([*by, 'epoch'], dropna=False, sort=False).value
     accuracy = groups.agg(accuracy='mean', spread='std', n='count')
@@ -304,7 +304,7 @@ _FAR = '5  far away it is an FCN'
 def _furthest(table, chance):
     "Gains over the FCN of the eFCN that went furthest, its relax time, and its off-local share."
     gains = _gains(table, 'fcn', chance)
-    far = _ends_at(table, 'off_local').mean()[gains.columns]
+    far = _ends_at(table, 'off_local').mean().reindex(gains.columns)
     return gains[far.idxmax()], far.idxmax(), far.max()
 
 def _far_is_fcn(table, chance, margin=.02):
@@ -325,8 +325,7 @@ def _check_comparable(table):
     measured = {*table[table.network == 'efcn'].metric}
     missing = [metric for metric in ('accuracy', 'off_local', 'unshared') if metric not in measured]
     if missing: raise ValueError(f'the claims need {missing[0]} of the relaxed networks, which is not in the table')
-    twice = final_values(table).duplicated(_key(table))
-    if twice.any(): raise ValueError('the table has several values for one run; judge one study at a time')
+    if table.duplicated([*_key(table), 'epoch', 'split', 'metric']).any(): raise ValueError('the table has several values for one run; judge one study at a time')
 
 # %% ../../nbs/experiments/56_claims.ipynb #7823faef
 def _all_claims(table, ablation, chance):
