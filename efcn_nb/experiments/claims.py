@@ -122,7 +122,8 @@ def summary(
     accuracy = groups.agg(accuracy='mean', spread='std', n='count')
     off = final_values(table, 'off_local', 'weights').groupby(by, dropna=False).value.mean().rename('off_local')
     result = accuracy.reset_index().merge(off.reset_index(), how='left', on=by)
-    result = result.merge(_numbers_lost(table, by), how='left', on=by).fillna(dict(diverged=0)).astype(dict(diverged=int))
+    result = result.merge(_numbers_lost(table, by), how='left', on=by)
+    result = result.fillna(dict(diverged=0)).astype(dict(diverged=int))
     order = result.network.map(_ORDER).fillna(4)*1000 + result.relax.fillna(0)
     columns = [*by, 'epoch', 'accuracy', 'spread', 'n', 'diverged', 'off_local']
     result = result.iloc[order.argsort(kind='stable')][columns]
@@ -167,8 +168,8 @@ def _cnn_after(table, epochs, chance):
     return found[found.network == 'cnn'].drop_duplicates(['seed', 'epoch']).set_index(['seed', 'epoch']).value
 
 def _gains(table, over, chance, network='efcn'):
-    "Outcome of each eFCN (or other `network`) less that of network `over`, a row for each seed, a column for each relax "\
-    "time; over 'cnn+': less the CNN's after as many epochs; over an arm: less the arm's from the same relax time."
+    "Outcome of each eFCN (or other `network`) less that of network `over`, a row for each seed, a column for each "\
+    "relax time; over 'cnn+': less the CNN's after as many epochs; over an arm: less the arm's of that time."
     f = final_values(table, chance=chance)
     relaxed = f[f.network == network]
     if over == 'cnn+':
@@ -210,12 +211,13 @@ def _points_at(found):
     "A `Judgement` in words."
     return f'{100*found.mean:+.1f} points at relax time {found.case:g}'
 
+_OVER = {'2a  some eFCN ends above the CNN': 'cnn', '2b  ... above the CNN after as many epochs': 'cnn+',
+         '2c  ... above the CNN annealed at that time': 'annealed', '2d  ... above the CNN slowed at that time': 'slowed'}
+
 def _gains_over_cnn(table, chance):
     "Claims 2a to 2d."
     E, there, claims = protocol_epochs(table), {*table.network}, []
-    for claim, over in (('2a  some eFCN ends above the CNN', 'cnn'), ('2b  ... above the CNN after as many epochs', 'cnn+'),
-                        ('2c  ... above the CNN annealed at that time', 'annealed'),
-                        ('2d  ... above the CNN slowed at that time', 'slowed')):
+    for claim, over in _OVER.items():
         if over in ('annealed', 'slowed') and over not in there:
             claims.append(_Claim(claim, None, False, None, f'not in these numbers; needs the arm {over}'))
             continue
@@ -230,8 +232,9 @@ _NAME = dict(cnn='CNN', averaged='averaged CNN', annealed='annealed CNN', slowed
 def _by_case(found, networks):
     "Outcomes of `networks`: a row for each seed, a column for each network, relax time and rate."
     def name(row):
-        at = '' if math.isnan(row.relax) else f' at {row.relax:g}'
-        return _NAME[row.network.strip('+')] + at + (f', rate {row.lr:g}' if at and row.lr == row.lr else '')
+        if math.isnan(row.relax): return _NAME[row.network.strip('+')]
+        rate = '' if math.isnan(row.lr) else f', rate {row.lr:g}'
+        return f'{_NAME[row.network]} at {row.relax:g}{rate}'
     found = found[found.network.isin(networks)].assign(lr=lambda t: t.get('lr', math.nan))
     found['case'] = [name(row) + ', to its end'*(row.network == 'cnn+') for row in found.itertuples()]
     return found.pivot(index='seed', columns='case', values='value').dropna(axis=1)
@@ -325,7 +328,8 @@ def _check_comparable(table):
     measured = {*table[table.network == 'efcn'].metric}
     missing = [metric for metric in ('accuracy', 'off_local', 'unshared') if metric not in measured]
     if missing: raise ValueError(f'the claims need {missing[0]} of the relaxed networks, which is not in the table')
-    if table.duplicated([*_key(table), 'epoch', 'split', 'metric']).any(): raise ValueError('the table has several values for one run; judge one study at a time')
+    if table.duplicated([*_key(table), 'epoch', 'split', 'metric']).any():
+        raise ValueError('the table has several values for one run; judge one study at a time')
 
 # %% ../../nbs/experiments/56_claims.ipynb #7823faef
 def _all_claims(table, ablation, chance):
@@ -370,7 +374,8 @@ def _without_diverged(rows, table):
     "`rows` of claims that say how many eFCNs diverged; that their deviation stays small cannot hold then."
     lost = (diverged_runs(table).network == 'efcn').sum()
     if lost:
-        rows.loc[rows.claim.str[0].isin(['1', '3']), 'effect'] += f'; {lost} relaxed network{"s" if lost > 1 else ""} diverged'
+        said = f'; {lost} relaxed network{"s" if lost > 1 else ""} diverged'
+        rows.loc[rows.claim.str[0].isin(['1', '3']), 'effect'] += said
         rows.loc[(rows.claim.str[0] == '3') & (rows.verdict == 'holds'), 'verdict'] = 'undecided'
     return rows
 

@@ -134,8 +134,8 @@ def plot_relax_times(
     table:pd.DataFrame, # tidy, as `relax` returns it
     ax=None
 ):
-    "Outcome against relax time, one dot a seed, a cross for one that diverged and counts as guessing, with the levels "\
-    "(mean and range over seeds) of CNN and FCN; returns the axes."
+    "Outcome against relax time, one dot a seed, a cross for one that diverged and counts as guessing, with the "\
+    "levels (mean and range over seeds) of CNN and FCN; returns the axes."
     ends, lost, ax = final_values(table), diverged_runs(table), _axes(ax)
     relaxed = table[table.network.isin(['efcn', 'elcn'])]
     place = {t: i for i, t in enumerate(sorted(relaxed.relax.unique()))}
