@@ -84,6 +84,8 @@ def _add_protocol(a):
     a('--seeds', type=_seeds, default=3, help='how many (default 3), or a list such as 0,1,2')
     a('--images', type=int, help='training images of each seed, which no other seed sees; default all, for all seeds')
     a('--validation', type=int, help='training images to hold out and to measure on, by class; default none')
+    a('--tests', type=int, help='measure on the test set in so many last epochs, and at the best validation accuracy; '
+      'default in all epochs')
     a('--fan_in', choices=('folded', 'padded'), default='folded', help="inputs that the FCN's initial weights count: "
       'real ones (default), or constant zeros of the padding too')
     a('--no-trim', dest='trim', action='store_false',
@@ -160,7 +162,7 @@ def _study(args):
     return Study(data, model, args.relax, args.elcn, args.epochs, args.lr, args.batch_size, args.seeds, args.device,
                  args.precision, args.shuffle, args.fan_in, args.width, args.out,
                  args.keep_weights or bool(args.measure), args.momentum, args.weight_decay, args.trim,
-                 args.relaxed_lr, args.fcn_lr, args.relaxed_epochs, args.arms, args.images, args.validation)
+                 args.relaxed_lr, args.fcn_lr, args.relaxed_epochs, args.arms, args.images, args.validation, args.tests)
 
 def _judged(study, table, found, failed):
     "Summary, and claims if there is something to compare; why they could not be judged is added to `failed`."

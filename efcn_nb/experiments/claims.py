@@ -212,7 +212,8 @@ def _points_at(found):
     return f'{100*found.mean:+.1f} points at relax time {found.case:g}'
 
 _OVER = {'2a  some eFCN ends above the CNN': 'cnn', '2b  ... above the CNN after as many epochs': 'cnn+',
-         '2c  ... above the CNN annealed at that time': 'annealed', '2d  ... above the CNN slowed at that time': 'slowed'}
+         '2c  ... above the CNN annealed at that time': 'annealed',
+         '2d  ... above the CNN slowed at that time': 'slowed'}
 
 def _gains_over_cnn(table, chance):
     "Claims 2a to 2d."

@@ -163,7 +163,7 @@ class Study:
         arms=None,            # a list of rivals that go on from the same CNNs, from `ARMS`; likewise, for none
         images=None,          # training images of each seed, which no other seed sees; None for all images
         validation=None,      # training images held out to choose on, by class, so that it may be a few more or less
-        tests=None            # use the test set in so many last epochs of a run, and at the best on those; None: always
+        tests=None            # last epochs in which the test set is used, beside the best on `validation`; None for all
     ): self._begin(**{k: v for k, v in locals().items() if k != 'self'})
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #7537e2ce
