@@ -81,7 +81,7 @@ def _add_protocol(a):
     a('--relaxed_epochs', type=int, help="of each network after relaxing, if not as many as of the CNN")
     a('--arms', type=_arms, metavar='annealed,slowed',
       help=f'rivals that go on from the same CNNs, from {", ".join(ARMS)}; default those of the protocol')
-    a('--seeds', type=_seeds, default=3, help='how many (default 3), or a list such as 0,1,2')
+    a('--seeds', type=_seeds, help='how many, or a list such as 0,1,2; default 3, and 12 of the digits without other flags')
     a('--images', type=int, help='training images of each seed, which no other seed sees; default all, for all seeds')
     a('--validation', type=int, help='training images to hold out and to measure on, by class; default none')
     a('--tests', type=int, help='measure on the test set in so many last epochs, and at the best validation accuracy; '
@@ -125,7 +125,7 @@ def _parser():
             'moments of its training, train on without the constraint, and compare with the CNN and with a '
             'fully-connected network trained from scratch (FCN).',
         epilog='If interrupted, rerun the same command with the same --out; it resumes. Without flags: the digits, '
-            'three seeds, one to two minutes.')
+            'twelve seeds, with two rivals of the relaxed networks, in two to three minutes.')
     for add in _add_data, _add_protocol, _add_training, _add_results: add(p.add_argument)
     return p
 
@@ -151,6 +151,20 @@ def _chance(test):
     "Accuracy of always naming the most frequent class."
     return torch.bincount(test.y).max().item()/len(test)
 
+# %% ../nbs/99_cli.ipynb #acfd3f34
+_SETTINGS = dict(relax_times='relax', elcn_times='elcn') | {name: name for name in (
+    'epochs', 'lr', 'batch_size', 'width', 'relaxed_lr', 'fcn_lr', 'relaxed_epochs', 'arms', 'images', 'validation',
+    'tests')}
+
+def _protocol(args):
+    "The settings of a study that say what is trained, how long, and by what rate; `DIGITS` if no flag says any of it."
+    from efcn_nb.experiments.relaxation import DIGITS
+    asked = {setting: getattr(args, flag) for setting, flag in _SETTINGS.items()}
+    if args.data == 'digits' and args.model is None and all(v is None for v in asked.values()):
+        return DIGITS | ({} if args.seeds is None else dict(seeds=args.seeds))
+    model = args.model or ('small' if args.data == 'digits' else 'skinny')
+    return asked | dict(model=model, seeds=3 if args.seeds is None else args.seeds)
+
 # %% ../nbs/99_cli.ipynb #7c95e166
 def _study(args):
     "The study that `args` describe."
@@ -158,11 +172,9 @@ def _study(args):
     from efcn_nb.experiments.relaxation import Study
     if args.workers < 1: raise ValueError(f'workers must be 1 or more, not {args.workers}')
     data = load_data(args.data, root=args.root, name=args.name, shift=args.shift, size=args.size)
-    model = args.model or ('small' if args.data == 'digits' else 'skinny')
-    return Study(data, model, args.relax, args.elcn, args.epochs, args.lr, args.batch_size, args.seeds, args.device,
-                 args.precision, args.shuffle, args.fan_in, args.width, args.out,
-                 args.keep_weights or bool(args.measure), args.momentum, args.weight_decay, args.trim,
-                 args.relaxed_lr, args.fcn_lr, args.relaxed_epochs, args.arms, args.images, args.validation, args.tests)
+    return Study(data, device=args.device, precision=args.precision, shuffle=args.shuffle, fan_in=args.fan_in,
+                 out=args.out, keep_weights=args.keep_weights or bool(args.measure), momentum=args.momentum,
+                 weight_decay=args.weight_decay, trim=args.trim, **_protocol(args))
 
 def _judged(study, table, found, failed):
     "Summary, and claims if there is something to compare; why they could not be judged is added to `failed`."
@@ -219,12 +231,13 @@ def _report(tables, study, where):
     show = lambda t, **kw: print(t.to_string(index=False, na_rep='', **kw))
     digits = dict(relax='{:g}'.format, accuracy='{:.3f}'.format, off_local='{:.4f}'.format,
                   spread=lambda v: '' if v != v else f'{v:.3f}')
-    print('\nFinal test accuracy (mean and standard deviation over n seeds) and off-local share of the squared weights')
+    print('\nTest accuracy (last five epochs; mean and standard deviation over n seeds) and off-local share of the squared '
+          'weights')
     show(tables['summary'], formatters=digits)
     if 'claims' in tables:
-        print('\nThe claims of d\'Ascoli et al. 2019, judged by 95 % intervals over seeds (all undecided with one '
-              'seed)')
-        show(tables['claims'])
+        print('\nClaims, judged by 95 % intervals over seeds (all undecided with one seed); p of all but the first is '
+              'corrected for their number')
+        show(tables['claims'], formatters=dict(p='{:.2g}'.format))
     for label, why in study.diverged().items(): print(f'\ndiverged: {label}: {why}', end='')
     names = ', '.join(f'{name}.csv' for name in tables)
     print(f'\n{where}, {study.precision}\nTables, figure and runs: {study.out}/ (figure.png, {names}, metrics.csv)')

@@ -47,7 +47,7 @@ def test_what_is_printed_and_written(done):
     study, out = done
     assert {p.name for p in study.iterdir() if p.is_file()} == REPORTS
     assert len([p for p in study.iterdir() if p.is_dir()]) == 5
-    for word in ("Final test accuracy", "claims", "fcn", "efcn", "elcn", "cnn", "torch", str(study.name)):
+    for word in ("Test accuracy (last five epochs", "Claims", "fcn", "efcn", "elcn", "cnn", "torch", str(study.name)):
         assert word in out, word
     assert pd.read_csv(study/"summary.csv").n.eq(1).all() and len(pd.read_csv(study/"claims.csv")) >= 5
     with Image.open(study/"figure.png") as figure: assert figure.format == "PNG" and min(figure.size) > 200
