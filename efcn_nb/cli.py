@@ -38,7 +38,8 @@ def _seeds(text):
     return found if ',' in text or len(found) != 1 else found[0]
 
 # %% ../nbs/99_cli.ipynb #94a485dc
-_MEASURES = ('ablation', 'profiles', 'biases', 'templates', 'barriers', 'paths', 'gradients', 'curvature')
+_MEASURES = ('ablation', 'displacement', 'profiles', 'biases', 'templates', 'barriers', 'paths', 'gradients',
+             'curvature')
 
 def _names(text, what, known):
     "A list of names among the `known` from text like 'ablation,paths'."
@@ -182,7 +183,7 @@ def _judged(study, table, found, failed):
     chance = _chance(study.data.test)
     tables = dict(summary=summary(table, chance=chance))
     if not _can_judge(tables['summary']): return tables
-    try: tables['claims'] = claims(table, ablation=found.get('ablation'), chance=chance)
+    try: tables['claims'] = claims(table, found.get('ablation'), found.get('displacement'), chance)
     except ValueError as e: failed['claims'] = e
     return tables
 

@@ -274,7 +274,20 @@ def _stays_near(table, small=.1):
         share = small - found.mean
         return (f'off-local share {100*share:.1f} % at relax time {found.case:g} ({100*share**.5:.0f} % of the norm), '
                 f'unshared {100*unshared[found.case].mean():.1f} %')
-    return _Claim('3  the deviation stays small', small - off, True, say)
+    return _Claim('3a  the deviation stays small', small - off, True, say)
+
+# %% ../../nbs/experiments/56_claims.ipynb #cadfe5dd
+def _moves_less(displacement):
+    "Claim 3b: is the off-local share of each eFCN's displacement below that of its FCN's?"
+    claim = '3b  eFCNs move less off-local than FCNs'
+    if displacement is None: return _Claim(claim, None, True, None, 'not in these numbers; needs a displacement')
+    t = check_table(displacement, ['network', 'seed', 'relax', 'off_local'], 'measure_displacement')
+    efcn = t[t.network == 'efcn'].pivot(index='seed', columns='relax', values='off_local')
+    fcn = t[t.network == 'fcn'].set_index('seed').off_local
+    def say(found):
+        return (f'off-local share of the displacement {100*efcn[found.case].mean():.1f} % at relax time {found.case:g}, '
+                f'of the FCN {100*fcn.mean():.1f} %')
+    return _Claim(claim, -efcn.sub(fcn, axis=0), True, say)
 
 # %% ../../nbs/experiments/56_claims.ipynb #dd2cb168
 _ALL, _LOCAL, _OFF = _NEEDED = 'convolutional + unshared + off_local', 'convolutional + unshared', 'off_local'
@@ -333,7 +346,7 @@ def _check_comparable(table):
         raise ValueError('the table has several values for one run; judge one study at a time')
 
 # %% ../../nbs/experiments/56_claims.ipynb #7823faef
-def _all_claims(table, ablation, chance):
+def _all_claims(table, ablation, displacement, chance):
     "All claims but the fifth, on `table` with all rates and on that with one rate for each network; raises "\
     "`ValueError` if the table has not the networks that they compare."
     _check_comparable(table)
@@ -343,7 +356,7 @@ def _all_claims(table, ablation, chance):
         raise ValueError('no seed has both an FCN and a relaxed network, so there is nothing to compare')
     first = _Claim('1  every eFCN ends above the FCN', over_fcn, True, _points_at)
     return chosen, [_primary(table, chance), first, *_gains_over_cnn(chosen, chance), _stays_near(chosen),
-                    _help_together(ablation, chance)]
+                    _moves_less(displacement), _help_together(ablation, chance)]
 
 def _row(c):
     "The line of a claim, with its p-value."
@@ -360,13 +373,14 @@ def _with_holm(rows):
 
 # %% ../../nbs/experiments/56_claims.ipynb #0f2e8375
 def claims(
-    table:pd.DataFrame,          # as `relax` returns it
-    ablation:pd.DataFrame=None,  # as `measure_ablation` returns it, for claim 4
-    chance:float=.1              # accuracy of guessing
+    table:pd.DataFrame,             # as `relax` returns it
+    ablation:pd.DataFrame=None,     # as `measure_ablation` returns it, for claim 4
+    displacement:pd.DataFrame=None, # as `measure_displacement` returns it, for claim 3b
+    chance:float=.1                 # accuracy of guessing
 )->pd.DataFrame:                 # claim, effect, spread over seeds, half width of the interval (points), n, verdict, p
     "The primary claim and the paper's five, judged on outcomes and deviations; p-values of all but the primary claim "\
     "are corrected for their number. Raises `ValueError` if there are no relaxed networks or no baseline."
-    chosen, asked = _all_claims(table, ablation, chance)
+    chosen, asked = _all_claims(table, ablation, displacement, chance)
     rows = pd.DataFrame([*map(_row, asked), _far_is_fcn(chosen, chance)])
     return _without_diverged(_with_holm(rows), chosen)
 
@@ -376,8 +390,8 @@ def _without_diverged(rows, table):
     lost = (diverged_runs(table).network == 'efcn').sum()
     if lost:
         said = f'; {lost} relaxed network{"s" if lost > 1 else ""} diverged'
-        rows.loc[rows.claim.str[0].isin(['1', '3']), 'effect'] += said
-        rows.loc[(rows.claim.str[0] == '3') & (rows.verdict == 'holds'), 'verdict'] = 'undecided'
+        rows.loc[rows.claim.str.split().str[0].isin(['1', '3a']), 'effect'] += said
+        rows.loc[rows.claim.str.startswith('3a') & (rows.verdict == 'holds'), 'verdict'] = 'undecided'
     return rows
 
 # %% ../../nbs/experiments/56_claims.ipynb #de3ea80b
@@ -397,11 +411,12 @@ def needed_rows(
 def claim_intervals(
     table:pd.DataFrame,
     ablation:pd.DataFrame=None,
+    displacement:pd.DataFrame=None,
     chance:float=.1
 )->pd.DataFrame: # claim, relax (the time that decides), mean, low, high (the ends of the interval), n, verdict
     "The effects of `claims` that can be judged, each of which should be positive (of claim 5, near 0 or below)."
-    verdicts, rows = claims(table, ablation, chance).set_index('claim').verdict, []
-    chosen, asked = _all_claims(table, ablation, chance)
+    verdicts, rows = claims(table, ablation, displacement, chance).set_index('claim').verdict, []
+    chosen, asked = _all_claims(table, ablation, displacement, chance)
     for c in asked:
         if verdicts[c.claim] == 'not judged': continue
         found = judge(c.cases, c.every)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'over_networks', 'measure_ablation', 'measure_profiles', 'measure_biases', 'measure_templates',
-           'first_rows', 'one_seed', 'measure_barriers', 'measure_paths', 'measure_gradients', 'measure_curvature',
-           'measured']
+           'measure_displacement', 'first_rows', 'one_seed', 'measure_barriers', 'measure_paths', 'measure_gradients',
+           'measure_curvature', 'measured']
 
 # %% ../../nbs/experiments/57_measures.ipynb #cb9ae1df
 import math
@@ -13,8 +13,9 @@ import math
 import pandas as pd
 import torch
 
-from ..instruments.subspaces import (
-    ablation, bias_spread, dimensions, off_local_rows, PARTS, radial_profile, released_layers, template_similarity)
+from efcn_nb.instruments.subspaces import (
+    ablation, bias_spread, dimensions, off_local_rows, PARTS, radial_profile, released_layers, shares,
+    template_similarity)
 from ..instruments.paths import along, barrier_matrix, PATHS
 from ..instruments.curvature import gradient_shares, top_eigenvalues, trace
 from .runs import run_id
@@ -90,9 +91,9 @@ def measure_biases(
 
 # %% ../../nbs/experiments/57_measures.ipynb #5abf1848
 def _change(study, run):
-    "The FCN of `run` with what training has added to its released weights, in their place."
+    "The network of `run` with what training has added to its released weights, in their place."
     model = _at_end(study, run)
-    start = released_layers(study.start('fcn', run['seed']))
+    start = released_layers(study.start(run['network'], run['seed'], run['relax']))
     for name, m in released_layers(model).items(): m.weight.data.sub_(start[name].weight.data)
     return model
 
@@ -108,6 +109,18 @@ def measure_templates(
     change = [similarity(_change(study, run), run['seed']).assign(**_about(study, run) | dict(network='fcn change'))
               for run in _runs(study, ['fcn'])]
     return pd.concat([found, fresh, *change], ignore_index=True)
+
+# %% ../../nbs/experiments/57_measures.ipynb #40c9d416
+def measure_displacement(
+    study:Study
+)->pd.DataFrame: # network, seed, relax, convolutional, unshared, off_local (shares of its squared norm), norm
+    "Where the displacement of every eFCN, eLCN and FCN lies: its weights at the end less those at its start."
+    rows = []
+    for run in _runs(study, ('efcn', 'elcn', 'fcn')):
+        moved = shares(_change(study, run)).loc['all']
+        rows.append(_about(study, run) | {name: moved[name] for name in ('convolutional', 'unshared', 'off_local', 'norm')})
+    if not rows: raise ValueError('the study has no relaxed network and no baseline that came to its end')
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/57_measures.ipynb #26dce767
 def _first_trio(study):
@@ -246,7 +259,7 @@ def measure_curvature(
 
 # %% ../../nbs/experiments/57_measures.ipynb #18edbb28
 MEASURES = dict(
-    ablation=measure_ablation, profiles=measure_profiles, biases=measure_biases, templates=measure_templates,
+    ablation=measure_ablation, displacement=measure_displacement, profiles=measure_profiles, biases=measure_biases, templates=measure_templates,
     barriers=measure_barriers, paths=measure_paths, gradients=measure_gradients, curvature=measure_curvature)
 
 def measured(
