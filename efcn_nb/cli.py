@@ -82,7 +82,8 @@ def _add_protocol(a):
     a('--relaxed_epochs', type=int, help="of each network after relaxing, if not as many as of the CNN")
     a('--arms', type=_arms, metavar='annealed,slowed',
       help=f'rivals that go on from the same CNNs, from {", ".join(ARMS)}; default those of the protocol')
-    a('--seeds', type=_seeds, help='how many, or a list such as 0,1,2; default 3, and 12 of the digits without other flags')
+    a('--seeds', type=_seeds, help='how many, or a list such as 0,1,2; default 3, and 12 where no flag says what to '
+      'train')
     a('--images', type=int, help='training images of each seed, which no other seed sees; default all, for all seeds')
     a('--validation', type=int, help='training images to hold out and to measure on, by class; default none')
     a('--tests', type=int, help='measure on the test set in so many last epochs, and at the best validation accuracy; '
@@ -232,8 +233,8 @@ def _report(tables, study, where):
     show = lambda t, **kw: print(t.to_string(index=False, na_rep='', **kw))
     digits = dict(relax='{:g}'.format, accuracy='{:.3f}'.format, off_local='{:.4f}'.format,
                   spread=lambda v: '' if v != v else f'{v:.3f}')
-    print('\nTest accuracy (last five epochs; mean and standard deviation over n seeds) and off-local share of the squared '
-          'weights')
+    print('\nTest accuracy (last five epochs; mean and standard deviation over n seeds) and off-local share of the '
+          'squared weights')
     show(tables['summary'], formatters=digits)
     if 'claims' in tables:
         print('\nClaims, judged by 95 % intervals over seeds (all undecided with one seed); p of all but the first is '

@@ -285,8 +285,8 @@ def _moves_less(displacement):
     efcn = t[t.network == 'efcn'].pivot(index='seed', columns='relax', values='off_local')
     fcn = t[t.network == 'fcn'].set_index('seed').off_local
     def say(found):
-        return (f'off-local share of the displacement {100*efcn[found.case].mean():.1f} % at relax time {found.case:g}, '
-                f'of the FCN {100*fcn.mean():.1f} %')
+        return (f'off-local share of the displacement {100*efcn[found.case].mean():.1f} % at relax time '
+                f'{found.case:g}, of the FCN {100*fcn.mean():.1f} %')
     return _Claim(claim, -efcn.sub(fcn, axis=0), True, say)
 
 # %% ../../nbs/experiments/56_claims.ipynb #dd2cb168

@@ -118,7 +118,8 @@ def measure_displacement(
     rows = []
     for run in _runs(study, ('efcn', 'elcn', 'fcn')):
         moved = shares(_change(study, run)).loc['all']
-        rows.append(_about(study, run) | {name: moved[name] for name in ('convolutional', 'unshared', 'off_local', 'norm')})
+        columns = 'convolutional', 'unshared', 'off_local', 'norm'
+        rows.append(_about(study, run) | {name: moved[name] for name in columns})
     if not rows: raise ValueError('the study has no relaxed network and no baseline that came to its end')
     return pd.DataFrame(rows)
 
@@ -259,7 +260,8 @@ def measure_curvature(
 
 # %% ../../nbs/experiments/57_measures.ipynb #18edbb28
 MEASURES = dict(
-    ablation=measure_ablation, displacement=measure_displacement, profiles=measure_profiles, biases=measure_biases, templates=measure_templates,
+    ablation=measure_ablation, displacement=measure_displacement, profiles=measure_profiles,
+    biases=measure_biases, templates=measure_templates,
     barriers=measure_barriers, paths=measure_paths, gradients=measure_gradients, curvature=measure_curvature)
 
 def measured(
