@@ -222,6 +222,17 @@ def test_an_old_record(name):
     assert len(claims(table, read_protocol(ablation) if ablation.exists() else None)) == 10
 
 
+@pytest.mark.parametrize("name", ["photographs_1k", "needle_digits"])
+def test_a_record(name):
+    "Its table gives the summary and the claims that were recorded."
+    table = read_protocol(RECORDS/name/"metrics.csv")
+    was, said = (pd.read_csv(RECORDS/name/f"{kind}.csv") for kind in ("summary", "claims"))
+    pd.testing.assert_frame_equal(summary(table), was, check_dtype=False, rtol=1e-4)
+    found = claims(table)
+    assert found[["claim", "effect", "interval", "n", "verdict"]].fillna("").equals(
+        said[["claim", "effect", "interval", "n", "verdict"]].fillna(""))
+
+
 def test_an_old_folder(tmp_path, monkeypatch):
     """A folder whose runs were stored with the old names, and whose last run was stopped on the way:
     it resumes, and ends as a new one."""

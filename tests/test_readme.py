@@ -43,11 +43,10 @@ def test_numbers_of_the_gpu_record():
         assert f"{100*row['gain_best_rival']:.1f} ± {100*row['half_best_rival']:.1f}" in text, (block, relax)
 
 
-def test_numbers_of_the_record_on_digits():
-    "What README says of the CNN and the FCN on digits is what the record holds."
-    table = read_protocol(keep.ROOT / "nbs/records/needle_digits/metrics.csv")
-    text = (keep.ROOT / "README.md").read_text(encoding="utf-8")
-    ends = table[(table.split == "test") & (table.metric == "accuracy")]
-    for network, epoch in (("cnn", 16), ("cnn", 32), ("fcn", 16)):
-        values = ends[(ends.network == network) & (ends.epoch == epoch)].value
-        assert f"{100*values.mean():.1f} ± {100*values.std():.1f} %" in text, (network, epoch)
+@pytest.mark.parametrize("record", ["photographs_1k", "needle_digits"])
+def test_primary_claims(record):
+    "What README says of the primary claim is what the record holds."
+    row = pd.read_csv(keep.ROOT / f"nbs/records/{record}/claims.csv").iloc[0]
+    text = " ".join((keep.ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert row.claim.startswith("P") and f"{row.effect}, interval {row.interval}" in text
+

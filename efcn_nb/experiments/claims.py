@@ -400,9 +400,9 @@ def needed_rows(
 )->pd.DataFrame:       # some of its rows, without what is the same in all
     "The rows on which `summary`, `gains` and `claims` depend."
     table, key = check_table(table), _key(table)
-    last = table.groupby(key, dropna=False).epoch.transform('max')
-    late = table.epoch > last - LAST
-    accuracy = (table.metric == 'accuracy') & (late | (table.network == 'cnn'))
+    first, last = (table.groupby(key, dropna=False).epoch.transform(end) for end in ('min', 'max'))
+    ends = (table.epoch == first) | (table.epoch > last - LAST)
+    accuracy = (table.metric == 'accuracy') & (ends | (table.network == 'cnn'))
     weights = (table.split == 'weights') & (table.epoch == last)
     found = table[accuracy | weights | (table.metric == 'diverged')]
     return found.drop(columns=['step'], errors='ignore').reset_index(drop=True)
