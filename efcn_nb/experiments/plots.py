@@ -16,7 +16,7 @@ import seaborn as sns
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from .claims import check_table, diverged_runs, final_values, protocol_epochs
+from .claims import check_table, choose_rates, diverged_runs, final_values, gains, protocol_epochs
 
 # %% ../../nbs/experiments/58_plots.ipynb #84f7ae98
 COLOURS = dict(cnn='black', fcn='tab:red', efcn='tab:green', elcn='tab:cyan', lcn='tab:blue', annealed='dimgray',
@@ -468,14 +468,24 @@ def _seeds_said(table):
     said = f'n = {n} seeds; bands span them' if n > 1 else 'n = 1 seed'
     return said + (f'; crosses: {lost} run{"s"*(lost > 1)} diverged' if lost else '')
 
+_RIVALS = 'annealed', 'slowed'
+
+def _plot_rivals(table, ax):
+    "Gains of eFCN, annealed and slowed CNN over the CNN after as many epochs."
+    shown = table[table.network.isin(['cnn', 'fcn', 'efcn', 'elcn', *_RIVALS])]
+    plot_gains(gains(shown, 'cnn+'), ax).set(ylabel='gain over the CNN (points)')
+
 def plot_study(
     table:pd.DataFrame, # tidy, as `relax` returns it
     title:str=''        # of the data and the network
 ):
-    "Training curves, final accuracy against relax time and deviation side by side; returns the figure."
+    "Training curves, outcome against relax time, deviation and, where there are rivals, gains side by side, at one "\
+    "rate for each network where images were held out to choose it; returns the figure."
     protocol_epochs(check_table(table))                                 # before anything is drawn
+    if (table.split == 'validation').any(): table = choose_rates(table)
     set_style()
-    fig, axes = plt.subplots(1, 3, figsize=(14, 3.4), layout='constrained')
-    for plot, ax in zip([plot_curves, plot_relax_times, plot_deviation], axes): plot(table, ax=ax)
+    plots = [plot_curves, plot_relax_times, plot_deviation, _plot_rivals][:4 if {*_RIVALS} & {*table.network} else 3]
+    fig, axes = plt.subplots(1, len(plots), figsize=(4.7*len(plots), 3.4), layout='constrained')
+    for plot, ax in zip(plots, axes): plot(table, ax=ax)
     fig.suptitle(f'{title} ({_seeds_said(table)})')
     return fig
