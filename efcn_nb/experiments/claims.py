@@ -190,6 +190,8 @@ def gains(
 )->pd.DataFrame:        # network, relax, mean, low, high (ends of the 95 % interval), n
     "Outcomes of all networks that begin at a relax time less that of another network, paired by seed."
     one_of('over', over, ['cnn+', *final_values(table).network.unique()])
+    if 'lr' in table and (table.groupby(['network', 'relax', 'seed'], dropna=False).lr.nunique() > 1).any():
+        raise ValueError('the table has several rates for one network; choose one of them with choose_rates')
     rows, starts = [], table[table.relax.notna()].network.unique()
     for network in starts:
         if network == over: continue

@@ -461,19 +461,24 @@ def plot_growth(
     _growing(memory, 'peak of memory (GB)', weights)
     return fig
 
+# %% ../../nbs/experiments/58_plots.ipynb #a4f0a63a
+_RIVALS = 'annealed', 'slowed'
+
+def _has_rivals(table):
+    "Whether there are rivals, and one rate for each network."
+    return {*_RIVALS} & {*table.network} and table.groupby(['network', 'relax']).lr.nunique().max() == 1
+
+def _plot_rivals(table, ax):
+    "Gains of eFCN, annealed and slowed CNN over the CNN after as many epochs."
+    shown = table[table.network.isin(['cnn', 'fcn', 'efcn', 'elcn', *_RIVALS])]
+    plot_gains(gains(shown, 'cnn+'), ax).set(ylabel='gain over the CNN (points)')
+
 # %% ../../nbs/experiments/58_plots.ipynb #e376d6f8
 def _seeds_said(table):
     "The number of seeds, and of runs that diverged, in words."
     n, lost = table.seed.nunique(), len(diverged_runs(table))
     said = f'n = {n} seeds; bands span them' if n > 1 else 'n = 1 seed'
     return said + (f'; crosses: {lost} run{"s"*(lost > 1)} diverged' if lost else '')
-
-_RIVALS = 'annealed', 'slowed'
-
-def _plot_rivals(table, ax):
-    "Gains of eFCN, annealed and slowed CNN over the CNN after as many epochs."
-    shown = table[table.network.isin(['cnn', 'fcn', 'efcn', 'elcn', *_RIVALS])]
-    plot_gains(gains(shown, 'cnn+'), ax).set(ylabel='gain over the CNN (points)')
 
 def plot_study(
     table:pd.DataFrame, # tidy, as `relax` returns it
@@ -484,7 +489,7 @@ def plot_study(
     protocol_epochs(check_table(table))                                 # before anything is drawn
     if (table.split == 'validation').any(): table = choose_rates(table)
     set_style()
-    plots = [plot_curves, plot_relax_times, plot_deviation, _plot_rivals][:4 if {*_RIVALS} & {*table.network} else 3]
+    plots = [plot_curves, plot_relax_times, plot_deviation, _plot_rivals][:4 if _has_rivals(table) else 3]
     fig, axes = plt.subplots(1, len(plots), figsize=(4.7*len(plots), 3.4), layout='constrained')
     for plot, ax in zip(plots, axes): plot(table, ax=ax)
     fig.suptitle(f'{title} ({_seeds_said(table)})')
