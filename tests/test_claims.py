@@ -222,7 +222,7 @@ def test_an_old_record(name):
     assert len(claims(table, read_protocol(ablation) if ablation.exists() else None)) == 10
 
 
-@pytest.mark.parametrize("name", ["photographs_1k", "needle_digits"])
+@pytest.mark.parametrize("name", ["photographs_1k", "photographs_4k", "needle_digits"])
 def test_a_record(name):
     "Its table gives the summary and the claims that were recorded."
     table = read_protocol(RECORDS/name/"metrics.csv")
