@@ -397,17 +397,24 @@ def _without_diverged(rows, table):
     return rows
 
 # %% ../../nbs/experiments/56_claims.ipynb #de3ea80b
+def _near(epochs, ends):
+    "Whether each of `epochs` is one of the last `LAST` before one of `ends`."
+    return sum((epochs > end - LAST) & (epochs <= end) for end in ends) > 0
+
 def needed_rows(
     table:pd.DataFrame # as `relax` returns it
-)->pd.DataFrame:       # some of its rows, without what is the same in all
-    "The rows on which `summary`, `gains` and `claims` depend."
-    table, key = check_table(table), _key(table)
-    first, last = (table.groupby(key, dropna=False).epoch.transform(end) for end in ('min', 'max'))
-    ends = (table.epoch == first) | (table.epoch > last - LAST)
-    accuracy = (table.metric == 'accuracy') & (ends | (table.network == 'cnn'))
-    weights = (table.split == 'weights') & (table.epoch == last)
-    found = table[accuracy | weights | (table.metric == 'diverged')]
-    return found.drop(columns=['step'], errors='ignore').reset_index(drop=True)
+)->pd.DataFrame:       # without steps
+    "The rows on which `summary`, `gains` and `claims` depend; accuracies of a run, the CNN's apart, are replaced by "\
+    "their outcome."
+    table, key = check_table(table).drop(columns=['step'], errors='ignore'), _key(table)
+    accuracy = table[(table.metric == 'accuracy') & table.split.isin(['test', 'validation'])]
+    last = table.groupby(key, dropna=False).epoch.transform('max')
+    ends = {protocol_epochs(table), *last}
+    cnn = accuracy[(accuracy.network == 'cnn') & (_near(accuracy.epoch, ends) | (accuracy.epoch == 0))]
+    same = [name for name in table if name not in ('epoch', 'value')]
+    others = _outcomes(accuracy[accuracy.network != 'cnn'], same, LAST)
+    shares = table[(table.split == 'weights') & table.metric.isin(['off_local', 'unshared']) & (table.epoch == last)]
+    return pd.concat([cnn, others, shares, table[table.metric == 'diverged']], ignore_index=True)[[*table]]
 
 # %% ../../nbs/experiments/56_claims.ipynb #e2987458
 def claim_intervals(
