@@ -113,12 +113,14 @@ def judge(
     "The deciding case and the verdict. Raises `ValueError` without a case, or if two have one name."
     m = _number_of_cases(by_case)
     found = {t: interval(by_case[t], 1 if every else m, tests) for t in by_case}
-    other = [interval(by_case[t], m if every else 1, tests) for t in by_case]
+    other = {t: interval(by_case[t], m if every else 1, tests) for t in by_case}
     low = lambda t: (-math.inf, -math.inf) if math.isnan(found[t].mean) else (found[t].low, found[t].mean)
     decides = (min if every else max)(by_case.columns, key=low)
-    highs = [math.inf if math.isnan(one.mean) else one.high for one in other]
-    said = verdict(found[decides].low, min(highs) if every else max(highs))
-    return Judgement(decides, *found[decides], said, _p_value([*map(by_case.get, by_case)], every))
+    high = lambda t: math.inf if math.isnan(other[t].mean) else other[t].high
+    refutes = (min if every else max)(by_case.columns, key=high)
+    said = verdict(found[decides].low, high(refutes))
+    case, chosen = (refutes, other[refutes]) if said == 'fails' else (decides, found[decides])
+    return Judgement(case, *chosen, said, _p_value([*map(by_case.get, by_case)], every))
 
 # %% ../../nbs/experiments/53_effects.ipynb #955aec0c
 def holm(

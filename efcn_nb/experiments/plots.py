@@ -235,7 +235,8 @@ def plot_claims(
         ax.plot(100*row.mean, y, 'o', ms=5, color=colour, mfc=colour if bounded else 'white')
         ax.text(1.01, y, f'{row.verdict}, n = {row.n}', fontsize=7, va='center', transform=ax.get_yaxis_transform())
     ax.axvline(0, color='black', lw=.8, ls=':')
-    names = [f'{claim} ($t_w$ = {t:g})' for claim, t in zip(intervals.claim, intervals.relax)]
+    times = [f' ($t_w$ = {t:g})' if np.isfinite(t) else '' for t in intervals.relax]
+    names = [claim + time for claim, time in zip(intervals.claim, times)]
     ax.set_yticks(range(len(names)), names, fontsize=7)
     ax.set(xlabel='effect and its 95 % interval (points)')
     ax.invert_yaxis()
