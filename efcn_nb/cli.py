@@ -99,7 +99,8 @@ def _add_training(a):
     a('--lr', type=float, help='learning rate of plain SGD; default 0.1')
     a('--relaxed_lr', type=_rates, metavar='0.05,0.02',
       help='learning rate after relaxing, one or several; default as in the protocol, or --lr')
-    a('--fcn_lr', type=_rates, metavar='0.05,0.02', help='learning rate of the FCN; likewise')
+    a('--fcn_lr', type=lambda text: _rates(text) if text.strip() else [], metavar='0.05,0.02',
+      help="learning rate of the FCN; likewise; '' for no FCN")
     a('--batch_size', type=int, help='images in a step; default 25 for small, 250 for the others')
     a('--momentum', type=float, default=0., help='of SGD; default 0, as in the paper')
     a('--weight_decay', type=float, default=0., help='of SGD; default 0, as in the paper')

@@ -1,5 +1,5 @@
 """Every arm starts at the CNN's function, and moves as it says."""
-import copy
+import copy, math
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ from efcn_nb.instruments.subspaces import released_layers
 from efcn_nb.ladder.embedding import embed, nearest_cnn
 from efcn_nb.ladder.layers import FullyConnected
 from efcn_nb.training.arms import (
-    ARMS, WithOffLocal, add_off_local, check_arms, held_masks, make_arm, merge_off_local, moving_average)
+    ARMS, WithOffLocal, add_off_local, add_off_local_noise, check_arms, held_masks, make_arm, merge_off_local,
+    moving_average)
 from efcn_nb.ladder.inspection import conv_geometries
 from efcn_nb.training.cohorts import Cohort
 from efcn_nb.training.fused import FusedSGD
@@ -85,6 +86,7 @@ NETWORKS = dict(
     frozen=lambda: frozen_first(headed(conv_of(2, 2, 3, 3), nn.Tanh(), conv_of(2, 3, 2, 3, seed=1))),
     frozen_bias=lambda: headed(conv_of(2, 2, 3, 3).requires_grad_(False), nn.Tanh(), conv_of(2, 3, 2, 3, seed=1)))
 ALL = pytest.mark.parametrize("name", NETWORKS)
+QUIET = [arm for arm in ARMS if not arm.startswith("noise")]
 
 
 def batch(dtype=torch.float64, seed=0):
@@ -110,20 +112,45 @@ def outputs(model):
     with torch.no_grad(): return copy.deepcopy(model).eval()(x)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", QUIET)
 @pytest.mark.parametrize("name, trim", [*((name, True) for name in NETWORKS), ("trimmed", False)])
 def test_every_arm_starts_at_the_function_of_the_cnn(name, trim, arm):
     made = make_arm(arm, NETWORKS[name](), SHAPE, trim)
     torch.testing.assert_close(outputs(made), outputs(NETWORKS[name]()), atol=1e-11, rtol=0)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", QUIET)
 def test_an_arm_of_a_convolution_that_is_the_whole_network(arm):
     conv, x = conv_of(2, 2, 3, 3, stride=2, padding=1), rand(3, *SHAPE)
     made = make_arm(arm, copy.deepcopy(conv), SHAPE)
     torch.testing.assert_close(made(x), conv(x), atol=1e-12, rtol=0)
     assert list(held_masks(made)) == ["beyond.weight"]*arm.endswith("off_local")
     if held_masks(made): torch.testing.assert_close(merge_off_local(made)(x), conv(x), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("arm, ratio", [("noise_1", 1), ("noise_3", 3)])
+@ALL
+def test_noise_has_its_norm_and_lies_outside_the_windows(name, arm, ratio):
+    "Each matrix once, also where layers share it; other seeds draw other noise; what is frozen has none."
+    start = embed(NETWORKS[name](), SHAPE, trim=True)
+    made, other = (make_arm(arm, NETWORKS[name](), SHAPE, seed=seed) for seed in (0, 1))
+    changed = 0
+    for n, layer in released_layers(start).items():
+        added, again = (m.get_submodule(n).weight - layer.weight for m in (made, other))
+        mask = layer.geometry.mask
+        assert not added[mask].any()
+        has = bool((~mask).any()) and layer.weight.requires_grad
+        changed += has
+        torch.testing.assert_close(added.norm(), ratio*layer.weight.norm()*has, atol=1e-9, rtol=1e-6)
+        assert torch.equal(added, again) != has
+    assert changed or name in ("larger_than_the_image",)
+    assert states(made).keys() == states(start).keys()
+
+
+@pytest.mark.parametrize("ratio", [0, -1, math.nan, "1", None])
+def test_a_ratio_that_cannot_be(ratio):
+    with pytest.raises(ValueError, match="ratio must be a positive number"):
+        add_off_local_noise(embed(NETWORKS["plain"](), SHAPE), ratio)
 
 
 @pytest.mark.parametrize("name, settings", [*((name, {}) for name in NETWORKS), *(

@@ -91,6 +91,8 @@ def _times(name, values, epochs):
 def _rates(name, values, default):
     "Learning rates, each once, the largest first; `default` for None."
     if values is None: return [default]
+    if name == 'fcn_lr' and not isinstance(values, (str, bytes)) and hasattr(values, '__len__') and not len(values):
+        return []
     alone = isinstance(values, Real)
     values = [positive(name, values)] if alone else distinct(name, values, positive)
     return sorted(map(float, values), reverse=True)
@@ -162,7 +164,7 @@ class Study:
         momentum=0., weight_decay=0., # of SGD; the memory of momentum starts empty in each network
         trim=True,            # leave out rows of matrices that make outputs which nothing reads
         relaxed_lr=None,      # rate after relaxing, or a list of them; None as above, and there for `lr`
-        fcn_lr=None,          # rate of the baseline, or a list of them; likewise
+        fcn_lr=None,          # rate of the baseline, or a list of them, empty for no baseline; likewise
         relaxed_epochs=None,  # epochs after relaxing; likewise, for `epochs`
         arms=None,            # a list of rivals that go on from the same CNNs, from `ARMS`; likewise, for none
         images=None,          # training images of each seed, which no other seed sees; None for all images
@@ -434,7 +436,7 @@ def start(self:Study, network:str, seed:int, relax_time:int=None)->torch.nn.Modu
         return reinitialize(embed(cnn, shape, trim=self.trim), seed, self.config['fan_in'], inplace=True, check=False)
     self._recover(seed, relax_time)
     cnn = self._at(self.open_run('cnn', seed), lambda: cnn, relax_time, 'run the study first')
-    if network in ARMS: return make_arm(network, cnn, shape, self.trim)
+    if network in ARMS: return make_arm(network, cnn, shape, self.trim, seed)
     return embed(cnn, shape, to='lcn' if network == 'elcn' else 'fcn', trim=self.trim)
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #4f5caa4c
@@ -450,7 +452,7 @@ def network(self:Study,
     run = self.open_run(network, seed, relax_time, lr)
     epoch = self._planned(network, seed, relax_time, lr)['last'] if epoch is None else epoch
     if run.diverged and run.table.epoch.max() <= epoch: raise ValueError(f'{run.path} diverged: {run.diverged}')
-    plain = dict(slowed='annealed', tied='efcn').get(network, network)
+    plain = dict(slowed='annealed', tied='efcn', noise_1='efcn', noise_3='efcn').get(network, network)
     make = lambda: self.start(plain, seed, relax_time)
     return self._at(run, make, epoch, 'run the study with keep_weights=True')
 
@@ -650,7 +652,8 @@ _SMALL = 5_000_000      # weights below which networks run on one thread each, a
 
 def _kind(run):
     "Networks of one kind have the same architecture."
-    return dict(efcn='fcn', elcn='lcn', annealed='cnn', slowed='cnn').get(run['network'], run['network'])
+    alike = dict(efcn='fcn', elcn='lcn', annealed='cnn', slowed='cnn', noise_1='fcn', noise_3='fcn')
+    return alike.get(run['network'], run['network'])
 
 @patch
 def _of_kind(self:Study, kind):
