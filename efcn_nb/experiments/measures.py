@@ -288,6 +288,8 @@ MEASURES = dict(
     barriers=measure_barriers, paths=measure_paths, gradients=measure_gradients, sharpness=measure_sharpness,
     curvature=measure_curvature)
 
+_VERSIONS = dict(ablation=2) # of tables that have changed since version 0.1.0
+
 def measured(
     study:Study, # finished, with weights kept
     name:str     # a key of `MEASURES`
@@ -295,7 +297,8 @@ def measured(
     "The table `name` of the study, computed if it is not in the study's folder yet. Raises `ValueError` for an "\
     "unknown name."
     one_of('measure', name, MEASURES)
-    path = study.out/'measures'/f'{name}-{run_id(study.identity)}.csv'
+    version = {'version': _VERSIONS[name]} if name in _VERSIONS else {}
+    path = study.out/'measures'/f'{name}-{run_id(study.identity | version)}.csv'
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         with suited(study.weights): table = MEASURES[name](study)
