@@ -501,8 +501,8 @@ def claim_intervals(
     displacement:pd.DataFrame=None,
     chance:float=.1
 )->pd.DataFrame: # claim, relax (the time that decides), mean, low, high (the ends of the interval), n, verdict
-    "The effects of `claims` that can be judged, each of which should be positive (of claim 4b, what is missing to two "\
-    "points above noise; of claim 5, near 0 or below)."
+    "The effects of `claims` that can be judged, each of which should be positive (of claim 4b, what is missing to "\
+    "two points above noise; of claim 5, near 0 or below)."
     verdicts, rows = claims(table, ablation, displacement, chance).set_index('claim').verdict, []
     chosen, asked = _all_claims(table, ablation, displacement, chance)
     for c in asked:

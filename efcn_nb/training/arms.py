@@ -138,7 +138,8 @@ def add_off_local_noise(
 )->nn.Module:        # `efcn`
     """Add independent normal numbers outside the windows of every layer.
 
-    A layer that is frozen, or whose windows hold the whole input, stays as it is. Raises `ValueError` for a ratio that is not positive."""
+    A layer that is frozen, or whose windows hold the whole input, stays as it is. Raises `ValueError` for a ratio that
+    is not positive."""
     positive('ratio', ratio)
     draw, done = torch.Generator().manual_seed(seed), set()
     for layer in efcn.modules():
