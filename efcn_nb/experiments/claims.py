@@ -271,6 +271,7 @@ def _by_case(found, networks):
     found['case'] = [name(row) + ', to its end'*(row.network == 'cnn+') for row in found.itertuples()]
     return found.pivot(index='seed', columns='case', values='value').dropna(axis=1)
 
+# %% ../../nbs/experiments/56_claims.ipynb #34eeb947
 def chosen_outcomes(
     table:pd.DataFrame,  # as `relax` returns it, with images held out
     networks=('efcn',),  # that compete; `RIVALS` for what the CNN can become
@@ -390,6 +391,7 @@ def _furthest(table, chance):
     found = [far for far in found if far.share == far.share]
     return max(found, key=lambda far: far.share, default=None)
 
+# %% ../../nbs/experiments/56_claims.ipynb #621d0d01
 def _far_is_fcn(table, chance, margin=.02):
     "The row of claim 5: is the eFCN that went furthest less than `margin` above the FCN?"
     far = _furthest(table, chance)
@@ -421,6 +423,7 @@ def _at_one_rate(measured, chosen):
     if measured.groupby(run, dropna=False).lr.nunique().max() == 1: return measured
     return measured.merge(chosen[[*run, 'lr']].drop_duplicates(), on=[*run, 'lr'])
 
+# %% ../../nbs/experiments/56_claims.ipynb #33e73041
 def _all_claims(table, ablation, displacement, chance):
     "All claims but the fifth, on `table` with all rates and on that with one rate for each network; raises "\
     "`ValueError` if the table has not the networks that they compare."
