@@ -10,8 +10,8 @@
 Each notebook runs in a process of its own; one that fails is left as it was. Cells marked `#| notest`, `#| cuda` or
 `#| data` are not run and keep the outputs that they have. `#| eval: false` is honoured.
 """
-import argparse, ast, base64, contextlib, hashlib, io, json, multiprocessing, os, posixpath, re, shutil, sys, tempfile
-import time, traceback, types
+import argparse, ast, base64, contextlib, functools, hashlib, io, json, multiprocessing, os, posixpath, re, shutil, sys
+import tempfile, time, traceback, types
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -49,6 +49,7 @@ def is_gallery(path): return path.parent.name == "gallery"
 def code_cells(nb): return [cell for cell in nb.cells if cell.cell_type == "code"]
 
 
+@functools.cache
 def own_imports(source, package=PACKAGE):
     "Dotted names that the Python text `source`, a module inside `package`, imports from our own package."
     names = set()
@@ -57,7 +58,7 @@ def own_imports(source, package=PACKAGE):
         elif isinstance(node, ast.ImportFrom):
             base = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
             names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    return {name for name in names if name.split(".")[0] == PACKAGE}
+    return frozenset(name for name in names if name.split(".")[0] == PACKAGE)
 
 
 def module_file(name, root=ROOT):

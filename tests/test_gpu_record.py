@@ -23,7 +23,7 @@ ARMS = {"cnn", "annealed", "slowed", "efcn", "fcn"}
 def record(folder):
     "Run the script; what it prints."
     torch.set_num_threads(1)
-    sys.argv = [str(SCRIPT), "--toy", "--device", "cpu", "--minutes", "2", "--out", str(folder)]
+    sys.argv = [str(SCRIPT), "--toy", "--device", "cpu", "--minutes", "60", "--out", str(folder)]
     with contextlib.redirect_stdout(io.StringIO()) as out: runpy.run_path(sys.argv[0], run_name="__main__")
     return out.getvalue()
 
