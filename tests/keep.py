@@ -10,7 +10,8 @@
 Each notebook runs in a process of its own; one that fails is left as it was. Cells marked `#| notest`, `#| cuda` or
 `#| data` are not run and keep the outputs that they have. `#| eval: false` is honoured.
 """
-import argparse, ast, base64, hashlib, json, multiprocessing, os, posixpath, re, shutil, sys, tempfile, time, traceback
+import argparse, ast, base64, contextlib, functools, hashlib, io, json, multiprocessing, os, posixpath, re, shutil, sys
+import tempfile, time, traceback, types
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def is_gallery(path): return path.parent.name == "gallery"
 def code_cells(nb): return [cell for cell in nb.cells if cell.cell_type == "code"]
 
 
+@functools.cache
 def own_imports(source, package=PACKAGE):
     "Dotted names that the Python text `source`, a module inside `package`, imports from our own package."
     names = set()
@@ -56,7 +58,7 @@ def own_imports(source, package=PACKAGE):
         elif isinstance(node, ast.ImportFrom):
             base = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
             names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    return {name for name in names if name.split(".")[0] == PACKAGE}
+    return frozenset(name for name in names if name.split(".")[0] == PACKAGE)
 
 
 def module_file(name, root=ROOT):
@@ -111,12 +113,24 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(PRELOAD)
 
 
-def in_child(function, *args, timeout=None):
-    "`function(*args)` in a process of its own, which takes no time to start because it has torch loaded already."
+def started(function, *args):
+    """A process of its own that does `function(*args)`, and what receives whether that succeeded, and the result.
+
+    It takes no time to start because it has torch loaded already."""
     receiver, sender = processes.Pipe(duplex=False)
     child = processes.Process(target=_report, args=(sender, function, args))
     child.start()
     sender.close()
+    return child, receiver
+
+
+def in_child(function, *args, timeout=None):
+    "`function(*args)` in a process of its own."
+    return result(*started(function, *args), timeout=timeout)
+
+
+def result(child, receiver, timeout=None):
+    "What a process that was `started` returns, as soon as it does."
     try:
         if not receiver.poll(timeout): raise TimeoutError(f"still running after {timeout} seconds")
         succeeded, value = receiver.recv()
@@ -134,6 +148,18 @@ def _report(sender, function, args):
     except NotebookError as error: result = False, str(error)
     except BaseException: result = False, traceback.format_exc()
     sender.send(result)
+
+
+def printed(text, *argv):
+    "What the Python text `text` prints, run as a script with these arguments: for `in_child` and `started`."
+    sys.argv = ["-c", *argv]
+    with contextlib.redirect_stdout(io.StringIO()) as out: exec(compile(text, "<string>", "exec"), vars(_fresh_main()))
+    return out.getvalue()
+
+
+def _fresh_main():
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    return sys.modules["__main__"]
 
 
 class NotebookError(Exception): "A cell failed."

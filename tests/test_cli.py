@@ -83,7 +83,7 @@ def mortal(console, tmp_path_factory):
              *"--model alexnet --width 1 --epochs 2 --batch_size 8 --seeds 1 --relax 0,1 --elcn 1 --device cpu "
               "--momentum .9 --weight_decay .01 --lr .02 --keep_weights --no-trim".split()]  # which takes time
     start = time.monotonic()
-    assert console(*flags, "--out", "whole", cwd=folder)[0] == 0
+    assert console(*flags, "--out", "whole", cwd=folder, draws=False)[0] == 0
     return flags, folder/"whole", time.monotonic() - start
 
 
@@ -98,20 +98,19 @@ def test_killed_and_started_again(console, mortal, tmp_path, what, last):
     """SIGKILL when a file lies there under its temporary name, in the midst of a write, in training, or at any time:
     three moments each, and then one killed again and again."""
     flags, whole, seconds = mortal
+    def run(out, die=None): return console(*flags, "--out", str(out), cwd=tmp_path, die=die, draws=False)
     random_ = random.Random(what)
     moments = [seconds*random_.random() for _ in range(3)] if what == "clock" else random_.sample(range(last), 3)
     for moment in moments:
-        code, _, _ = console(*flags, "--out", str(moment), cwd=tmp_path, die=(what, moment))
+        code, _, _ = run(moment, (what, moment))
         assert code == -9 or what == "clock", f"{what} {moment} was not reached"
-        code, out, err = console(*flags, "--out", str(moment), cwd=tmp_path)
+        code, out, err = run(moment)
         assert code == 0, err
         assert results(tmp_path/str(moment)) == results(whole)
         left = list((tmp_path/str(moment)).rglob(".*"))
         assert not left, "what a killed process had begun to write is cleared away"
     again = 0
-    while console(*flags, "--out", "again", cwd=tmp_path,
-                  die=(what, seconds/3*1.3**again if what == "clock" else 9))[0] == -9:
-        again += 1
+    while run("again", (what, seconds/3*1.3**again if what == "clock" else 9))[0] == -9: again += 1
     assert results(tmp_path/"again") == results(whole) and (again > 1 or what == "clock")
 
 

@@ -3,7 +3,6 @@
 What it refuses, what it leaves alone and how much memory it takes.
 """
 import copy
-import subprocess
 import sys
 import warnings
 
@@ -618,7 +617,6 @@ print((kib("VmHWM") - before)*1024 / sum(p.numel()*4 for p in net.parameters()))
 @pytest.mark.parametrize("what, most, where", [("density", 8, "parts"), ("top", 17, "whole")])
 def test_memory(what, most, where):
     "Peak beyond the network itself, in vectors of its size (8.4 million weights)."
-    done = subprocess.run([sys.executable, "-c", MEASURE, what, where], cwd=keep.ROOT, capture_output=True, text=True,
-                          check=True)
-    print(what, where, done.stdout)
-    assert float(done.stdout) < most
+    said = keep.in_child(keep.printed, MEASURE, what, where)
+    print(what, where, said)
+    assert float(said) < most

@@ -4,8 +4,6 @@ import math
 import os
 import pickle
 import re
-import subprocess
-import sys
 import types
 import warnings
 
@@ -16,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torchvision.ops import deform_conv2d
 
+import keep
 from efcn_nb.ladder.matrices import kernel_from_local, kernel_from_matrix, matrix_from_kernel, matrix_from_local
 from efcn_nb.ladder.inspection import conv_geometries
 from efcn_nb.ladder.embedding import convert, embed, nearest_cnn, reinitialize, released_weights
@@ -318,10 +317,7 @@ print((peak() - before) / sum(p.numel()*p.element_size() for p in released.param
 @BOTH
 def test_peak_memory_is_the_network(to):
     if not os.access("/proc/self/clear_refs", os.W_OK): pytest.skip("this system does not tell the peak of memory")
-    child = subprocess.run([sys.executable, "-c", PEAK.replace("TO", repr(to))], capture_output=True, text=True,
-                           timeout=600)
-    assert child.returncode == 0, child.stderr
-    assert .9 <= float(child.stdout) <= 1.1
+    assert .9 <= float(keep.in_child(keep.printed, PEAK.replace("TO", repr(to)), timeout=keep.HANGS)) <= 1.1
 
 
 def test_what_is_not_embedded_has_no_way_back():

@@ -1,14 +1,18 @@
 "The script of the GPU record at the size for tests: its tables, and that a run that is killed goes on where it was."
+import contextlib
+import io
 import json
-import os
+import runpy
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+
+import keep
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "nbs/records/gpu/record.py"
@@ -16,7 +20,12 @@ FILES = {"environment.json", "checks.csv", "ladder.csv", "curves.csv", "norms.cs
 ARMS = {"cnn", "annealed", "slowed", "efcn", "fcn"}
 
 
-def command(folder): return [sys.executable, SCRIPT, "--toy", "--device", "cpu", "--minutes", "2", "--out", folder]
+def record(folder):
+    "Run the script; what it prints."
+    torch.set_num_threads(1)
+    sys.argv = [str(SCRIPT), "--toy", "--device", "cpu", "--minutes", "60", "--out", str(folder)]
+    with contextlib.redirect_stdout(io.StringIO()) as out: runpy.run_path(sys.argv[0], run_name="__main__")
+    return out.getvalue()
 
 
 def finished(folder):
@@ -26,13 +35,11 @@ def finished(folder):
 
 def killed(folder):
     "Run the script until a block is finished, then kill it."
-    with subprocess.Popen(command(folder), env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not finished(folder): time.sleep(.05)
-        process.send_signal(signal.SIGKILL)
-    return process.returncode
-
-
-ENVIRONMENT = os.environ | dict(OMP_NUM_THREADS="1")
+    process, _ = keep.started(record, folder)
+    while process.is_alive() and not finished(folder): time.sleep(.05)
+    process.kill()
+    process.join()
+    return process.exitcode
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +48,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("record")
     code = killed(folder)
     left = {p.name: p.read_text() for p in folder.iterdir() if not p.name.endswith(".part")}
-    again = subprocess.run(command(folder), env=ENVIRONMENT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    return code, left, again.stdout, folder
+    return code, left, keep.in_child(record, folder, timeout=keep.HANGS), folder
 
 
 def table(folder, name): return pd.read_csv(folder / f"{name}.csv")

@@ -305,7 +305,7 @@ def test_dask(serial, tmp_path, monkeypatch, dies):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(
         [str(Path(tiny.__file__).parent), str(Path(tiny.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
     if not dies: (tmp_path/"marker").touch()
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50,
+    with distributed.LocalCluster(n_workers=1 + dies, threads_per_worker=1, dashboard_address=None, silence_logs=50,
                                   local_directory=tmp_path) as cluster, distributed.Client(cluster) as client:
         ours = study(tmp_path/"s", tmp_path/"marker")
         ours.run(executor=client.get_executor())
@@ -337,8 +337,8 @@ def test_workers_of_the_command(command, tmp_path):
         assert (tmp_path/"together"/name).read_bytes() == (tmp_path/"alone"/name).read_bytes()
 
 
-def test_workers_end_when_their_parent_is_killed(command, tmp_path):
-    "So that the same command can go on, and is not told that another process is at work."
+def test_workers_end_when_their_parent_is_killed_or_asked_to_end(command, tmp_path):
+    "So that the same command can go on, and is not told that another process is at work; it says so itself if it can."
     flags = ["--out", "s", "--workers", "2", "--epochs", "100000", "--relax", "", "--elcn", ""]
     def last(): return max((int(p.name.split("-")[1]) for p in tmp_path.glob("s/cnn-*/epoch-*")), default=-1)
     def wait_for(epoch, process):
@@ -350,17 +350,9 @@ def test_workers_end_when_their_parent_is_killed(command, tmp_path):
     killed.kill()
     for run in tmp_path.glob("s/*-seed0-*"):
         with FileLock(run/"lock", timeout=600): pass  # which a worker holds while it lives
-    before = last()
-    wait_for(before + 2, command(*flags))
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_workers_end_at_once_when_the_command_is_asked_to(command, tmp_path, name):
-    flags = ["--out", "s", "--workers", "2", "--epochs", "100000", "--relax", "", "--elcn", ""]
-    process = command(*flags)
-    while not list(tmp_path.glob("s/cnn-*/epoch-*")):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(.05)
-    process.send_signal(getattr(signal, name))
-    assert (process.communicate(timeout=600)[1].strip()
-            == "stopped; rerun the same command: it resumes after the last stored epoch")
+    for name in "SIGTERM", "SIGINT":
+        before, asked = last(), command(*flags)
+        wait_for(before + 2, asked)
+        asked.send_signal(getattr(signal, name))
+        said = asked.communicate(timeout=600)[1].strip()
+        assert said == "stopped; rerun the same command: it resumes after the last stored epoch", name

@@ -1,10 +1,6 @@
-"""Layers over two processes (gloo): outputs, gradients and steps of SGD are those of one process.
-As a script, this file is one of the two."""
+"Layers over two processes (gloo): outputs, gradients and steps of SGD are those of one process."
 import copy
-import json
-import os
-import subprocess
-import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
+import keep
 from efcn_nb.training import sharding
 from efcn_nb.ladder.embedding import embed
 from efcn_nb.training.fused import FusedSGD
@@ -73,7 +70,7 @@ def apart(a, b): return max((p - q).abs().max().item() for p, q in zip(a, b, str
 
 
 def case(name, mesh):
-    "What one of the two processes finds."
+    "What it finds of one case."
     make, how = CASES[name]
     torch.manual_seed(0)
     single = make()
@@ -128,30 +125,26 @@ def replicated(mesh):
                 moved=apart(start.parameters(), models[0].parameters()))
 
 
-def main(rank, folder):
+def one_of_two(rank, folder):
+    "What one of the two processes finds."
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     found = {name: case(name, mesh) for name in CASES} | {"negative": without_the_sum(mesh), "fused": unfused(mesh),
                                                           "replicated": replicated(mesh)}
-    with open(f"{folder}/{rank}.json", "w") as f: json.dump(found, f)
     dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     "What the two processes found."
     folder = tmp_path_factory.mktemp("two")
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-                            PYTHONWARNINGS="ignore")
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=env, stderr=subprocess.PIPE,
-                                  text=True) for rank in range(2)]
-    try: errors = [p.communicate(timeout=600)[1] for p in processes]
+    both = [keep.started(one_of_two, rank, folder) for rank in range(2)]
+    try: return [keep.result(*one, timeout=keep.HANGS) for one in both]
     finally:
-        for p in processes: p.kill()
-    assert all(p.returncode == 0 for p in processes), errors[0][-3000:] + errors[1][-3000:]
-    return [json.loads((folder/f"{rank}.json").read_text()) for rank in range(2)]
+        for process, _ in both: process.kill()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -188,6 +181,3 @@ def test_a_mesh_is_needed():
     (lambda: nn.Linear(2, 2), {}, "embed a CNN first")])
 def test_what_cannot_be_spread_is_refused(make, options, says):
     with pytest.raises(ValueError, match=says): shard(make(), SimpleNamespace(ndim=1), **options)
-
-
-if __name__ == "__main__": main(int(sys.argv[1]), sys.argv[2])

@@ -1,8 +1,6 @@
 "A function at many settings: each is computed once, whoever asks."
 import math
 import os
-import signal
-import subprocess
 import sys
 import time
 from functools import partial
@@ -12,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import keep
 from efcn_nb.experiments import runs
 from efcn_nb.experiments.sweeps import sweep
 from efcn_nb.service import files as service_files
@@ -137,23 +136,23 @@ print(sweep(wait, [dict(n=i) for i in range(5)], sys.argv[1] + "/store").i.tolis
 
 
 def sweeping(folder, seconds):
-    return subprocess.Popen([sys.executable, "-c", SWEEPING, folder, str(seconds)], stdout=subprocess.PIPE,
-                            stderr=subprocess.DEVNULL, text=True)
+    "A process that sweeps, and what receives the table that it prints."
+    return keep.started(keep.printed, SWEEPING, str(folder), str(seconds))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such signals")
 def test_a_sweep_that_was_killed_goes_on(tmp_path):
-    log, killed = tmp_path/"log", sweeping(tmp_path, 3600)
+    log, (killed, _) = tmp_path/"log", sweeping(tmp_path, 3600)
     while not log.exists() or log.read_text().count("\n") < 3:
-        assert killed.poll() is None, "it ended too early"
+        assert killed.is_alive(), "it ended too early"
         time.sleep(.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert sweeping(tmp_path, 0).communicate()[0] == "[0, 1, 2, 3, 4]\n"
+    killed.kill()
+    killed.join()
+    assert keep.result(*sweeping(tmp_path, 0)) == "[0, 1, 2, 3, 4]\n"
     assert log.read_text().split() == ["0", "1", "2", "2", "3", "4"]
 
 
 def test_two_processes_share_a_sweep(tmp_path):
     both = [sweeping(tmp_path, .5) for _ in range(2)]
-    assert [p.communicate()[0] for p in both] == ["[0, 1, 2, 3, 4]\n"]*2
+    assert [keep.result(*process) for process in both] == ["[0, 1, 2, 3, 4]\n"]*2
     assert sorted((tmp_path/"log").read_text().split()) == list("01234")

@@ -1,7 +1,5 @@
 """The loop: each precision against float64, any optimiser, no waiting for the device, and what it refuses."""
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -160,9 +158,8 @@ def test_memory_of_a_whole_run(tmp_path, precision, momentum, most):
     stored: at most so many times its weights.
 
     That is once, half for a copy in bf16, once for momentum, and what a batch needs; a stored gradient would add 1."""
-    out = subprocess.run([sys.executable, "-c", MEMORY, precision, str(momentum), str(tmp_path/"s")], cwd=keep.ROOT,
-                         capture_output=True, text=True, timeout=3600)
-    *peaks, stored = map(float, out.stdout.split() or pytest.fail(out.stderr))
+    said = keep.in_child(keep.printed, MEMORY, precision, str(momentum), str(tmp_path/"s"), timeout=keep.HANGS)
+    *peaks, stored = map(float, said.split())
     if any(p != p for p in peaks): pytest.skip("this system does not tell the peak of memory")
     assert stored == 1 and max(peaks) < most, peaks
 

@@ -74,6 +74,8 @@ def deadly(shape, classes, marker, parent):
 
 SERVER = r"""
 import gc, json, os, resource, signal, sys, threading, traceback
+from pathlib import Path
+from matplotlib.figure import Figure
 import torch, torchvision, scipy.special, sklearn.datasets  # all that a command imports when it needs it
 import efcn_nb.experiments.bench, efcn_nb.experiments.claims, efcn_nb.experiments.measures, efcn_nb.experiments.plots
 import efcn_nb.experiments.relaxation, efcn_nb.experiments.runs, efcn_nb.service.files
@@ -115,6 +117,7 @@ def serve():
                 os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
             sys.argv = ['efcn_relax', *case['argv']]
             if case['die']: die_at(case['die'])
+            if not case['draws']: Figure.savefig = lambda figure, path, **kw: Path(path).write_bytes(b'a figure')
             return
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
@@ -143,17 +146,18 @@ class Console:
                                        bufsize=0, env=env,  # so that `is_running` sees all that was answered
                                        cwd=Path(__file__).resolve().parents[1])
 
-    def __call__(self, *argv, cwd, die=None):
+    def __call__(self, *argv, cwd, die=None, draws=True):
         """Exit status, standard output, standard error of the command; `die` is a pair ('file', 'half',
-        'step' or 'clock', number): when it is killed; or ('disk', bytes that a file can have)."""
-        self.start(*argv, cwd=cwd, die=die)
+        'step' or 'clock', number): when it is killed; or ('disk', bytes that a file can have).
+        A command that does not draw writes a figure without pixels, at the same moment."""
+        self.start(*argv, cwd=cwd, die=die, draws=draws)
         return self.wait()
 
-    def start(self, *argv, cwd, die=None):
+    def start(self, *argv, cwd, die=None, draws=True):
         "Start the command; its process id."
         self.streams = {name: self.folder/name for name in ("stdout", "stderr")}
         for path in self.streams.values(): path.unlink(missing_ok=True)
-        case = dict(argv=list(map(str, argv)), cwd=str(cwd), die=die,
+        case = dict(argv=list(map(str, argv)), cwd=str(cwd), die=die, draws=draws,
                     **{name: str(path) for name, path in self.streams.items()})
         self.server.stdin.write(f"{json.dumps(case)}\n".encode())
         return int(self.server.stdout.readline())
