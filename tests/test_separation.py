@@ -16,7 +16,7 @@ from efcn_nb.ladder.layers import FullyConnected, LocallyConnected
 from efcn_nb.materials.models import count_weights
 from efcn_nb.experiments.effects import by_seed
 from efcn_nb.experiments.sweeps import sweep
-from efcn_nb.instruments.fourier import KPattern, make_pattern, pattern_batches, sign_accuracy
+from efcn_nb.instruments.fourier import KPattern, all_inputs, hinge, make_pattern, pattern_batches, sign_accuracy
 from efcn_nb.materials.controls import pixel_order
 from efcn_nb.studies import separation
 from efcn_nb.studies.separation import (
@@ -110,6 +110,54 @@ def test_width_of_exactly_the_budget():
 ])
 def test_impossible_networks_and_runs(call, said):
     with pytest.raises(ValueError, match=said): call()
+
+
+# What cannot come out otherwise
+
+def reordered(near, scattered):
+    "An order of positions that brings the bits of the pattern `near` to those of `scattered`."
+    order = torch.arange(near.n)
+    for a, b in zip(near.bits, scattered.bits):
+        i = order.tolist().index(a)
+        order[[i, b]] = order[[b, i]]
+    return order
+
+
+@pytest.mark.parametrize("n, k", [(10, 3), (12, 5), (9, 4)])
+@pytest.mark.parametrize("kind, bits, reorder", [
+    ("cnn", "scattered", False), ("lcn", "scattered", False), ("elcn", "scattered", False),
+    ("cnn", "consecutive", True), ("efcn", "consecutive", True)])
+def test_no_window_sees_the_bits(kind, bits, reorder, n, k):
+    """Whatever its weights, a local network is uncorrelated with the parity of bits that no window holds.
+
+    So its hinge loss is never below 1, that of a network that says nothing. (An eFCN is local before it is trained.)"""
+    order = pixel_order((1, n), 3).tolist() if reorder else None
+    pattern = make_pattern(n, k, bits)
+    held = [set(order[i:i+k] if reorder else range(i, i+k)) for i in range(n - k + 1)]
+    assert not any({*pattern.bits} <= window for window in held)
+    x = all_inputs(n)
+    y = pattern.labels(x)
+    for seed in range(3):
+        scores = with_readout(make_local_net(kind, n, k, width=4, seed=seed, order=order), seed).double()(x.double())
+        assert (y*scores[:, 0]).mean().abs() < 1e-12 and scores.abs().max() > .1
+        assert hinge(scores, y) >= 1 - 1e-12 and hinge(scores*.01, y) == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("n, k", [(12, 3), (16, 5)])
+def test_a_dense_network_learns_scattered_bits_as_it_learns_neighbours(n, k):
+    "With the columns of its independent initial weights in another order, and the inputs too, its path is the same."
+    near, scattered, paths = make_pattern(n, k), make_pattern(n, k, "scattered"), []
+    order = reordered(near, scattered)
+    tests = next(pattern_batches(near, 500, 1, 9))
+    for pattern, places in (near, torch.arange(n)), (scattered, order):
+        net = make_local_net("fcn", n, k, width=4, seed=2).double()
+        net[0].weight.data = net[0].weight.data[:, places]
+        batches = [(x.double()[..., places], y) for x, y in pattern_batches(near, 32, 60, 5)]
+        assert all(pattern.labels(x).equal(y) for x, y in batches)
+        test = tests[0].double()[..., places], tests[1]
+        paths.append(follow(net, batches, test, lr=.01, every=20, stop=False))
+    for one, other in zip(*paths):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-9) and one["accuracy"] == other["accuracy"]
 
 
 # Training

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from ..ladder.embedding import embed
 from ..materials.controls import make_variant, pixel_order, VARIANTS
 from ..materials.models import INITS, make_dense, make_model
+from ..training.arms import add_off_local_noise
 from ..training.loop import evaluate, fit
 from ..training.rewinding import one_shot_masks, prunable, pruned_masks, step_batches, survivors, train_rewound
 from ..instruments.interactions import interaction_profile
@@ -29,7 +30,7 @@ from ..service.checks import distinct, one_of, positive, real, whole
 from ..service.tables import make_plain
 
 # %% ../../nbs/studies/63_pruning.ipynb #52fe4805
-METHODS, STARTS = ('iterative', 'one-shot'), ('fcn', 'efcn')
+METHODS, STARTS = ('iterative', 'one-shot', 'untrained'), ('fcn', 'efcn', 'noisy efcn')
 
 def _check_settings(s):
     "Raise `ValueError` unless the settings `s` are possible for some data."
@@ -52,8 +53,8 @@ def _check_settings(s):
 class PruningSettings:
     "How networks are trained and pruned. Raises `ValueError` for impossible settings."
     variant:str = 'images'     # of the data, one of `VARIANTS`
-    start:str = 'fcn'          # 'fcn': a dense network; 'efcn': a trained and embedded CNN
-    method:str = 'iterative'   # or 'one-shot'
+    start:str = 'fcn'          # 'fcn': a dense network; 'efcn': a trained and embedded CNN; 'noisy efcn'
+    method:str = 'iterative'   # or 'one-shot', or 'untrained'
     fraction:float = .3        # of the remaining weights, pruned after each round
     steps:int = 600            # at which a round ends
     rewind:int = 60            # step to which weights are rewound
@@ -76,7 +77,8 @@ CASES = {
     'fcn': {}, 'one-shot': dict(method='one-shot'), 'permuted': dict(variant='permuted'),
     'gaussian': dict(variant='gaussian'), 'white': dict(variant='white'),
     'white-gaussian': dict(variant='white-gaussian'), 'gaussian-class': dict(variant='gaussian-class'),
-    'efcn': dict(start='efcn'), 'glorot': dict(init='glorot')}
+    'efcn': dict(start='efcn'), 'noisy efcn': dict(start='noisy efcn'),
+    'noisy start': dict(start='noisy efcn', method='untrained'), 'glorot': dict(init='glorot')}
 
 def _by_case(cases, settings):
     "The settings of each case, by its name."
@@ -98,13 +100,17 @@ class _Run:
     @cached_property
     def prints(self): return dict(train=self.data.train.fingerprint, test=self.data.test.fingerprint)
 
+    @property
+    def untrained(self): return self.settings.method == 'untrained'
+
     @cached_property
     def images(self): return make_variant(self.data, self.settings.variant, self.seed)
 
     @cached_property
     def early(self):
         "The network at the rewind step."
-        return self.train(self.at_start(self.settings.relax), self.settings.rewind, self.seed)
+        start = self.at_start(self.settings.relax)
+        return start if self.untrained else self.train(start, self.settings.rewind, self.seed)
 
     @cached_property
     def dense(self): return self.trained({})
@@ -126,16 +132,20 @@ def cnn(self:_Run, steps):
     model = make_model('small', self.shape, self.classes, self.seed, self.settings.channels)
     return self.train(model, steps, 1_000_003 + self.seed)
 
+# %% ../../nbs/studies/63_pruning.ipynb #f27c90a5
 @patch
 def at_start(self:_Run, relax):
     "The network to be pruned, before its first step; the CNN behind an eFCN is trained for `relax` steps."
-    if self.settings.start == 'efcn': return embed(self.cnn(relax), self.shape)
-    return make_dense(self.shape, self.classes, self.settings.widths, self.seed, self.settings.init)
+    if self.settings.start == 'fcn':
+        return make_dense(self.shape, self.classes, self.settings.widths, self.seed, self.settings.init)
+    efcn = embed(self.cnn(relax), self.shape)
+    return efcn if self.settings.start == 'efcn' else add_off_local_noise(efcn, seed=self.seed)
 
 @patch
 def trained(self:_Run, masks):
     "The network of the rewind step, held to `masks`, at the end of a round."
-    batches = self.batches(self.settings.rewind, self.settings.steps, self.seed)
+    steps = self.settings.rewind if self.untrained else self.settings.steps
+    batches = self.batches(self.settings.rewind, steps, self.seed)
     return train_rewound(self.early, masks, batches, self.settings.lr)
 
 # %% ../../nbs/studies/63_pruning.ipynb #72ddeefc
@@ -166,13 +176,14 @@ def config(self:_Run, **more):
 @patch
 def config_of_round(self:_Run, round):
     "The same for a round of pruning."
-    return self.config(round=round, method=self.settings.method if round > 1 else 'iterative')
+    method = self.settings.method if round > 1 or self.untrained else 'iterative'
+    return self.config(round=round, method=method)
 
 # %% ../../nbs/studies/63_pruning.ipynb #84a39bfb
 @patch
 def masks(self:_Run, round, method='iterative'):
     "The masks to which a round is held; those that the round before leaves are read from the folder, or computed."
-    if round == 0 or method == 'one-shot':
+    if round == 0 or method != 'iterative':
         names = prunable(self.early, self.settings.last)
         return one_shot_masks(self.dense, names, self.settings.fraction, round)
     if round not in self.left:
@@ -252,15 +263,14 @@ def interaction_table(
 CLAIMS = {
     '1a': 'masks are local: near ratio above the null',
     '1b': 'more so than after one-shot pruning',
-    '2a': 'locality vanishes for permuted pixels',
-    '2b': '... and is back when the order is undone: the difference vanishes',
-    '3a': 'it vanishes for Gaussian data of the same covariance',
-    '3b': '... with covariances of the classes',
-    '3c': 'white images have it',
-    '3d': '... and it vanishes for white Gaussian data',
-    '4a': 'after {end} rounds no more than a point less accurate than dense',
-    '4b': 'and more accurate than after one-shot pruning',
-    '5': 'a relaxed eFCN is pruned to more local masks than an FCN'}
+    '2a': 'locality vanishes for Gaussian data of the same covariance',
+    '2b': '... with covariances of the classes',
+    '2c': 'white images have it',
+    '2d': '... and it vanishes for white Gaussian data',
+    '3a': 'after {end} rounds no more than a point less accurate than dense',
+    '3b': 'and more accurate than after one-shot pruning',
+    '4a': 'an eFCN with off-local noise is pruned to more local masks than an FCN',
+    '4b': '... and than its own start without training'}
 VANISHED = .25 # part of an excess that counts as none
 MARGIN = .01   # share of test images that counts as no loss
 
@@ -299,22 +309,20 @@ def pruning_claims(
     "The findings of pruning, judged. Raises `ValueError` for fewer rounds than `last`."
     end = int(rounds['round'].max())
     ends = range(end + 1 - whole('last', last, 1, end), end + 1)
-    near, undone = _over_seeds(rounds, 'near', 1), _over_seeds(rounds, 'undone', 1)    # excesses
-    accuracy = _over_seeds(rounds, 'accuracy', 0)
-    fcn, white, efcn = near('fcn', end), near('white', end), near('efcn', end)
+    near, accuracy = _over_seeds(rounds, 'near', 1), _over_seeds(rounds, 'accuracy', 0) # excesses, shares
+    fcn, white, noisy, start = (near(case, end) for case in ('fcn', 'white', 'noisy efcn', 'noisy start'))
     gain, lead = accuracy('fcn', end) - accuracy('fcn', 0), accuracy('fcn', end) - accuracy('one-shot', end)
     return pd.DataFrame([
         _in_each_round('1a', {r: near('fcn', r) for r in ends}),
         _in_each_round('1b', {r: near('fcn', r) - near('one-shot', r) for r in ends}),
-        _vanishes('2a', near('permuted', end), fcn),
-        _vanishes('2b', undone('permuted', end) - fcn, fcn),
-        _vanishes('3a', near('gaussian', end), fcn),
-        _vanishes('3b', near('gaussian-class', end), fcn),
-        _about('3c', white, f'excess {white.mean():+.2f}'),
-        _vanishes('3d', near('white-gaussian', end), white),
-        _about('4a', gain + MARGIN, f'{100*gain.mean():+.1f} points', end),
-        _about('4b', lead),
-        _about('5', efcn - fcn, f'near ratio {1 + efcn.mean():.2f}, FCN {1 + fcn.mean():.2f}')])
+        _vanishes('2a', near('gaussian', end), fcn),
+        _vanishes('2b', near('gaussian-class', end), fcn),
+        _about('2c', white, f'excess {white.mean():+.2f}'),
+        _vanishes('2d', near('white-gaussian', end), white),
+        _about('3a', gain + MARGIN, f'{100*gain.mean():+.1f} points', end),
+        _about('3b', lead),
+        _about('4a', noisy - fcn, f'near ratio {1 + noisy.mean():.2f}, FCN {1 + fcn.mean():.2f}'),
+        _about('4b', noisy - start, f'near ratio {1 + noisy.mean():.2f}, start {1 + start.mean():.2f}')])
 
 # %% ../../nbs/studies/63_pruning.ipynb #09fad428
 def pruning_study(

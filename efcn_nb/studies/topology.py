@@ -17,9 +17,10 @@ import pandas as pd
 import torch
 
 from ..ladder.masks import (
-    check_fraction, hold_to_masks, masks_digest, masks_from_rows, masks_of, masks_to_rows)
+    check_fraction, hold_to_masks, magnitude_mask, masks_digest, masks_from_rows, masks_of, masks_to_rows)
 from ..ladder.embedding import embed, reinitialize
 from ..materials.data import Data
+from ..training.arms import add_off_local_noise
 from ..training.loop import Diverged, train
 from ..instruments.topologies import compare_topologies
 from ..instruments.evolution import (
@@ -33,7 +34,7 @@ from ..service.tables import make_plain
 
 # %% ../../nbs/studies/62_topology.ipynb #d599689a
 TOPOLOGY_KINDS = ('cnn', 'dense', 'static random', 'SET random', 'static local', 'SET local', 'pruned dense',
-                  'pruned efcn')
+                  'pruned efcn', 'pruned noisy efcn')
 
 # %% ../../nbs/studies/62_topology.ipynb #2c8533d9
 @dataclass(frozen=True)
@@ -102,6 +103,16 @@ def _train_dense(training, model):
     training.fit(model, training.settings.epochs, lambda epoch, found, _: rows.append(_accuracy_row(epoch, found)))
     return rows
 
+def _train_efcn(training, cnn, noisy, left, rows):
+    "The eFCN of a trained CNN after as many epochs again; adds its rows, with noise those of its start's masks too."
+    efcn = embed(cnn, training.data.train.shape)
+    if noisy:
+        add_off_local_noise(efcn, seed=training.seed)
+        largest = {name: magnitude_mask(efcn.get_submodule(name).weight, count) for name, count in left.items()}
+        rows += _mask_rows(training.epoch, largest)
+    rows += _train_dense(training, efcn)
+    return efcn
+
 def _prune(training, model, left):
     "Rows of a trained network after pruning to `left` connections in each layer, a dictionary by name."
     epochs, rounds, found = training.settings.epochs, training.settings.rounds, {}
@@ -129,11 +140,11 @@ def train_kind(
     if way in ('static', 'SET'):
         masks = starting_masks(local, what, start)
         return _train_sparse(training, reinitialize(efcn, seed), masks, way == 'SET', keep)
-    model = reinitialize(efcn, seed) if what == 'dense' or kind == 'dense' else cnn
+    model, left = cnn, {name: int(m.sum()) for name, m in local.items()}
+    if 'dense' in kind: model = reinitialize(efcn, seed)
     rows = _train_dense(training, model)
-    if what == 'efcn': rows += _train_dense(training, model := embed(model, shape))
-    if way == 'pruned': rows += _prune(training, model, {name: int(m.sum()) for name, m in local.items()})
-    return rows
+    if 'efcn' in kind: model = _train_efcn(training, model, 'noisy' in kind, left, rows)
+    return rows + _prune(training, model, left) if way == 'pruned' else rows
 
 # %% ../../nbs/studies/62_topology.ipynb #a7845779
 class SparseRuns(NamedTuple):
@@ -282,6 +293,20 @@ def _stays(shares, claim, than):
     if not {kept, other} <= {*t}: return not_judged(claim, f"needs 'SET local'{named}")
     return judged(claim, t[kept] - t[other], f'{100*t[kept].mean():.1f} %, else {100*t[other].mean():.1f} %')
 
+# %% ../../nbs/studies/62_topology.ipynb #8d41b7e3
+def _to_cnn(distances, kind):
+    "Distances to the CNN's mask: a row for each seed, a column for each epoch, the last one last."
+    t = distances[(distances.comparison == 'the CNN') & (distances.kind == kind) & (distances.layer == 'all')]
+    return t.pivot_table(index='seed', columns='epoch', values='distance')
+
+def _ends_closer(distances, claim, than):
+    "The line of a claim that a noisy eFCN is pruned closer to the CNN's mask than `than`: another kind, or its start."
+    noisy = _to_cnn(distances, 'pruned noisy efcn')
+    others = noisy.iloc[:,:-1] if than == 'start' else _to_cnn(distances, than)
+    if noisy.empty or others.empty: return not_judged(claim, f"needs 'pruned noisy efcn' and {than!r}")
+    end, other = noisy.iloc[:,-1], others.iloc[:,0 if than == 'start' else -1]
+    return judged(claim, other - end, f'{end.mean():.3f}, {than} {other.mean():.3f}')
+
 # %% ../../nbs/studies/62_topology.ipynb #0dc7d33f
 def topology_claims(
     table:pd.DataFrame,     # of `SparseRuns`
@@ -291,6 +316,7 @@ def topology_claims(
     "The claims, judged."
     last = table[table.start == table.seed].sort_values('epoch').groupby(['seed', 'kind']).accuracy.last().unstack()
     better, closer, stays = partial(_better, last), partial(_closer, distances), partial(_stays, shares)
+    ends_closer = partial(_ends_closer, distances)
     return pd.DataFrame([
         better('1a  SET is better than a static mask, both random at first', 'SET random', 'static random'),
         better('1b  SET is better than the dense network', 'SET random', 'dense'),
@@ -306,7 +332,8 @@ def topology_claims(
         closer("4a  a pruned dense network is closer to the CNN's mask than chance",
                'the CNN', 'pruned dense', 'density'),
         closer('4b  ... than chance with the same degrees', 'the CNN', 'pruned dense', 'both'),
-        closer('4c  a pruned eFCN is, too', 'the CNN', 'pruned efcn', 'both')])
+        ends_closer('4c  a pruned eFCN with off-local noise is closer than that', 'pruned dense'),
+        ends_closer('4d  ... and closer than its own start without training', 'start')])
 
 # %% ../../nbs/studies/62_topology.ipynb #08da63db
 def topology_study(
