@@ -39,7 +39,7 @@ def _seeds(text):
 
 # %% ../nbs/99_cli.ipynb #94a485dc
 _MEASURES = ('ablation', 'displacement', 'profiles', 'biases', 'templates', 'barriers', 'paths', 'gradients',
-             'curvature')
+             'sharpness', 'curvature')
 
 def _names(text, what, known):
     "A list of names among the `known` from text like 'ablation,paths'."

@@ -8,7 +8,7 @@ import pytest
 
 import tiny
 from efcn_nb.experiments import relaxation
-from efcn_nb.experiments.claims import (check_table, choose_rates, claim_intervals, claims, diverged_runs,
+from efcn_nb.experiments.claims import (best_rows, check_table, choose_rates, claim_intervals, claims, diverged_runs,
                                         final_values, gains, needed_rows, protocol_epochs, summary)
 from efcn_nb.experiments.measures import MEASURES, measured
 from efcn_nb.experiments.plots import (plot_ablation, plot_accuracy_deviation, plot_curve_panels, plot_curves,
@@ -42,7 +42,8 @@ def test_verdicts(fcn, cnn, off, verdicts):
                     off=off)
     found = claims(table).assign(claim=lambda t: t.claim.str.split().str[0]).set_index("claim")
     assert {k: found.verdict[k] for k in verdicts} == verdicts and found.n["1"] == 4
-    assert [claim for claim in found.index if found.verdict[claim] == "not judged"] == ["P", "2c", "2d", "3b", "4"]
+    not_judged = [claim for claim in found.index if found.verdict[claim] == "not judged"]
+    assert not_judged == ["P", "Pb", "2c", "2d", "3b", "4a", "4b"]
 
 
 def test_one_seed_decides_nothing():
@@ -75,13 +76,13 @@ def test_runs_that_diverged_are_told_in_one_way():
     ends = final_values(table, chance=.2).query("network == 'efcn' and relax == 0").set_index("seed").value
     assert [ends[1], ends[3]] == [.2, .2] and ends[[0, 2]].min() > .5
     assert summary(table).query("network == 'efcn'")[["n", "diverged"]].values.tolist() == [[4, 2], [4, 0]]
-    assert "; 2 relaxed networks diverged" in claims(table).effect[1]
+    assert "; 2 relaxed networks diverged" in claims(table).effect[2]
 
 
 def test_a_run_that_diverged_counts_as_guessing():
     table = made_up({("cnn", None): .5, ("fcn", None): .4, ("efcn", 0): .6, ("efcn", 2): .7})
-    assert claims(table).verdict[1] == "holds"
-    found = claims(with_lost(table, ("efcn", 1, 2))).iloc[1]
+    assert claims(table).verdict[2] == "holds"
+    found = claims(with_lost(table, ("efcn", 1, 2))).iloc[2]
     assert "at relax time 2" in found.effect and (found.n, found.verdict) == (4, "undecided")
 
 
@@ -113,6 +114,41 @@ def test_the_number_of_epochs():
         final_values(table.rename(columns=dict(network="phase")))
 
 
+def test_without_an_fcn_what_needs_it_is_not_judged():
+    table = made_up({("cnn", None): .7, ("efcn", 0): .6, ("efcn", 2): .8}).assign(protocol_epochs=4)
+    found = claims(table).assign(claim=lambda t: t.claim.str.split().str[0]).set_index("claim")
+    assert found.effect[["1", "5"]].tolist() == ["not in these numbers; needs the FCN"]*2
+    assert found.verdict["2a"] == "holds" and "5" not in claim_intervals(table).claim.str[0].tolist()
+    assert plot_study(table) and set(summary(table).network) == {"cnn", "cnn+", "efcn"}
+
+
+def held_out(table, shift=0):
+    "`table` with accuracies on images held out, which are those of the test set `shift` epochs later."
+    t = table[table.metric == "accuracy"].assign(split="validation", epoch=lambda t: t.epoch - shift)
+    return pd.concat([table, t], ignore_index=True)
+
+
+def test_best_epochs_are_chosen_on_images_held_out():
+    "Of a run whose test accuracy peaks at 3, validation accuracy at 2, that at 2 counts; of the CNN within its epochs."
+    table = made_up({("cnn", None): .5, ("fcn", None): .4, ("efcn", 0): .6}, seeds=2).assign(protocol_epochs=4)
+    peak = table.value - .1*(table.epoch - 3).abs()*(table.metric == "accuracy")
+    table = held_out(table.assign(value=peak), shift=1)
+    found = final_values(table, "best_accuracy").query("seed == 0").set_index("network").value
+    assert found.round(9).to_dict() == {"cnn": .4, "cnn+": .4, "fcn": .3, "efcn": .5}
+    late = (table.network == "cnn") & (table.epoch == 8)
+    later = table.assign(value=table.value.where(~late, .9))
+    found = final_values(later, "best_accuracy").query("seed == 0").set_index("network").value
+    assert round(found["cnn"], 9) == .4 and found["cnn+"] < .9
+    assert best_rows(table[table.split != "validation"]).empty
+    pd.testing.assert_frame_equal(best_rows(best_rows(table)), best_rows(table))
+
+
+def test_a_run_that_diverged_has_no_best_epoch():
+    table = with_lost(held_out(made_up({("cnn", None): .5, ("fcn", None): .4, ("efcn", 0): .6})), ("efcn", 1, 0))
+    found = final_values(table, "best_accuracy", chance=.2).query("network == 'efcn'").set_index("seed").value
+    assert found[1] == .2 and found.drop(1).min() > .5
+
+
 def test_intervals_are_those_of_the_claims():
     table = made_up({("cnn", None): .7, ("fcn", None): .5, ("efcn", 0): .6, ("efcn", 2): .8, ("efcn", 4): .7})
     said, found = claims(table), claim_intervals(table)
@@ -121,7 +157,7 @@ def test_intervals_are_those_of_the_claims():
     for row in found.itertuples():
         half = said.set_index("claim").interval[row.claim]
         assert half == f"±{50*(row.high - row.low):.1f}"
-    assert said.effect[1] == f"{100*found['mean'][0]:+.1f} points at relax time {found.relax[0]:g}"
+    assert said.effect[2] == f"{100*found['mean'][0]:+.1f} points at relax time {found.relax[0]:g}"
 
 
 # A table that is none of the protocol's
@@ -147,8 +183,8 @@ def test_what_is_no_table_of_the_protocol(function, case):
 
 
 NOT_COMPARABLE = dict(
-    no_cnn=(GOOD[GOOD.network != "cnn"], "run all three"), no_efcn=(GOOD[GOOD.network != "efcn"], "run all three"),
-    no_accuracy=(GOOD[GOOD.metric != "accuracy"], "the claims need accuracy|run all three"),
+    no_cnn=(GOOD[GOOD.network != "cnn"], "run both"), no_efcn=(GOOD[GOOD.network != "efcn"], "run both"),
+    no_accuracy=(GOOD[GOOD.metric != "accuracy"], "the claims need accuracy|run both"),
     no_deviation=(GOOD[GOOD.metric == "accuracy"], "the claims need off_local of the relaxed networks"),
     no_unshared=(GOOD[GOOD.metric != "unshared"], "the claims need unshared of the relaxed networks"),
     two_studies=(pd.concat([GOOD, GOOD]), "several values for one run; judge one study at a time"))
@@ -174,11 +210,14 @@ def test_categories_are_as_good_as_text():
 
 ABLATION = pd.DataFrame([dict(network="efcn", seed=seed, relax=relax, kept=kept, accuracy=.5 + .01*seed)
                          for seed in range(3) for relax in (0, 2)
-                         for kept in ("convolutional + unshared + off_local", "convolutional + unshared", "off_local")])
+                         for kept in ("convolutional + unshared + off_local", "convolutional + unshared", "off_local",
+                                      "off_local noise", "all less noise")]).assign(readout=.5)
 NO_SUPPLEMENTS = dict(
     old_ablation=(dict(ablation=ABLATION.rename(columns=dict(network="phase"))), "read it with read_protocol"),
     no_efcn=(dict(ablation=ABLATION.assign(network="elcn")), "ablation has no eFCN of which convolutional"),
     part=(dict(ablation=ABLATION[ABLATION.kept != "off_local"]), "ablation has no eFCN of which off_local is kept"),
+    before_0_1=(dict(ablation=ABLATION.drop(columns="readout")), "no column readout; it must be as measure_ablation"),
+    no_null=(dict(ablation=ABLATION[ABLATION.kept != "all less noise"]), "no eFCN of which all less noise is kept"),
     measured=(dict(ablation=GOOD), "no column kept; it must be as measure_ablation returns it"),
     a_path=(dict(ablation="ablation.csv"), "must be a DataFrame as measure_ablation returns it, not str"))
 
@@ -187,9 +226,26 @@ NO_SUPPLEMENTS = dict(
 @pytest.mark.parametrize("function", [claims, claim_intervals])
 def test_what_is_no_table_of_a_measure(function, case):
     given, says = NO_SUPPLEMENTS[case]
-    assert len(function(GOOD, ABLATION)) == (10 if function is claims else 6)
+    assert len(function(GOOD, ABLATION)) == (12 if function is claims else 7)
     with pytest.raises(ValueError, match=says) as error: function(GOOD, **given)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_measures_at_several_rates_are_taken_at_the_rates_chosen():
+    "Of networks at .1, which are better on the images held out; a measure at one rate is taken as it is."
+    both = [held_out(made_up({("cnn", None): .5, ("fcn", None): .4, ("efcn", 0): .5 + lr})).assign(lr=lr)
+            for lr in (.1, .05)]
+    table = pd.concat([both[0], both[1][both[1].network == "efcn"]]).assign(protocol_epochs=4)
+    one = ABLATION[ABLATION.relax == 0]
+    worse = one.assign(accuracy=one.accuracy + .3*(one.kept == "convolutional + unshared"))
+    moved = pd.DataFrame([dict(network=n, seed=s, relax=t, off_local=o + .01*s)
+                          for s in range(3) for n, t, o in (("efcn", 0, .3), ("fcn", None, .8))])
+    far = moved.assign(off_local=.99)
+    expected = claims(table, one, moved)
+    two = [pd.concat([a.assign(lr=.1), b[b.network == "efcn"].assign(lr=.05)]) for a, b in ((one, worse), (moved, far))]
+    pd.testing.assert_frame_equal(claims(table, *two), expected)
+    pd.testing.assert_frame_equal(claims(table, one.assign(lr=.05), moved.assign(lr=.05)), expected)
+    assert not claims(table, worse, far).equals(expected)
 
 
 NAMES = ["cnn", "fcn", "relaxed", "lcn"]
@@ -228,7 +284,8 @@ def test_a_record(name):
     table = read_protocol(RECORDS/name/"metrics.csv")
     was, said = (pd.read_csv(RECORDS/name/f"{kind}.csv") for kind in ("summary", "claims"))
     pd.testing.assert_frame_equal(summary(table), was, check_dtype=False, rtol=1e-4)
-    found = claims(table)
+    measures = [RECORDS/name/f"{measure}.csv" for measure in ("ablation", "displacement")]
+    found = claims(table, *(read_protocol(path) if path.exists() else None for path in measures))
     assert found[["claim", "effect", "interval", "n", "verdict"]].fillna("").equals(
         said[["claim", "effect", "interval", "n", "verdict"]].fillna(""))
 

@@ -1025,7 +1025,7 @@ def test_small_plans(tmp_path, changed):
     assert not table.duplicated(COLUMNS[:-1]).any() and {"cnn", "fcn"} <= set(table.network)
     assert summary(table).accuracy.notna().all() and (summary(table).n == 1).all()
     if not study.relax_times:
-        with pytest.raises(ValueError, match="run all three"): claims(table)
+        with pytest.raises(ValueError, match="run both"): claims(table)
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, lambda f: functools.partial(f)], ids=["lambda", "partial"])

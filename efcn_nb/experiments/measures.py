@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURES', 'over_networks', 'measure_ablation', 'measure_profiles', 'measure_biases', 'measure_templates',
            'measure_displacement', 'first_rows', 'one_seed', 'measure_barriers', 'measure_paths', 'measure_gradients',
-           'measure_curvature', 'measured']
+           'measure_curvature', 'measure_sharpness', 'measured']
 
 # %% ../../nbs/experiments/57_measures.ipynb #cb9ae1df
 import math
@@ -13,11 +13,12 @@ import math
 import pandas as pd
 import torch
 
-from efcn_nb.instruments.subspaces import (
-    ablation, bias_spread, dimensions, off_local_rows, PARTS, radial_profile, released_layers, shares,
-    template_similarity)
+from ..instruments.subspaces import (
+    ablate, ablation, bias_spread, dimensions, off_local_nulls, off_local_rows, PARTS, radial_profile, read_out_afresh,
+    released_layers, shares, template_similarity)
 from ..instruments.paths import along, barrier_matrix, PATHS
 from ..instruments.curvature import gradient_shares, top_eigenvalues, trace
+from ..training.loop import evaluate
 from .runs import run_id
 from .relaxation import read_protocol, Study, suited
 from ..service.checks import one_of
@@ -67,11 +68,19 @@ def over_networks(
 # %% ../../nbs/experiments/57_measures.ipynb #85d743f2
 def measure_ablation(
     study:Study,
-    images:int=2000 # of the test set
-)->pd.DataFrame:    # network, seed, relax, kept, accuracy, loss
-    "`ablation` of every eFCN and eLCN."
+    images:int=2000 # of the test set, and at most so many to fit a read-out on
+)->pd.DataFrame:    # network, seed, relax, kept, accuracy, loss, readout (accuracy with a fresh one)
+    "`ablation` of every eFCN and eLCN, and of eFCNs the `off_local_nulls`, with their accuracies read out afresh."
     data = study.data.test.thinned(images)
-    return over_networks(study, lambda m: ablation(m, data, precision=study.precision), ['efcn', 'elcn'])
+    def found(model, seed):
+        train, table = study.train_set(seed).thinned(images), ablation(model, data, precision=study.precision)
+        nets = {kept: ablate(model, kept.split(' + ')) for kept in table.kept}
+        if 'off_local' in nets:
+            nulls = off_local_nulls(model, seed)
+            rows = [dict(kept=k) | evaluate(m, data, precision=study.precision) for k, m in nulls.items()]
+            table, nets = pd.concat([table, pd.DataFrame(rows)], ignore_index=True), nets | nulls
+        return table.assign(readout=[read_out_afresh(nets[kept], train, data) for kept in table.kept])
+    return _over_seeds(study, found, ['efcn', 'elcn'])
 
 # %% ../../nbs/experiments/57_measures.ipynb #41ba1170
 def measure_profiles(
@@ -258,11 +267,28 @@ def measure_curvature(
             rows += [same | row for row in _restricted_curvature(model, batches, probes, parts)]
     return pd.DataFrame(rows)
 
+# %% ../../nbs/experiments/57_measures.ipynb #fb89b804
+def measure_sharpness(
+    study:Study,
+    images:int=250 # of the training set
+)->pd.DataFrame:   # network, seed, relax, part, top
+    "Largest eigenvalue of the Hessian (nats per squared weight) at every embedding, before the first step, whole and "\
+    "in each part."
+    def found(model, seed):
+        batches = list(study.train_set(seed).thinned(images).batches(250))
+        parts = [None, *(part for part in PARTS if dimensions(model).loc['all', part])]
+        tops = [top_eigenvalues(model, batches, 1, part, tol=1e-2)[0][0] for part in parts]
+        return pd.DataFrame(dict(part=['whole', *parts[1:]], top=tops))
+    return _over_seeds(study, found, ['efcn'], begin=True)
+
 # %% ../../nbs/experiments/57_measures.ipynb #18edbb28
 MEASURES = dict(
     ablation=measure_ablation, displacement=measure_displacement, profiles=measure_profiles,
     biases=measure_biases, templates=measure_templates,
-    barriers=measure_barriers, paths=measure_paths, gradients=measure_gradients, curvature=measure_curvature)
+    barriers=measure_barriers, paths=measure_paths, gradients=measure_gradients, sharpness=measure_sharpness,
+    curvature=measure_curvature)
+
+_VERSIONS = dict(ablation=2) # of tables that have changed since version 0.1.0
 
 def measured(
     study:Study, # finished, with weights kept
@@ -271,7 +297,8 @@ def measured(
     "The table `name` of the study, computed if it is not in the study's folder yet. Raises `ValueError` for an "\
     "unknown name."
     one_of('measure', name, MEASURES)
-    path = study.out/'measures'/f'{name}-{run_id(study.identity)}.csv'
+    version = {'version': _VERSIONS[name]} if name in _VERSIONS else {}
+    path = study.out/'measures'/f'{name}-{run_id(study.identity | version)}.csv'
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         with suited(study.weights): table = MEASURES[name](study)

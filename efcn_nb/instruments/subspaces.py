@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'project_lcn', 'project_cnn', 'squares', 'released_layers', 'shares', 'residuals', 'split', 'project',
-           'dimensions', 'ablate', 'ablation', 'window_distances', 'radial_profile', 'bias_spread', 'off_local_rows',
-           'template_similarity']
+           'dimensions', 'ablate', 'ablation', 'off_local_nulls', 'read_out_afresh', 'window_distances',
+           'radial_profile', 'bias_spread', 'off_local_rows', 'template_similarity']
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #f6d38253
 import copy, functools, itertools, math
@@ -21,6 +21,7 @@ from ..ladder.geometry import ConvGeometry
 from ..ladder.layers import FullyConnected, LocallyConnected
 from ..ladder.matrices import (
     kernel_from_local, local_from_kernel, local_from_matrix, matrix_from_kernel, matrix_from_local)
+from ..training.arms import off_local_noise
 from ..training.loop import evaluate
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #dc9146cf
@@ -352,6 +353,51 @@ def ablation(
         raise ValueError('an ablation evaluates float32 networks: call .float() first')
     return pd.DataFrame([dict(kept=' + '.join(keep)) | evaluate(ablate(model, keep), data, batch_size, precision)
                          for keep in choices])
+
+# %% ../../nbs/instruments/30_subspaces.ipynb #f40e3f8f
+@torch.no_grad()
+def off_local_nulls(
+    model:nn.Module, # an embedded network; left untouched
+    seed:int=0       # of the noise
+)->dict:             # 'off_local noise': in place of all weights; 'all less noise': subtracted from them
+    """Copies of `model` with random off-local weights, which have the norm of the model's own in each layer.
+
+    Raises `ValueError` without a released layer."""
+    alone, less = (copy.deepcopy(model) for _ in range(2))
+    draw, rest = torch.Generator().manual_seed(seed), released_layers(less)
+    for name, m in released_layers(alone).items():
+        if not isinstance(m, FullyConnected): continue
+        keep_parts(m.weight, m.geometry, ['off_local'])
+        noise = off_local_noise(m, m.weight.norm(), draw)
+        m.weight.copy_(noise)
+        rest[name].weight.sub_(noise)
+        if m.bias is not None: m.bias.copy_(_split_bias(m.bias, m.geometry)['convolutional'])
+    return {'off_local noise': alone, 'all less noise': less}
+
+# %% ../../nbs/instruments/30_subspaces.ipynb #5e7c7b50
+def _read(model, readout, data, batch_size):
+    "What reaches the layer `readout` of `model` in evaluation mode, for all images of `data`."
+    found = []
+    hook = readout.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].flatten(1).cpu()))
+    try: evaluate(model, data, batch_size)
+    finally: hook.remove()
+    return torch.cat(found).numpy()
+
+def read_out_afresh(
+    model:nn.Module,
+    train,           # a `Dataset` to fit the new read-out on
+    data,            # a `Dataset` to evaluate on
+    batch_size:int=250
+)->float:            # accuracy; NaN if there is no linear layer
+    "Accuracy with the last linear layer fitted anew, by logistic regression on its standardised inputs."
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not linear: return math.nan
+    fit = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    fit.fit(_read(model, linear[-1], train, batch_size), train.y.cpu().numpy())
+    return float(fit.score(_read(model, linear[-1], data, batch_size), data.y.cpu().numpy()))
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #e2666513
 def window_distances(
