@@ -225,9 +225,9 @@ def _write(study, table, texts, new):
 
 # %% ../nbs/99_cli.ipynb #c4ee5a12
 def _can_judge(summary):
-    "Whether there is a seed of which FCN and an eFCN came to their ends."
+    "Whether there is a seed of which an eFCN came to its end, and the FCN too, if there is one."
     ended = summary.query('n > 0').network
-    return {'efcn', 'fcn'} <= set(ended)
+    return {'efcn', *summary.network[summary.network == 'fcn']} <= set(ended)
 
 def _report(tables, study, where):
     "Print tables as text, with n, spread, hardware and versions."

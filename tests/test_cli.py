@@ -190,7 +190,8 @@ WRONG = [
     ("--device", "meta"), ("--device", "cuda:99"), ("--precision", "fp8"),
     ("--workers", "0"), ("--precision", "tf32"), ("--out", "a-file"), ("--out", "a-file/below"), ("--out", "foreign"),
     ("--out", "/dev/null/x"), ("--foo",), ("bar",),
-    *((flag, value) for flag in ("--relaxed_lr", "--fcn_lr") for value in ("x", "", "0", "-1", "nan", "0.1,0.1")),
+    *((flag, value) for flag in ("--relaxed_lr", "--fcn_lr") for value in ("x", ",", "0", "-1", "nan", "0.1,0.1")),
+    ("--relaxed_lr", ""),
     ("--relaxed_epochs", "-1"), ("--relaxed_epochs", "x"), ("--arms", "slow"), ("--arms", "slowed,slowed"),
     ("--arms", "slowed,eFCN"), ("--images", "0"), ("--images", "99999"), ("--images", "1000", "--seeds", "2"),
     ("--images", "x"), ("--validation", "0"), ("--validation", "1438"), ("--validation", "3")]
@@ -312,6 +313,15 @@ def test_no_arms(console, tmp_path):
              "--relaxed_lr", ".1", "--fcn_lr", ".1", "--arms", "", "--out", "s"]
     code, out, err = console(*flags, cwd=tmp_path)
     assert code == 0 and set(pd.read_csv(tmp_path/"s"/"metrics.csv").network) == {"cnn", "efcn", "fcn"}, err
+
+
+def test_no_baseline(console, tmp_path):
+    "What needs the FCN is not judged, all else is."
+    flags = [*tiny.FLAGS, "--relax", "0,1", "--elcn", "", "--fcn_lr", "", "--out", "s"]
+    code, out, err = console(*flags, cwd=tmp_path)
+    assert code == 0 and set(pd.read_csv(tmp_path/"s"/"metrics.csv").network) == {"cnn", "efcn"}, err
+    effect = pd.read_csv(tmp_path/"s"/"claims.csv").set_index("claim").effect
+    assert effect.str.contains("needs the FCN").sum() == 2 and (tmp_path/"s"/"figure.png").exists()
 
 
 def test_a_folder_of_images(console, tmp_path):

@@ -41,18 +41,18 @@ def functional(conv, x):
 # Properties of one convolution: each is a function of a case, so that the negative controls below can call it.
 # Properties of the same case may share its released layers.
 
-def released(conv, x, to): return embed(conv, shape_of(x), to, check=False)
+def released_layer(conv, x, to): return embed(conv, shape_of(x), to, check=False)
 
 
 def same_function(conv, x, to, layer=None):
-    layer, expected = layer or released(conv, x, to), functional(conv, x)
+    layer, expected = layer or released_layer(conv, x, to), functional(conv, x)
     assert type(layer) is RELEASED[to] and close(layer(x), expected, 1e-10) and close(conv(x), expected, 1e-12)
 
 
 def same_gradient(conv, x, layers=None):
     "The sum over a tap's copies of the released gradient is the convolution's; so are inputs' and biases'."
     g, gradients, into = geometry_of(conv, x), [], rand(*conv(x).shape, seed=1)
-    for layer in (conv, *(layers or [released(conv, x, to) for to in RELEASED])):
+    for layer in (conv, *(layers or [released_layer(conv, x, to) for to in RELEASED])):
         wanted = [x.clone().requires_grad_(), *layer.parameters()]
         gradients.append(torch.autograd.grad((layer(wanted[0])*into).sum(), wanted))
     (dx, dk, *db), *released = gradients
@@ -77,7 +77,7 @@ def alone_somewhere(g):
 def same_way_back(conv, x, to, layer=None):
     """Every tap that reads a pixel anywhere comes back bit for bit; the others,
     of which the released layer knows nothing, as zero."""
-    back = nearest_cnn(layer or released(conv, x, to), check=False)
+    back = nearest_cnn(layer or released_layer(conv, x, to), check=False)
     assert type(back) is type(conv) and back.weight.is_contiguous() and back.weight.dtype == conv.weight.dtype
     assert (back.bias is None) == (conv.bias is None) and (conv.bias is None or torch.equal(back.bias, conv.bias))
     assert close(back(x), conv(x), 1e-10)
@@ -116,7 +116,7 @@ DRAWN = set()
 
 @over_cases(times=2350)
 def test_one_convolution_same_function_gradient_and_way_back(case):
-    layers = {to: released(*case, to) for to in RELEASED}
+    layers = {to: released_layer(*case, to) for to in RELEASED}
     for to, layer in layers.items(): same_function(*case, to, layer), same_way_back(*case, to, layer)
     same_gradient(*case, layers.values())
     DRAWN.add(repr(geometry_of(*case)))
