@@ -128,7 +128,7 @@ def _parser():
             'moments of its training, train on without the constraint, and compare with the CNN and with a '
             'fully-connected network trained from scratch (FCN).',
         epilog='If interrupted, rerun the same command with the same --out; it resumes. Without flags: the digits, '
-            'twelve seeds, with two rivals of the relaxed networks, in about two minutes.')
+            'twelve seeds, with two rivals of the relaxed networks, in two to three minutes.')
     for add in _add_data, _add_protocol, _add_training, _add_results: add(p.add_argument)
     return p
 

@@ -1,5 +1,4 @@
-"""The gate runs in this order: what is cheap and explains later failures comes first, and notebooks run last, one by
-one, so that no process waits long for another. Each test runs as though it
+"""The gate runs in this order: what is cheap and explains later failures comes first. Each test runs as though it
 were alone: it draws from a seed of its own, and what it changes in the process is put back."""
 import os, random, sys, zlib
 
@@ -12,7 +11,8 @@ from hypothesis import HealthCheck, register_random, settings
 try: import keep  # refuses fastcore 2 with a sentence that says what to do
 except SystemExit as error: raise pytest.UsageError(str(error)) from None
 
-GATE = ["test_keep", "test_export", "test_names", "test_imports", "test_notebooks", "test_readme"]
+GATE = ["test_keep", "test_export", "test_names", "test_imports", "test_notebooks", "test_readme", "test_package",
+        "test_docs"]
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that share the cores
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -143,7 +143,7 @@ def test_nothing_is_left_behind(turn):
 @pytest.mark.parametrize("word", [None, "a", "b"])
 def test_orders(word):
     "Within a stage of the gate, file by file; the same word, the same order."
-    files = ("test_a", "test_b", "test_c", "test_readme", "test_keep")
+    files = ("test_a", "test_b", "test_c", "test_docs", "test_keep")
     names = [*((file, f"test_{k}") for file in files for k in range(6)), ("test_notebooks", "test_run[x]")]
     config = types.SimpleNamespace(getoption=lambda name: dict(order=word)[name])
     def ordered(names):
@@ -152,6 +152,6 @@ def test_orders(word):
         return [(item.path.stem, item.name) for item in items]
     found = ordered(names)
     files = [file for k, (file, _) in enumerate(found) if not k or found[k-1][0] != file]
-    in_order = ("test_keep", "test_a", "test_b", "test_c", "test_notebooks", "test_readme")
+    in_order = ("test_keep", "test_a", "test_b", "test_c", "test_notebooks", "test_docs")
     assert sorted(found) == sorted(names) and (files[0], *sorted(files[1:4]), *files[4:]) == in_order
     assert (found[6:24] == names[:18]) == (word is None) == (found != ordered(names[::-1]))

@@ -6,15 +6,20 @@ import pytest
 import torch
 from torch import nn
 
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
 import tiny
+from nets import rand
 from efcn_nb.materials.data import Data, load_data
 from efcn_nb.ladder.matrices import release
 from efcn_nb.ladder.embedding import embed, reinitialize
 from efcn_nb.ladder.geometry import ConvGeometry
 from efcn_nb.instruments.curvature import gradient, loss_line, random_direction
 from efcn_nb.instruments.subspaces import (
-    PARTS, ablate, ablation, bias_spread, dimensions, off_local_rows, project, radial_profile, residuals, shares, split,
-    squares, template_similarity)
+    PARTS, ablate, ablation, bias_spread, dimensions, off_local_nulls, off_local_rows, project, radial_profile,
+    read_out_afresh, residuals, shares, split, squares, template_similarity)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
 
@@ -87,6 +92,40 @@ def test_ablation_leaves_the_network_alone_and_evaluates_what_is_left():
         assert math.isclose(row.accuracy, right, abs_tol=1e-6)
     without = ablate(model, "convolutional")
     assert shares(without).loc["all", "convolutional"] > 1 - 1e-6 and (bias_spread(without).spread < 1e-7).all()
+
+
+class Twice(nn.Module):
+    "Two convolutions with one kernel, and a linear layer."
+    def __init__(self):
+        super().__init__()
+        self.first, self.again = (nn.Conv2d(1, 1, 3, padding=1) for _ in range(2))
+        self.again.weight, self.head = self.first.weight, nn.Linear(256, 10)
+
+    def forward(self, x): return self.head(torch.relu(self.again(torch.relu(self.first(x)))).flatten(1))
+
+
+def test_noise_is_put_into_a_shared_weight_once():
+    efcn = embed(Twice(), (1, 16, 16))
+    with torch.no_grad(): efcn.first.weight.add_(.1*rand(*efcn.first.weight.shape).float())
+    before, nulls = efcn.first.weight.clone(), off_local_nulls(efcn, seed=1)
+    alone, less = (nulls[name].first.weight for name in ("off_local noise", "all less noise"))
+    assert nulls["all less noise"].again.weight is less and torch.equal(efcn.first.weight, before)
+    torch.testing.assert_close(before - less, alone, atol=1e-6, rtol=0)
+    own = split(before, efcn.first.geometry)["off_local"].norm()
+    torch.testing.assert_close(alone.norm(), own, atol=0, rtol=1e-5)
+    assert not alone[efcn.first.geometry.mask].any()
+
+
+def test_a_fresh_read_out_reads_what_reaches_the_last_linear_layer():
+    "Here these are the pixels, whatever the read-out was; without such a layer nothing is read."
+    train, data = tiny.DATA.train.thinned(60), tiny.DATA.test.thinned(40)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    with torch.no_grad(): model[1].weight.zero_()
+    flat = [part.batch(range(len(part)))[0].flatten(1).numpy() for part in (train, data)]
+    fit = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(flat[0], train.y)
+    assert read_out_afresh(model, train, data, batch_size=7) == fit.score(flat[1], data.y)
+    assert read_out_afresh(model, train, train) == fit.score(flat[0], train.y) > .9
+    assert math.isnan(read_out_afresh(nn.Sequential(nn.Conv2d(1, 10, 16), nn.Flatten()), train, data))
 
 
 def test_templates_against_a_loop():

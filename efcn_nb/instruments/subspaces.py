@@ -363,15 +363,13 @@ def off_local_nulls(
     """Copies of `model` with random off-local weights, which have the norm of the model's own in each layer.
 
     Raises `ValueError` without a released layer."""
-    alone, less = (copy.deepcopy(model) for _ in range(2))
-    draw, rest = torch.Generator().manual_seed(seed), released_layers(less)
-    for name, m in released_layers(alone).items():
-        if not isinstance(m, FullyConnected): continue
-        keep_parts(m.weight, m.geometry, ['off_local'])
-        noise = off_local_noise(m, m.weight.norm(), draw)
-        m.weight.copy_(noise)
+    alone, less, draw = ablate(model, 'off_local'), copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    own, rest = released_layers(alone), released_layers(less)
+    for name in _untied(alone):
+        if not isinstance(own[name], FullyConnected): continue
+        noise = off_local_noise(own[name], own[name].weight.norm(), draw)
+        own[name].weight.copy_(noise)
         rest[name].weight.sub_(noise)
-        if m.bias is not None: m.bias.copy_(_split_bias(m.bias, m.geometry)['convolutional'])
     return {'off_local noise': alone, 'all less noise': less}
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #5e7c7b50
