@@ -88,18 +88,19 @@ def _times(name, values, epochs):
                          f'choose times from 0 to {epochs}, or train longer')
     return times
 
+def _is_empty(values): return not isinstance(values, (str, bytes)) and hasattr(values, '__len__') and not len(values)
+
 def _rates(name, values, default):
     "Learning rates, each once, the largest first; `default` for None."
     if values is None: return [default]
-    if name == 'fcn_lr' and not isinstance(values, (str, bytes)) and hasattr(values, '__len__') and not len(values):
-        return []
+    if name == 'fcn_lr' and _is_empty(values): return []
     alone = isinstance(values, Real)
     values = [positive(name, values)] if alone else distinct(name, values, positive)
     return sorted(map(float, values), reverse=True)
 
 def _arms(names):
     "A list of names in `ARMS`, which may be empty."
-    if names is None or not isinstance(names, (str, bytes)) and hasattr(names, '__len__') and not len(names): return []
+    if names is None or _is_empty(names): return []
     return distinct('arms', names, lambda _, name: one_of('arm', name, ARMS))
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #faabf639
