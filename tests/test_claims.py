@@ -290,7 +290,7 @@ def test_an_old_table(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["photographs_1k", "photographs_4k", "photographs_20k", "photographs_1k_width48",
-                                  "photographs_1k_width96", "needle_digits"])
+                                  "photographs_1k_width96", "needle_digits", "needle_digits_rates"])
 def test_a_record(name):
     "Its table gives the summary and the claims that were recorded."
     table = read_protocol(RECORDS/name/"metrics.csv")
