@@ -108,7 +108,7 @@ def cleaned(nb):
 
 HANGS = 3600  # seconds: nothing waits for ever, and no busy machine is taken for one that hangs
 PRELOAD = ["torch", "torchvision", "matplotlib.pyplot", "pandas", "seaborn", "scipy.stats", "sklearn.datasets",
-           "nbdev.test"]
+           "nbdev.test", "torch._dynamo"]
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(PRELOAD)
 

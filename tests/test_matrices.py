@@ -208,7 +208,8 @@ def break_map(monkeypatch, how):
     "Change the table of each axis, from which matrices, local weights and everything else are made."
     right = ConvGeometry.axes.fget
     monkeypatch.setattr(ConvGeometry, "axes", property(lambda self: [how(table) for table in right(self)]))
-    for table in (geometry._local_shape, matrices._runs, matrices._lone_places, matrices._inverse_counts):
+    for table in (geometry._local_shape, matrices._kernel_layouts, matrices._slot_layouts, matrices._lone_places,
+                  matrices._inverse_counts):
         monkeypatch.setattr(table.__module__ + "." + table.__name__, table.__wrapped__)  # nothing is remembered
 
 

@@ -76,7 +76,7 @@ SERVER = r"""
 import gc, json, os, resource, signal, sys, threading, traceback
 from pathlib import Path
 from matplotlib.figure import Figure
-import torch, torchvision, scipy.special, sklearn.datasets  # all that a command imports when it needs it
+import torch, torch._dynamo, torchvision, scipy.special, sklearn.datasets  # all that a command imports when it needs it
 import efcn_nb.experiments.bench, efcn_nb.experiments.claims, efcn_nb.experiments.measures, efcn_nb.experiments.plots
 import efcn_nb.experiments.relaxation, efcn_nb.experiments.runs, efcn_nb.service.files
 from efcn_nb.cli import efcn_relax

@@ -24,6 +24,9 @@ BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # %% ../../nbs/ladder/07_folding.ipynb #e3a03290
 class _Reads(TorchDispatchMode):
     "Counts how often each piece of memory is read, by any operation."
+    @classmethod
+    def _should_skip_dynamo(cls): return False # as in `Watch`
+
     def __init__(self):
         super().__init__()
         self.count = Counter()

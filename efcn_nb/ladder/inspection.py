@@ -243,6 +243,9 @@ class Watch(TorchDispatchMode):
     "While it is on, notes reads of `tensors` (by name) and convolutions; then puts back what was written."
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls): return False # spares the first embedding of a process the import of the compiler
+
     def __init__(self, tensors):
         super().__init__()
         self.tensors, self.places, self.kinds = {name: (t, t.data) for name, t in tensors.items()}, {}, {}

@@ -21,30 +21,36 @@ def _steps(sizes, last):
     "Elements from one index to the next on each axis of a packed tensor of `sizes` whose last step is `last`."
     return [last * math.prod(sizes[axis+1:]) for axis in range(len(sizes))]
 
-def _strides(x, g, runs):
-    "Elements of memory in `x`, a matrix or local weights, per group, out channel, output, in channel and source."
+def _strides(g, runs, local):
+    "Elements of memory in the matrix, or in the `local` weights, per group, out channel, output, in channel, source."
     co, ci, pixels = g.out_channels//g.groups, g.in_channels//g.groups, math.prod(g.input_size)
-    if x.dim() == 2:
+    if local:
+        per_ci, per_source, per_co = 1, _steps([r.reads for r in runs], ci), math.prod(g.local_shape[2:])
+        per_group, per_position = co*per_co, g.out_channels*per_co
+    else:
         per_ci, per_source, per_position = pixels, _steps(g.input_size, 1), g.in_channels*pixels
         per_co = per_position * math.prod(g.output_size)
         per_group = co*per_co + ci*per_ci
-    else:
-        per_ci, per_source, per_co = 1, _steps([r.reads for r in runs], ci), x[0,0].numel()
-        per_group, per_position = co*per_co, g.out_channels*per_co
     return per_group, per_co, _steps(g.output_size, per_position), per_ci, per_source
 
 # %% ../../nbs/ladder/02_matrices.ipynb #ae1e7106
-def _block(x, g, runs, sources):
-    """View of the entries of `x`, a matrix or local weights, that `runs` reach at `sources` (pixels or slots).
+def _layout(g, runs, sources, local):
+    """Size, strides and start of the entries of the matrix, or of the `local` weights, that `runs` reach at `sources`
+    (pixels or slots).
 
-    Its axes are (groups, co, *outputs, ci, *taps)."""
-    per_group, per_co, per_output, per_ci, per_source = _strides(x, g, runs)
+    Their axes are (groups, co, *outputs, ci, *taps)."""
+    per_group, per_co, per_output, per_ci, per_source = _strides(g, runs, local)
     start = sum(o*r.outputs[0] + s*source[0] for o, s, r, source in zip(per_output, per_source, runs, sources))
     outputs = [o*r.outputs[2] + s*source[1] for o, s, r, source in zip(per_output, per_source, runs, sources)]
     taps = [s*source[2] for s, source in zip(per_source, sources)]
     co, ci = g.out_channels//g.groups, g.in_channels//g.groups
     size = g.groups, co, *(r.outputs[1] for r in runs), ci, *(r.taps[1] for r in runs)
-    return x.as_strided(size, (per_group, per_co, *outputs, per_ci, *taps), x.storage_offset() + start)
+    return size, (per_group, per_co, *outputs, per_ci, *taps), start
+
+def _block(x, layout):
+    "View of the entries of `x`, a matrix or local weights, in this layout."
+    size, strides, start = layout
+    return x.as_strided(size, strides, x.storage_offset() + start)
 
 # %% ../../nbs/ladder/02_matrices.ipynb #1659b954
 def _single_taps(run):
@@ -71,20 +77,24 @@ def _tap_tables(g, of=None):
     tables = [table.flip(1) if g.transposed else table for table in g.axes]
     return [axis_slots(table)[1] for table in tables] if of == 'slots' else tables
 
-@functools.lru_cache(256)
 def _runs(g, of):
     "The runs that join taps and pixels, taps and slots, or ('slots and pixels') those two."
     if of == 'slots and pixels': return _combined([axis_slots(table)[0] for table in g.axes])
     return _combined(_tap_tables(g, of), single=of == 'pixels')
+
+@functools.lru_cache(256)
+def _kernel_layouts(g, local):
+    "Slices of the taps, and the layout of their copies in the matrix or the `local` weights, for all runs."
+    def part(first, number, step): return slice(first, first + (number-1)*step + 1, step)
+    return [(tuple(part(*r.taps) for r in runs), _layout(g, runs, [r.sources for r in runs], local))
+            for runs in _runs(g, 'slots' if local else 'pixels')]
 
 def _kernel_blocks(kernel, x, g):
     """Pairs of views of aligned `kernel`, and of `x`, a matrix or local weights, at its copies.
 
     Together they cover all local entries."""
     kernel = kernel.view(g.groups, -1, *[1]*len(g.axes), *kernel.shape[1:])
-    for runs in _runs(g, 'slots' if x.dim() == 4 else 'pixels'):
-        taps = tuple(slice(first, first + (n-1)*step + 1, step) for first, n, step in (r.taps for r in runs))
-        yield kernel[(..., *taps)], _block(x, g, runs, [r.sources for r in runs])
+    for taps, layout in _kernel_layouts(g, x.dim() == 4): yield kernel[(..., *taps)], _block(x, layout)
 
 # %% ../../nbs/ladder/02_matrices.ipynb #eb615d41
 def _copies(kernel, g, shape):
@@ -112,11 +122,16 @@ def local_from_kernel(
     return _copies(aligned(kernel, g).contiguous(), g, g.local_shape)
 
 # %% ../../nbs/ladder/02_matrices.ipynb #4d64788b
+@functools.lru_cache(256)
+def _slot_layouts(g):
+    "Layouts of the same entries in the local weights and in the matrix, for all runs."
+    def slots(runs): return [(r.taps[0], 0, r.taps[2]) for r in runs]
+    return [(_layout(g, runs, slots(runs), True), _layout(g, runs, [r.sources for r in runs], False))
+            for runs in _runs(g, 'slots and pixels')]
+
 def _slot_blocks(L, W, g):
     "Pairs of views of local weights `L` and of matrix `W` at the same entries."
-    for runs in _runs(g, 'slots and pixels'):
-        slots = [(r.taps[0], 0, r.taps[2]) for r in runs]
-        yield _block(L, g, runs, slots), _block(W, g, runs, [r.sources for r in runs])
+    for own, there in _slot_layouts(g): yield _block(L, own), _block(W, there)
 
 @torch.no_grad()
 def matrix_from_local(
