@@ -33,7 +33,7 @@ def console(tmp_path_factory):
 def done(console, tmp_path_factory):
     "The folder and the standard output of a study at one go."
     folder = tmp_path_factory.mktemp("done")
-    code, out, err = console(*tiny.FLAGS, "--out", "study", cwd=folder)
+    code, out, err = console(*tiny.FLAGS, "--out", "study", cwd=folder, draws=True)
     assert code == 0, err
     return folder/"study", out
 
@@ -96,11 +96,11 @@ def results(study):
 @pytest.mark.parametrize("what, last", [("file", 40), ("half", 40), ("step", 17), ("clock", 0)])
 def test_killed_and_started_again(console, mortal, tmp_path, what, last):
     """SIGKILL when a file lies there under its temporary name, in the midst of a write, in training, or at any time:
-    three moments each, and then one killed again and again."""
+    two moments each, and then one killed again and again."""
     flags, whole, seconds = mortal
-    def run(out, die=None): return console(*flags, "--out", str(out), cwd=tmp_path, die=die, draws=False)
+    def run(out, die=None): return console(*flags, "--out", str(out), cwd=tmp_path, die=die)
     random_ = random.Random(what)
-    moments = [seconds*random_.random() for _ in range(3)] if what == "clock" else random_.sample(range(last), 3)
+    moments = [seconds*random_.random() for _ in range(2)] if what == "clock" else random_.sample(range(last), 2)
     for moment in moments:
         code, _, _ = run(moment, (what, moment))
         assert code == -9 or what == "clock", f"{what} {moment} was not reached"
@@ -114,7 +114,7 @@ def test_killed_and_started_again(console, mortal, tmp_path, what, last):
     assert results(tmp_path/"again") == results(whole) and (again > 1 or what == "clock")
 
 
-@pytest.mark.parametrize("limit", [400, 3000, 20_000, 200_000, 2_000_000])
+@pytest.mark.parametrize("limit", [400, 20_000, 2_000_000])
 def test_a_full_disk(console, mortal, tmp_path, limit):
     """No file can be larger than `limit` bytes: one sentence, everything before intact,
     and the same command goes on when there is room."""
@@ -284,7 +284,7 @@ def test_seeds(console, tmp_path, flags, seeds):
                                    ["--batch_size", "999999"], ["--precision", "bf16"],
                                    ["--no-shuffle"], ["--keep_weights"], ["--name", "my digits/2"]], ids=" ".join)
 def test_other_studies(console, done, tmp_path, flags):
-    code, out, err = console(*tiny.FLAGS, *flags, "--out", "s", cwd=tmp_path)
+    code, out, err = console(*tiny.FLAGS, *flags, "--out", "s", cwd=tmp_path, draws=True)
     assert code == 0 and "Traceback" not in err, err
     assert {"summary.csv", "metrics.csv", "figure.png"} <= {p.name for p in (tmp_path/"s").iterdir()}
     if flags[0] in ("--precision", "--no-shuffle"):
@@ -296,7 +296,8 @@ RATES = "--relaxed_lr 0.1,0.02 --fcn_lr 0.05 --relaxed_epochs 2 --arms annealed,
 
 def test_rates_arms_and_images(console, tmp_path):
     "With images held out the claims are judged at the rates chosen on them; without, a sentence says what is missing."
-    code, out, err = console(*tiny.FLAGS, *RATES, "--seeds", "2", "--validation", "50", "--out", "s", cwd=tmp_path)
+    code, out, err = console(*tiny.FLAGS, *RATES, "--seeds", "2", "--validation", "50", "--out", "s", cwd=tmp_path,
+                             draws=True)
     assert code == 0 and "Traceback" not in err, err
     table = pd.read_csv(tmp_path/"s"/"metrics.csv")
     rates = table.groupby("network").lr.unique().map(sorted).to_dict()
@@ -311,14 +312,14 @@ def test_no_arms(console, tmp_path):
     "Not even those of the protocol."
     flags = [*tiny.FLAGS, "--relax", "0", "--elcn", "", "--model", "strided", "--relaxed_epochs", "1",
              "--relaxed_lr", ".1", "--fcn_lr", ".1", "--arms", "", "--out", "s"]
-    code, out, err = console(*flags, cwd=tmp_path)
+    code, out, err = console(*flags, cwd=tmp_path, draws=True)
     assert code == 0 and set(pd.read_csv(tmp_path/"s"/"metrics.csv").network) == {"cnn", "efcn", "fcn"}, err
 
 
 def test_no_baseline(console, tmp_path):
     "What needs the FCN is not judged, all else is."
     flags = [*tiny.FLAGS, "--relax", "0,1", "--elcn", "", "--fcn_lr", "", "--out", "s"]
-    code, out, err = console(*flags, cwd=tmp_path)
+    code, out, err = console(*flags, cwd=tmp_path, draws=True)
     assert code == 0 and set(pd.read_csv(tmp_path/"s"/"metrics.csv").network) == {"cnn", "efcn"}, err
     effect = pd.read_csv(tmp_path/"s"/"claims.csv").set_index("claim").effect
     assert effect.str.contains("needs the FCN").sum() == 2 and (tmp_path/"s"/"figure.png").exists()

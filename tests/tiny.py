@@ -146,14 +146,14 @@ class Console:
                                        bufsize=0, env=env,  # so that `is_running` sees all that was answered
                                        cwd=Path(__file__).resolve().parents[1])
 
-    def __call__(self, *argv, cwd, die=None, draws=True):
+    def __call__(self, *argv, cwd, die=None, draws=False):
         """Exit status, standard output, standard error of the command; `die` is a pair ('file', 'half',
         'step' or 'clock', number): when it is killed; or ('disk', bytes that a file can have).
         A command that does not draw writes a figure without pixels, at the same moment."""
         self.start(*argv, cwd=cwd, die=die, draws=draws)
         return self.wait()
 
-    def start(self, *argv, cwd, die=None, draws=True):
+    def start(self, *argv, cwd, die=None, draws=False):
         "Start the command; its process id."
         self.streams = {name: self.folder/name for name in ("stdout", "stderr")}
         for path in self.streams.values(): path.unlink(missing_ok=True)
