@@ -1,6 +1,6 @@
 """The gate runs in this order: what is cheap and explains later failures comes first. Each test runs as though it
 were alone: it draws from a seed of its own, and what it changes in the process is put back."""
-import os, random, sys, zlib
+import gc, os, random, sys, zlib
 
 import matplotlib
 import numpy as np
@@ -45,6 +45,12 @@ def pytest_collection_modifyitems(config, items):
         stage = of_gate or (GATE.index("test_notebooks"), False)
         return stage if order is None else (*stage, number(order, name), number(order, name, item.name))
     items.sort(key=place)
+
+
+def pytest_collection_finish():
+    "What the modules hold stays until the end, so Python need not look through it again and again."
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
