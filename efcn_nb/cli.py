@@ -249,7 +249,13 @@ def _report(tables, study, where):
 def efcn_relax(
     argv:list=None # arguments; None for those of the command line
 ):
-    "Console command: the protocol of d'Ascoli et al. 2019."
+    """Console command: the protocol of d'Ascoli et al. 2019.
+
+    Parameters
+    ----------
+    argv : list, default None
+        arguments; None for those of the command line
+    """
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     from efcn_nb.experiments.relaxation import WorkerLost
@@ -391,7 +397,13 @@ def _bench_cohort(args, command, where):
 def efcn_bench(
     argv:list=None # arguments; None for those of the command line
 ):
-    "Console command: what embedding, locally-connected layers and training cost."
+    """Console command: what embedding, locally-connected layers and training cost.
+
+    Parameters
+    ----------
+    argv : list, default None
+        arguments; None for those of the command line
+    """
     given = sys.argv[1:] if argv is None else argv
     args = _bench_parser().parse_args(given)
     if argv is None and 'THP_MEM_ALLOC_ENABLE' not in os.environ: # PyTorch reads it once, so start again

@@ -23,7 +23,22 @@ def check_table(
     needs=_MEASURED, # columns
     maker='relax'    # the function that makes such tables
 )->pd.DataFrame:     # `table`, with text for categories
-    "Raise `ValueError` unless `table` has the columns that are needed."
+    """Raise `ValueError` unless `table` has the columns that are needed.
+
+    Parameters
+    ----------
+    table
+        what should be a table of the protocol
+    needs : default _MEASURED
+        columns
+    maker : default 'relax'
+        the function that makes such tables
+
+    Returns
+    -------
+    pd.DataFrame
+        `table`, with text for categories
+    """
     if not isinstance(table, pd.DataFrame):
         raise ValueError(f'the table must be a DataFrame as {maker} returns it, not {type(table).__name__}')
     if 'network' in needs and 'network' not in table:
@@ -41,7 +56,18 @@ def _key(table):
 def diverged_runs(
     table:pd.DataFrame # as `relax` returns it
 )->pd.DataFrame:       # network, seed, relax, lr if there is one, and the epoch that was not finished
-    "The runs that diverged."
+    """The runs that diverged.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `relax` returns it
+
+    Returns
+    -------
+    pd.DataFrame
+        network, seed, relax, lr if there is one, and the epoch that was not finished
+    """
     table = check_table(table, ['network', 'seed', 'relax', 'epoch', 'metric'])
     return table[table.metric == 'diverged'][[*_key(table), 'epoch']]
 
@@ -53,7 +79,13 @@ def _is_lost(rows, table):
 def protocol_epochs(
     table:pd.DataFrame # as `relax` returns it
 )->float:
-    "The number of epochs of the protocol; raises `ValueError` if the table does not tell."
+    """The number of epochs of the protocol; raises `ValueError` if the table does not tell.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `relax` returns it
+    """
     check_table(table, ['network'])
     if 'protocol_epochs' in table: return table.protocol_epochs.max()
     check_table(table)
@@ -89,7 +121,18 @@ def _at_best(t, same):
 def best_rows(
     table:pd.DataFrame # as `relax` returns it
 )->pd.DataFrame:       # rows of the metric 'best_accuracy', placed at the last epoch; none without images held out
-    "Accuracy of each run, on test set and images held out, in its epoch of the best validation accuracy."
+    """Accuracy of each run, on test set and images held out, in its epoch of the best validation accuracy.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `relax` returns it
+
+    Returns
+    -------
+    pd.DataFrame
+        rows of the metric 'best_accuracy', placed at the last epoch; none without images held out
+    """
     there = table[table.metric == 'best_accuracy']
     if len(there): return there
     t = table[table.metric == 'accuracy'].drop(columns=['metric', 'step'], errors='ignore')
@@ -113,8 +156,26 @@ def final_values(
     last:int=None,          # epochs that are averaged; None for `LAST`, of weights and best epochs for one
     chance:float=.1         # accuracy of guessing
 )->pd.DataFrame:            # network, seed, relax, lr if there is one, epoch, value
-    "The outcome of every run: its mean over the last epochs, or guessing if it diverged; the CNN's after the "\
-    "protocol's epochs ('cnn') and at its end ('cnn+')."
+    """The outcome of every run: its mean over the last epochs, or guessing if it diverged; the CNN's after the
+    protocol's epochs ('cnn') and at its end ('cnn+').
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `relax` returns it
+    metric : str, default 'accuracy'
+        or 'best_accuracy', of `best_rows`; or another of the table
+    split : str, default 'test'
+    last : int, default None
+        epochs that are averaged; None for `LAST`, of weights and best epochs for one
+    chance : float, default 0.1
+        accuracy of guessing
+
+    Returns
+    -------
+    pd.DataFrame
+        network, seed, relax, lr if there is one, epoch, value
+    """
     table = check_table(table)
     if metric == 'best_accuracy': table = pd.concat([table[table.metric == 'diverged'], best_rows(table)])
     single = split == 'weights' or metric == 'best_accuracy'
@@ -141,8 +202,21 @@ def summary(
     table:pd.DataFrame, # as `relax` returns it
     chance:float=.1     # accuracy of guessing
 )->pd.DataFrame:        # network, relax, lr if there are several, epochs, accuracy, spread, n, diverged, off_local
-    "Mean outcome (test accuracy), its standard deviation over n seeds, how many of them diverged (and count as "\
-    "guessing), and mean off-local share of the others, for every kind of network."
+    """Mean outcome (test accuracy), its standard deviation over n seeds, how many of them diverged (and count as
+    guessing), and mean off-local share of the others, for every kind of network.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `relax` returns it
+    chance : float, default 0.1
+        accuracy of guessing
+
+    Returns
+    -------
+    pd.DataFrame
+        network, relax, lr if there are several, epochs, accuracy, spread, n, diverged, off_local
+    """
     several = 'lr' in check_table(table) and table.lr.nunique() > 1
     by = ['network', 'relax', *['lr']*several]
     groups = final_values(table, chance=chance).groupby([*by, 'epoch'], dropna=False, sort=False).value
@@ -175,8 +249,21 @@ def choose_rates(
     table:pd.DataFrame, # as `relax` returns it
     chance:float=.1     # accuracy of guessing
 )->pd.DataFrame:        # the rows of `table` at the rates chosen
-    "One rate for each network, relax time and seed: the best on the images held out, in the mean of all other seeds. "\
-    "Raises `ValueError` if there are several rates and no images held out."
+    """One rate for each network, relax time and seed: the best on the images held out, in the mean of all other seeds.
+    Raises `ValueError` if there are several rates and no images held out.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `relax` returns it
+    chance : float, default 0.1
+        accuracy of guessing
+
+    Returns
+    -------
+    pd.DataFrame
+        the rows of `table` at the rates chosen
+    """
     kind = ['network', 'relax']
     if 'lr' not in table or (table.groupby(kind, dropna=False).lr.nunique() <= 1).all(): return table
     values, chosen = _validated(table, chance), []
@@ -215,7 +302,22 @@ def gains(
     over:str='cnn+',    # 'cnn': after the protocol's epochs; 'cnn+': after as many epochs; 'fcn'; 'annealed', ...
     chance:float=.1     # accuracy of guessing
 )->pd.DataFrame:        # network, relax, mean, low, high (ends of the 95 % interval), n
-    "Outcomes of all networks that begin at a relax time less that of another network, paired by seed."
+    """Outcomes of all networks that begin at a relax time less that of another network, paired by seed.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `relax` returns it, with one rate for each network and relax time, see `choose_rates`
+    over : str, default 'cnn+'
+        'cnn': after the protocol's epochs; 'cnn+': after as many epochs; 'fcn'; 'annealed', ...
+    chance : float, default 0.1
+        accuracy of guessing
+
+    Returns
+    -------
+    pd.DataFrame
+        network, relax, mean, low, high (ends of the 95 % interval), n
+    """
     one_of('over', over, ['cnn+', *final_values(table).network.unique()])
     if 'lr' in table and (table.groupby(['network', 'relax', 'seed'], dropna=False).lr.nunique() > 1).any():
         raise ValueError('the table has several rates for one network; choose one of them with choose_rates')
@@ -278,8 +380,25 @@ def chosen_outcomes(
     metric='accuracy',   # or 'best_accuracy'
     chance:float=.1      # accuracy of guessing
 )->pd.DataFrame:         # index: seed; columns: value (accuracy on the test set), case
-    "The best of several networks, relax times and rates: for each seed the one that the images held out of the other "\
-    "seeds choose. Raises `ValueError` if there are none."
+    """The best of several networks, relax times and rates: for each seed the one that the images held out of the other
+    seeds choose. Raises `ValueError` if there are none.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `relax` returns it, with images held out
+    networks : default ('efcn',)
+        that compete; `RIVALS` for what the CNN can become
+    metric : default 'accuracy'
+        or 'best_accuracy'
+    chance : float, default 0.1
+        accuracy of guessing
+
+    Returns
+    -------
+    pd.DataFrame
+        index: seed; columns: value (accuracy on the test set), case
+    """
     tested, validated = (_by_case(final_values(table, metric, split, chance=chance), networks)
                          for split in ('test', 'validation'))
     if tested.empty: raise ValueError(f'the table has no outcome of {", ".join(networks)}')
@@ -460,8 +579,25 @@ def claims(
     displacement:pd.DataFrame=None, # as `measure_displacement` returns it, for claim 3b
     chance:float=.1                 # accuracy of guessing
 )->pd.DataFrame:                 # claim, effect, spread over seeds, half width of the interval (points), n, verdict, p
-    "The primary claim and the paper's five, judged on outcomes and deviations; p-values of all but the primary claim "\
-    "are corrected for their number. Raises `ValueError` if there are no relaxed networks or no baseline."
+    """The primary claim and the paper's five, judged on outcomes and deviations; p-values of all but the primary claim
+    are corrected for their number. Raises `ValueError` if there are no relaxed networks or no baseline.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `relax` returns it
+    ablation : pd.DataFrame, default None
+        as `measure_ablation` returns it, for claim 4
+    displacement : pd.DataFrame, default None
+        as `measure_displacement` returns it, for claim 3b
+    chance : float, default 0.1
+        accuracy of guessing
+
+    Returns
+    -------
+    pd.DataFrame
+        claim, effect, spread over seeds, half width of the interval (points), n, verdict, p
+    """
     chosen, asked = _all_claims(table, ablation, displacement, chance)
     rows = pd.DataFrame([*map(_row, asked), _far_is_fcn(chosen, chance)])
     return _without_diverged(_with_holm(rows), chosen)
@@ -484,8 +620,19 @@ def _near(epochs, ends):
 def needed_rows(
     table:pd.DataFrame # as `relax` returns it
 )->pd.DataFrame:       # without steps
-    "The rows on which `summary`, `gains` and `claims` depend; accuracies of a run, the CNN's apart, are replaced by "\
-    "their outcome."
+    """The rows on which `summary`, `gains` and `claims` depend; accuracies of a run, the CNN's apart, are replaced by
+    their outcome.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `relax` returns it
+
+    Returns
+    -------
+    pd.DataFrame
+        without steps
+    """
     table, key = check_table(table).drop(columns=['step'], errors='ignore'), _key(table)
     accuracy = table[(table.metric == 'accuracy') & table.split.isin(['test', 'validation'])]
     last = table.groupby(key, dropna=False).epoch.transform('max')
@@ -504,8 +651,14 @@ def claim_intervals(
     displacement:pd.DataFrame=None,
     chance:float=.1
 )->pd.DataFrame: # claim, relax (the time that decides), mean, low, high (the ends of the interval), n, verdict
-    "The effects of `claims` that can be judged, each of which should be positive (of claim 4b, what is missing to "\
-    "two points above noise; of claim 5, near 0 or below)."
+    """The effects of `claims` that can be judged, each of which should be positive (of claim 4b, what is missing to two
+    points above noise; of claim 5, near 0 or below).
+
+    Returns
+    -------
+    pd.DataFrame
+        claim, relax (the time that decides), mean, low, high (the ends of the interval), n, verdict
+    """
     verdicts, rows = claims(table, ablation, displacement, chance).set_index('claim').verdict, []
     chosen, asked = _all_claims(table, ablation, displacement, chance)
     for c in asked:

@@ -69,7 +69,16 @@ def plot_curves(
     metric:str='accuracy', split:str='test',
     ax=None
 ):
-    "`metric` against epochs: CNN and FCN in black and red, eFCNs coloured by relax time; returns the axes."
+    """`metric` against epochs: CNN and FCN in black and red, eFCNs coloured by relax time; returns the axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        tidy, as `relax` returns it
+    metric : str, default 'accuracy'
+    split : str, default 'test'
+    ax : default None
+    """
     check_table(table)
     ax = _axes(ax, 5)
     t = table[(table.metric == metric) & (table.split == split)]
@@ -93,7 +102,16 @@ def plot_curve_panels(
     metric:str='accuracy', split:str='test',
     columns:int=3
 ):
-    "`metric` against epochs, a panel for each relax time; returns the figure."
+    """`metric` against epochs, a panel for each relax time; returns the figure.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        tidy, as `relax` returns it
+    metric : str, default 'accuracy'
+    split : str, default 'test'
+    columns : int, default 3
+    """
     check_table(table)
     t = table[(table.metric == metric) & (table.split == split)]
     palette = _relax_palette(t[t.network == 'efcn'].relax.unique())
@@ -134,8 +152,15 @@ def plot_relax_times(
     table:pd.DataFrame, # tidy, as `relax` returns it
     ax=None
 ):
-    "Outcome against relax time, one dot a seed, a cross for one that diverged and counts as guessing, with the "\
-    "levels (mean and range over seeds) of CNN and FCN; returns the axes."
+    """Outcome against relax time, one dot a seed, a cross for one that diverged and counts as guessing, with the levels
+    (mean and range over seeds) of CNN and FCN; returns the axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        tidy, as `relax` returns it
+    ax : default None
+    """
     ends, lost, ax = final_values(table), diverged_runs(table), _axes(ax)
     relaxed = table[table.network.isin(['efcn', 'elcn'])]
     place = {t: i for i, t in enumerate(sorted(relaxed.relax.unique()))}
@@ -159,7 +184,14 @@ def plot_gains(
     effects:pd.DataFrame, # as `gains` returns it
     ax=None
 ):
-    "Effects against relax time, in points, with their 95 % intervals, a line for each network; returns the axes."
+    """Effects against relax time, in points, with their 95 % intervals, a line for each network; returns the axes.
+
+    Parameters
+    ----------
+    effects : pd.DataFrame
+        as `gains` returns it
+    ax : default None
+    """
     effects, ax = check_table(effects, ['network', 'relax', 'mean', 'low', 'high'], 'gains'), _axes(ax, 5)
     place = {t: i for i, t in enumerate(sorted(effects.relax.unique()))}
     networks = [name for name in NAMES if name in {*effects.network}]
@@ -181,8 +213,17 @@ def plot_deviation(
     metric:str='off_local', # or 'unshared'
     ax=None
 ):
-    "Share of the squared weights outside a subspace against epochs since relaxing, on a logarithmic axis; returns "\
-    "the axes."
+    """Share of the squared weights outside a subspace against epochs since relaxing, on a logarithmic axis; returns the
+    axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        tidy, as `relax` returns it
+    metric : str, default 'off_local'
+        or 'unshared'
+    ax : default None
+    """
     check_table(table)
     ax = _axes(ax)
     t = table[(table.metric == metric) & (table.split == 'weights') & table.network.isin(['efcn', 'fcn'])]
@@ -204,8 +245,15 @@ def plot_accuracy_deviation(
     table:pd.DataFrame, # tidy, as `relax` returns it
     ax=None
 ):
-    "Final test accuracy against the final off-local share of the squared weights, a point for each eFCN and FCN; "\
-    "returns the axes."
+    """Final test accuracy against the final off-local share of the squared weights, a point for each eFCN and FCN;
+    returns the axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        tidy, as `relax` returns it
+    ax : default None
+    """
     run = ['network', 'seed', 'relax']
     accuracy, off, ax = final_values(table), final_values(table, 'off_local', 'weights'), _axes(ax)
     ends = accuracy.merge(off[[*run, 'value']], on=run, suffixes=('', '_off'))
@@ -227,7 +275,14 @@ def plot_claims(
     intervals:pd.DataFrame, # as `claim_intervals` returns it
     ax=None
 ):
-    "Effects with their 95 % intervals, in points, coloured by verdict; returns the axes."
+    """Effects with their 95 % intervals, in points, coloured by verdict; returns the axes.
+
+    Parameters
+    ----------
+    intervals : pd.DataFrame
+        as `claim_intervals` returns it
+    ax : default None
+    """
     ax = _axes(ax, 6.5, .36*len(intervals) + .8)
     for y, row in enumerate(intervals.itertuples()):
         colour, bounded = _VERDICTS[row.verdict], np.isfinite(row.low)
@@ -255,7 +310,19 @@ def plot_rows(
     titles=None,        # one for each unit
     share_scale:bool=False # one colour scale for all lines, rather than one each
 ):
-    "Weights as images, red positive and blue negative, white zero; returns the figure."
+    """Weights as images, red positive and blue negative, white zero; returns the figure.
+
+    Parameters
+    ----------
+    rows : dict
+        name: array (units, height, width), one line of images each
+    windows : default None
+        bool array (units, height, width): outlined
+    titles : default None
+        one for each unit
+    share_scale : bool, default False
+        one colour scale for all lines, rather than one each
+    """
     n, top = len(next(iter(rows.values()))), max(np.abs(images).max() for images in rows.values())
     size = 1.25*n + .9, 1.3*len(rows) + .2
     fig, axes = plt.subplots(len(rows), n, figsize=size, layout='constrained', squeeze=False)
@@ -288,8 +355,15 @@ def plot_ablation(
     table:pd.DataFrame, # as `measure_ablation` returns it
     ax=None
 ):
-    "Accuracy of the eFCNs with some parts of their weights alone, against relax time; one dot a seed, lines through "\
-    "the means; returns the axes."
+    """Accuracy of the eFCNs with some parts of their weights alone, against relax time; one dot a seed, lines through
+    the means; returns the axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `measure_ablation` returns it
+    ax : default None
+    """
     check_table(table, ['network', 'seed', 'relax', 'kept', 'accuracy'], 'measure_ablation')
     ax, table = _axes(ax, 5), table[table.network == 'efcn']
     place = {t: i for i, t in enumerate(sorted(table.relax.unique()))}
@@ -308,8 +382,15 @@ def plot_profile(
     table:pd.DataFrame, # as `measure_profiles` returns it, for one layer
     ax=None
 ):
-    "Root mean square of the weights outside the window against their distance from it, means over seeds, coloured by "\
-    "relax time, the FCN in red; at 0 those inside; returns the axes."
+    """Root mean square of the weights outside the window against their distance from it, means over seeds, coloured by
+    relax time, the FCN in red; at 0 those inside; returns the axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `measure_profiles` returns it, for one layer
+    ax : default None
+    """
     check_table(table, ['network', 'relax', 'distance', 'local', 'mean_square'], 'measure_profiles')
     ax = _axes(ax)
     table = table[table.local | (table.distance > 0)]
@@ -329,7 +410,14 @@ def plot_parts(
     table:pd.DataFrame, # index: names, columns: shares of convolutional, unshared, off_local and, if there is, other
     ax=None
 ):
-    "Shares of a squared norm as stacked bars, a bar for each row; returns the axes."
+    """Shares of a squared norm as stacked bars, a bar for each row; returns the axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        index: names, columns: shares of convolutional, unshared, off_local and, if there is, other
+    ax : default None
+    """
     ax, before = _axes(ax, 5, .35*len(table) + .9), 0
     names = [str(name) for name in table.index]
     for part, colour in PART_COLOURS.items():
@@ -350,7 +438,16 @@ def plot_sharpness(
     rate:float,         # learning rate
     ax=None
 ):
-    "Largest eigenvalue of the Hessian against relax time, with a line at 2/`rate`; returns the axes."
+    """Largest eigenvalue of the Hessian against relax time, with a line at 2/`rate`; returns the axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `measure_curvature` returns it
+    rate : float
+        learning rate
+    ax : default None
+    """
     ax, whole = _axes(ax), table[table.part == 'whole']
     place = {t: i for i, t in enumerate(sorted(whole.relax.unique()))}
     for moment, (label, mark, colour) in _MOMENTS.items():
@@ -368,7 +465,15 @@ def plot_matrix(
     label:str='barrier of the loss (nats)',
     ax=None
 ):
-    "A symmetric table of pairs as a map with numbers in it; returns the axes."
+    """A symmetric table of pairs as a map with numbers in it; returns the axes.
+
+    Parameters
+    ----------
+    matrix : pd.DataFrame
+        a number for each pair of networks, such as `barrier_matrix` returns
+    label : str, default 'barrier of the loss (nats)'
+    ax : default None
+    """
     ax = _axes(ax, .62*len(matrix) + 1.8, .5*len(matrix) + 1)
     sns.heatmap(matrix, annot=True, fmt='.2g', cmap='viridis', annot_kws=dict(fontsize=7),
                 cbar_kws=dict(label=label), ax=ax)
@@ -381,7 +486,15 @@ def plot_paths(
     value:str='loss',
     ax=None
 ):
-    "Loss (nats) or accuracy along paths between two networks; returns the axes."
+    """Loss (nats) or accuracy along paths between two networks; returns the axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        path, t, loss, accuracy
+    value : str, default 'loss'
+    ax : default None
+    """
     ax = _axes(ax)
     bands = ('pi', 100) if 'seed' in table and table.seed.nunique() > 1 else None
     sns.lineplot(table, x='t', y=value, hue='path', errorbar=bands, marker='o', ms=4, ax=ax)
@@ -394,7 +507,16 @@ def plot_slice(
     table:pd.DataFrame, # x, y, loss, as `loss_slice` returns it
     levels=12, ax=None
 ):
-    "Contours of the loss on a plane, on a logarithmic scale of colours, with a cross at the network; returns the axes."
+    """Contours of the loss on a plane, on a logarithmic scale of colours, with a cross at the network; returns the
+    axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        x, y, loss, as `loss_slice` returns it
+    levels : default 12
+    ax : default None
+    """
     ax = _axes(ax, 3.4, 2.9)
     grid = table.pivot(index='y', columns='x', values='loss')
     if np.isscalar(levels): levels = np.geomspace(grid.values.min(), grid.values.max(), levels)
@@ -416,8 +538,15 @@ def plot_steps(
     table:pd.DataFrame, # as `bench_train` returns it, for one model and width
     ax=None
 ):
-    "Time of a training step in each form, with the naive form's over it as a number, and a mark where the products "\
-    "alone would be; returns the axes."
+    """Time of a training step in each form, with the naive form's over it as a number, and a mark where the products
+    alone would be; returns the axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `bench_train` returns it, for one model and width
+    ax : default None
+    """
     ax = _axes(ax, 5, 2.8)
     names, seconds = table.apply(_case, axis=1), table['step (s)']
     colours = [{'fp32': 'tab:gray', 'tf32': 'tab:olive'}.get(p, 'tab:blue') for p in table.precision]
@@ -444,8 +573,14 @@ def _growing(ax, ylabel, weights):
 def plot_growth(
     table:pd.DataFrame # as `bench_train` returns it, for one model and several widths
 ):
-    "Time of a step and peak of memory against the number of weights of the trimmed eFCN, with the floors of both "\
-    "dashed; returns the figure."
+    """Time of a step and peak of memory against the number of weights of the trimmed eFCN, with the floors of both
+    dashed; returns the figure.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `bench_train` returns it, for one model and several widths
+    """
     fig, (time, memory) = plt.subplots(1, 2, figsize=(9, 3.2), layout='constrained')
     weights = table[table.form == 'trimmed'].groupby('width')['weights (M)'].first()
     t = table.assign(case=table.apply(_case, axis=1), x=table.width.map(weights))
@@ -485,8 +620,16 @@ def plot_study(
     table:pd.DataFrame, # tidy, as `relax` returns it
     title:str=''        # of the data and the network
 ):
-    "Training curves, outcome against relax time, deviation and, where there are rivals, gains side by side, at one "\
-    "rate for each network where images were held out to choose it; returns the figure."
+    """Training curves, outcome against relax time, deviation and, where there are rivals, gains side by side, at one
+    rate for each network where images were held out to choose it; returns the figure.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        tidy, as `relax` returns it
+    title : str, default ''
+        of the data and the network
+    """
     protocol_epochs(check_table(table))                                 # before anything is drawn
     if (table.split == 'validation').any(): table = choose_rates(table)
     set_style()

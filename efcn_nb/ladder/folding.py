@@ -110,7 +110,26 @@ def merge_batchnorm(
 )->nn.Module:          # a new network
     """The same function with every BatchNorm that alone follows a convolution merged into it. One that does not stays.
 
-    Raises `ValueError` if one that would be merged is in training mode, or if the result does not compute the same."""
+    Raises `ValueError` if one that would be merged is in training mode, or if the result does not compute the same.
+
+    Parameters
+    ----------
+    model : nn.Module
+        in evaluation mode; left untouched
+    input_shape : tuple
+        (channels, *size) of one input, without batch axis
+    layers : default None
+        into which convolutions: names, or a predicate of name and module; None for all
+    check : bool, default True
+        prove on two images that the function is the same
+    images : default None
+        (N, *input_shape): on which images; None for noise
+
+    Returns
+    -------
+    nn.Module
+        a new network
+    """
     followers = _followers(model, input_shape, chosen_convs(model, layers))
     merged = _merged(model, followers)
     result = copy_model(model, merged)

@@ -179,7 +179,14 @@ def evaluated(
     model:nn.Module,
     flags_alone=False # set the flags without a call of `train`, which a class may have overridden
 ):
-    "Context in which `model` is in evaluation mode; every module gets its own flag back, whatever happens inside."
+    """Context in which `model` is in evaluation mode; every module gets its own flag back, whatever happens inside.
+
+    Parameters
+    ----------
+    model : nn.Module
+    flags_alone : bool, default False
+        set the flags without a call of `train`, which a class may have overridden
+    """
     if not flags_alone:
         with modes_kept(model): yield model.eval()
         return
@@ -449,7 +456,25 @@ def conv_geometries(
     """Geometry of each convolution in `model`.
 
     Raises `ValueError` if there is none, if one is not used, sees two shapes in one pass, or shares its kernel with
-    another geometry."""
+    another geometry.
+
+    Parameters
+    ----------
+    model : nn.Module
+    input_shape : tuple
+        (channels, *size), without batch axis
+    layers : default None
+        names, or a predicate of name and module; None for all
+    trim : bool, default False
+        leave out outputs that nothing reads
+    images : default None
+        (N, *input_shape): what to try the network on, in place of and beside noise
+
+    Returns
+    -------
+    dict
+        name: ConvGeometry
+    """
     return traced_geometries(model, input_shape, layers, trim, images, keep=False)[0]
 
 # %% ../../nbs/ladder/05_inspection.ipynb #38f3f1db

@@ -71,7 +71,19 @@ def shard(
 )->nn.Module:
     """Spread the weights of released layers over the processes of `mesh`; biases and other layers stay whole.
 
-    Raises `ValueError` for what cannot be cut so."""
+    Raises `ValueError` for what cannot be cut so.
+
+    Parameters
+    ----------
+    model : nn.Module
+        the same on every process; changed in place
+    mesh
+        a `DeviceMesh` of one dimension
+    by : str, default 'rows'
+        'rows' (output units; positions of a locally-connected layer) or 'columns' (input units)
+    layers : default None
+        names of layers; None for all released ones
+    """
     if by not in ('rows', 'columns'): raise ValueError(f"by must be 'rows' or 'columns', not {by!r}")
     if getattr(mesh, 'ndim', None) != 1:
         raise ValueError("mesh must be a DeviceMesh of one dimension, such as init_device_mesh('cuda', (4,)) makes "
@@ -92,7 +104,13 @@ def shard(
 def gather(
     model:nn.Module # changed in place
 )->nn.Module:
-    "Undo `shard`: every process has all weights again."
+    """Undo `shard`: every process has all weights again.
+
+    Parameters
+    ----------
+    model : nn.Module
+        changed in place
+    """
     made = {}
     for layer in model.modules():
         if not isinstance(layer, RELEASED) or not isinstance(layer.weight, DTensor): continue
