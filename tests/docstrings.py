@@ -62,7 +62,7 @@ def signature(node, said, known):
     if isinstance(node, ast.ClassDef):
         init = [one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"]
         return (signature(init[0], said, known)[0] if init else fields(node, said)), None
-    return arguments(node, said) + delegated(node, known), result(node, said)
+    return with_delegated(node, arguments(node, said), known), result(node, said)
 
 
 def fields(node, said):
@@ -95,12 +95,12 @@ def delegates(node):
     return calls[0].args[0].id if calls else None
 
 
-def delegated(node, known):
-    "Parameters of what `node` delegates to, which has been defined in the notebook before."
-    to = delegates(node)
-    if to is None: return []
-    own = {one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
-    return [one for one in known[to] if one.name not in own]
+def with_delegated(node, own, known):
+    "Parameters of `node`, its `own` first, with what is said of them where it delegates to, in an earlier cell."
+    if delegates(node) is None: return own
+    there = {one.name: one for one in known[delegates(node)]}
+    found = [one._replace(text=one.text or there[one.name].text) if one.name in there else one for one in own]
+    return found + [one for one in there.values() if one.name not in {one.name for one in own}]
 
 
 def parameter(name, annotation, default, text):

@@ -1069,8 +1069,7 @@ def _write_table(self:Study, table, new):
 @known_keywords
 @delegates(Study)
 def relax(
-    data='digits',      # as of `Study`
-    model='small',      # as of `Study`
+    data='digits', model='small',
     progress:bool=None, # a bar on standard error; None for one if somebody watches
     executor=None,      # of the kind of `concurrent.futures`, to do the runs in parallel; None to do them here
     workers:int=1,      # processes that share the runs; in a script, below if __name__ == '__main__':
@@ -1081,9 +1080,9 @@ def relax(
     Parameters
     ----------
     data : default 'digits'
-        as of `Study`
+        `Data`, a pair of `Dataset`, or what `load_data` takes: a name, a folder of images
     model : default 'small'
-        as of `Study`
+        a name in `MODELS`, or a function of input shape and number of classes
     progress : bool, default None
         a bar on standard error; None for one if somebody watches
     executor : default None
