@@ -16,7 +16,8 @@ from .geometry import CONVOLUTIONS
 from .layers import FullyConnected, LocallyConnected, RELEASED
 from .matrices import (
     local_from_matrix, matrix_from_local, nearest_conv, put_tensor, release, tensor_as_in)
-from .inspection import conv_geometries, copy_model, memory_of, Trace, traced_geometries
+from .inspection import (
+    as_input_shape, conv_geometries, copy_model, memory_of, Trace, traced_geometries)
 from .proof import called, INPUTS, noise_output, NOTHING, PRODUCTS, prove, reads_original
 from .folding import merge_batchnorm
 from ..service.memory import require_memory
@@ -75,9 +76,9 @@ def _released_copy(model, geometries, input_shape, to):
 # %% ../../nbs/ladder/08_embedding.ipynb #4db0eff9
 def embed(
     model:nn.Module,     # any network with convolutions; left untouched
-    input_shape:tuple,   # (channels, *size) of one input, without batch axis
+    input_shape,         # (channels, *size) of one input, without batch axis, or a batch of inputs, which tells it
     to:str='fcn',        # 'fcn' releases sharing and locality, 'lcn' sharing alone
-    layers=None,         # which convolutions: names, or a predicate of name and module; None for all
+    layers=None,         # which: names, also of modules around them, or a predicate of (name and) module; None for all
     fold_batchnorm=False,# merge every BatchNorm that follows a released convolution into it first
     trim=False,          # leave out rows of outputs that nothing reads, as judged by passing several kinds of images
     check=True,          # prove on two images that the function is the same, and warn of convolutions that stay
@@ -94,12 +95,12 @@ def embed(
     ----------
     model : nn.Module
         any network with convolutions; left untouched
-    input_shape : tuple
-        (channels, *size) of one input, without batch axis
+    input_shape
+        (channels, *size) of one input, without batch axis, or a batch of inputs, which tells it
     to : str, default 'fcn'
         'fcn' releases sharing and locality, 'lcn' sharing alone
     layers : default None
-        which convolutions: names, or a predicate of name and module; None for all
+        which: names, also of modules around them, or a predicate of (name and) module; None for all
     fold_batchnorm : bool, default False
         merge every BatchNorm that follows a released convolution into it first
     trim : bool, default False
@@ -114,6 +115,7 @@ def embed(
     nn.Module
         a new network, on the same device and of the same dtype
     """
+    input_shape = as_input_shape(input_shape, model)
     if trim: _require_memory(model, conv_geometries(model, input_shape, layers, images=images), to, slack=16)
     geometries, trace = traced_geometries(model, input_shape, layers, trim, images, keep=check and not fold_batchnorm)
     _require_memory(model, geometries, to)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..ladder.embedding import embed
-from ..ladder.inspection import conv_geometries, copy_model
+from ..ladder.inspection import as_input_shape, conv_geometries, copy_model
 from ..ladder.layers import FullyConnected
 from ..ladder.matrices import kernel_from_matrix, kernel_from_tied_sum, matrix_from_kernel, release
 from ..service.checks import one_of, positive
@@ -23,7 +23,7 @@ from ..service.checks import one_of, positive
 # %% ../../nbs/training/26_arms.ipynb #281b8c0b
 def slow_down(
     cnn:nn.Module,      # its convolutions get hooks
-    input_shape:tuple,  # (channels, *size)
+    input_shape,        # (channels, *size), or a batch of inputs
     trim:bool=True      # outputs that nothing reads do not count
 )->nn.Module:           # `cnn`
     """Let SGD move each convolution as slowly as its embedding.
@@ -35,8 +35,8 @@ def slow_down(
     ----------
     cnn : nn.Module
         its convolutions get hooks
-    input_shape : tuple
-        (channels, *size)
+    input_shape
+        (channels, *size), or a batch of inputs
     trim : bool, default True
         outputs that nothing reads do not count
 
@@ -107,7 +107,7 @@ def _freeze(model):
 
 def add_off_local(
     cnn:nn.Module,      # left as it is
-    input_shape:tuple,  # (channels, *size)
+    input_shape,        # (channels, *size), or a batch of inputs
     frozen:bool=False,  # whether all that is in the CNN stays as it is
     trim:bool=True      # leave out outputs that nothing reads, as `embed` does
 )->nn.Module:           # a copy whose convolutions are `WithOffLocal`
@@ -119,8 +119,8 @@ def add_off_local(
     ----------
     cnn : nn.Module
         left as it is
-    input_shape : tuple
-        (channels, *size)
+    input_shape
+        (channels, *size), or a batch of inputs
     frozen : bool, default False
         whether all that is in the CNN stays as it is
     trim : bool, default True
@@ -135,7 +135,7 @@ def add_off_local(
     convs, memo = {name: model.get_submodule(name) for name in geometries}, {}
     for name, g in geometries.items():
         made = memo[id(convs[name])] = WithOffLocal(convs[name], g)
-        made.beyond.image_shape = tuple(input_shape)
+        made.beyond.image_shape = as_input_shape(input_shape, cnn)
         memo |= {id(t): t for t in (*convs[name].parameters(), *convs[name].buffers())}  # what is shared stays so
     if frozen: _freeze(model)
     return copy_model(model, memo)
