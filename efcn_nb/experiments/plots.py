@@ -26,7 +26,7 @@ COLOURS = dict(cnn='black', fcn='tab:red', efcn='tab:green', elcn='tab:cyan', lc
                tied_off_local='tab:olive', noise_1='goldenrod', noise_3='peru')
 NAMES = dict(cnn='CNN', fcn='FCN', efcn='eFCN', elcn='eLCN', lcn='LCN', annealed='annealed CNN', slowed='slowed CNN',
              averaged='averaged CNN', tied='tied eFCN', off_local='frozen CNN + off-local',
-             tied_off_local='CNN + off-local', noise_1='eFCN + noise', noise_3='eFCN + 3x noise')
+             tied_off_local='tied CNN + off-local', noise_1='eFCN + 1x noise', noise_3='eFCN + 3x noise')
 PART_COLOURS = dict(convolutional='black', unshared='tab:blue', off_local='tab:orange', other='lightgray')
 PART_NAMES = dict(convolutional='convolutional', unshared='unshared', off_local='off-local', other='other layers',
                   whole='whole')
