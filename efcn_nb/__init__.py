@@ -5,12 +5,24 @@ from importlib.machinery import ModuleSpec
 
 __version__ = "0.1.0"
 
-_HOMES = {  # the names that people come for, and the modules that are imported when they are asked for
-    "embed": "ladder.embedding", "convert": "ladder.embedding", "nearest_cnn": "ladder.embedding",
-    "reinitialize": "ladder.embedding", "load_data": "materials.data", "make_model": "materials.models",
-    "FusedSGD": "training.fused", "train": "training.loop", "shares": "instruments.subspaces",
-    "relax": "experiments.relaxation", "Study": "experiments.relaxation",
-    "claims": "experiments.claims", "summary": "experiments.claims", "plot_study": "experiments.plots"}
+_NAMES = {  # those that people come for, by the modules that are imported when they are asked for; as in __init__.pyi
+    "ladder.embedding": "embed convert nearest_cnn reinitialize",
+    "ladder.folding": "merge_batchnorm",
+    "ladder.inspection": "conv_geometries",
+    "ladder.layers": "FullyConnected LocallyConnected",
+    "materials.data": "Data Dataset load_data",
+    "materials.models": "make_model",
+    "training.fused": "FusedSGD",
+    "training.loop": "train evaluate",
+    "instruments.subspaces": "shares dimensions project ablate ablation",
+    "experiments.relaxation": "relax Study read_protocol",
+    "experiments.claims": "summary claims claim_intervals gains choose_rates final_values",
+    "experiments.measures": "measured",
+    "experiments.plots":
+        "plot_study plot_curves plot_curve_panels plot_relax_times plot_gains plot_deviation "
+        "plot_accuracy_deviation plot_claims plot_rows plot_ablation plot_profile plot_parts "
+        "plot_sharpness plot_matrix plot_paths plot_slice set_style"}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = [*_HOMES]
 
 
@@ -19,7 +31,9 @@ def __getattr__(name):
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
-def __dir__(): return sorted({*globals(), *__all__})
+def __dir__():
+    own = {name for name in globals() if name.startswith("__") or f"{__name__}.{name}" in sys.modules}
+    return sorted({*own, *__all__})
 
 
 _MOVED = {  # modules of version 0.0.1, and where their names are now

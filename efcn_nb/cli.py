@@ -73,9 +73,9 @@ def _add_protocol(a):
     "Flags that say which networks are trained for how long."
     a('--model', default=None, help=f'{", ".join(MODELS)}; default small for digits, skinny for everything else')
     a('--width', type=int, help="channels of the CNN; default the model's own")
-    a('--relax', type=_integers, metavar='0,1,3',
+    a('--relax', '--relax_times', type=_integers, metavar='0,1,3',
       help="relax times: epochs at which the CNN becomes an eFCN; default the model's protocol")
-    a('--elcn', type=_integers, metavar='0,8',
+    a('--elcn', '--elcn_times', type=_integers, metavar='0,8',
       help="epochs at which it becomes an eLCN, a locally-connected network; default the model's protocol")
     a('--lcn', dest='elcn', type=_integers, help=argparse.SUPPRESS) # its name before 0.1.0, in commands of records
     a('--epochs', type=int, help="of the CNN, and again of each network after it; default the model's protocol")
@@ -236,6 +236,9 @@ def _report(tables, study, where):
                   spread=lambda v: '' if v != v else f'{v:.3f}')
     print('\nTest accuracy (last five epochs; mean and standard deviation over n seeds) and off-local share of the '
           'squared weights')
+    rates = '; lr: of --lr, --fcn_lr or --relaxed_lr'*('lr' in tables['summary'])
+    print('(relax: the time from --relax or --elcn; epochs: counted from the start of the CNN; cnn+: the CNN at its end'
+          f'{rates})')
     show(tables['summary'], formatters=digits)
     if 'claims' in tables:
         print('\nClaims, judged by 95 % intervals over seeds (all undecided with one seed); p of all but the first is '
@@ -249,7 +252,13 @@ def _report(tables, study, where):
 def efcn_relax(
     argv:list=None # arguments; None for those of the command line
 ):
-    "Console command: the protocol of d'Ascoli et al. 2019."
+    """Console command: the protocol of d'Ascoli et al. 2019.
+
+    Parameters
+    ----------
+    argv : list, default None
+        arguments; None for those of the command line
+    """
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     from efcn_nb.experiments.relaxation import WorkerLost
@@ -391,7 +400,13 @@ def _bench_cohort(args, command, where):
 def efcn_bench(
     argv:list=None # arguments; None for those of the command line
 ):
-    "Console command: what embedding, locally-connected layers and training cost."
+    """Console command: what embedding, locally-connected layers and training cost.
+
+    Parameters
+    ----------
+    argv : list, default None
+        arguments; None for those of the command line
+    """
     given = sys.argv[1:] if argv is None else argv
     args = _bench_parser().parse_args(given)
     if argv is None and 'THP_MEM_ALLOC_ENABLE' not in os.environ: # PyTorch reads it once, so start again

@@ -4,6 +4,7 @@
     python tests/keep.py 08_embedding     these, stale or not
     python tests/keep.py --all            every notebook
     python tests/keep.py --check          only say what is stale; exit status 1 if anything is
+    python tests/keep.py --export         only export: nbdev_export, and parameters documented in docstrings
     python tests/keep.py --compare        rerun the gallery (or the named notebooks) at full size in a temporary
                                           copy and compare its outputs with the saved ones, writing nothing
 
@@ -253,15 +254,20 @@ def stale_readme(root=ROOT):
 # The commands
 
 def export(root=ROOT):
-    "nbdev_export in a process of its own: it is bound to the folder in which it is called first."
+    """nbdev_export in a process of its own: it is bound to the folder in which it is called first.
+
+    Documentation of parameters goes into docstrings, see docstrings.py."""
     in_child(_export, root)
 
 
 def _export(root):
+    import nbdev.export
+    from docstrings import Sections
     from nbdev.doclinks import nbdev_export
     os.environ.pop("IN_TEST", None)  # nbdev exports nothing while this is set
     os.chdir(root)
-    nbdev_export()
+    nbdev.export.Sections = Sections  # where nbdev looks for its processors
+    nbdev_export(procs="Sections")
 
 
 def working_copy(folder):
@@ -328,6 +334,7 @@ def main():
     parser.add_argument("names", nargs="*", help="notebooks, with or without folder and ending")
     parser.add_argument("--all", action="store_true", help="every notebook, stale or not")
     parser.add_argument("--check", action="store_true", help="only say what is stale")
+    parser.add_argument("--export", action="store_true", help="only export the notebooks")
     parser.add_argument("--compare", action="store_true", help="rerun in full and compare, writing nothing")
     args = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
@@ -340,6 +347,7 @@ def main():
         stale = [path for path in every if not is_fresh(path)] + stale_readme()
         print(*[f"stale: {path.relative_to(ROOT)}" for path in stale] or ["all fresh"], sep="\n")
         return bool(stale)
+    if args.export: return export()
     if args.compare: return compare(chosen or [path for path in every if is_gallery(path)])
 
     export()

@@ -2,7 +2,9 @@
 import math
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -11,8 +13,10 @@ from efcn_nb.experiments import relaxation
 from efcn_nb.experiments.claims import (best_rows, check_table, choose_rates, claim_intervals, claims, diverged_runs,
                                         final_values, gains, needed_rows, protocol_epochs, summary)
 from efcn_nb.experiments.measures import MEASURES, measured
-from efcn_nb.experiments.plots import (plot_ablation, plot_accuracy_deviation, plot_curve_panels, plot_curves,
-                                       plot_deviation, plot_profile, plot_relax_times, plot_study)
+from efcn_nb.experiments.plots import (
+    plot_ablation, plot_accuracy_deviation, plot_claims, plot_curve_panels, plot_curves, plot_deviation, plot_gains,
+    plot_growth, plot_matrix, plot_parts, plot_paths, plot_profile, plot_relax_times, plot_rows, plot_sharpness,
+    plot_slice, plot_steps, plot_study)
 from efcn_nb.experiments.relaxation import read_protocol, with_networks
 
 RECORDS = Path(__file__).resolve().parents[1]/"nbs"/"records"
@@ -171,7 +175,14 @@ NO_TABLES = dict(
     old=(GOOD.rename(columns=dict(network="phase")), "does not name the networks; read it with read_protocol"),
     bare=(pd.DataFrame(), "does not name the networks; read it with read_protocol"),
     without_relax=(GOOD.drop(columns="relax"), "has no column relax; it must be as .* returns it"),
-    nothing=(None, "must be a DataFrame as .* returns it, not NoneType"), rows=([{}], "must be a DataFrame"))
+    nothing=(None, "must be a DataFrame as .* returns it, not NoneType"), rows=([{}], "must be a DataFrame"),
+    summary=(summary(GOOD), "has no column .*; it must be as .* returns it, and is one that summary returns"),
+    claims=(claims(GOOD), "has no column .*, and is one that claims returns"),
+    gains=(gains(GOOD), "has no column .*, and is one that gains returns"),
+    foreign=(pd.DataFrame(dict(height=[1.7])), "does not name the networks; read it .*, or give one as .* returns it"),
+    a_path=("metrics.csv", "not str; read_protocol reads one from a file"),
+    another_path=(Path("metrics.csv"), "not PosixPath; read_protocol reads one from a file"),
+    new=(SimpleNamespace(measured=pd.DataFrame), "the study has measured nothing yet; call its method run first"))
 
 
 @pytest.mark.parametrize("case", NO_TABLES)
@@ -179,6 +190,45 @@ NO_TABLES = dict(
 def test_what_is_no_table_of_the_protocol(function, case):
     table, says = NO_TABLES[case]
     with pytest.raises(ValueError, match=says) as error: function(table)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("function", OF_THE_PROTOCOL, ids=lambda function: function.__name__)
+def test_a_table_without_rows_is_refused(function):
+    with pytest.raises(ValueError, match="the table has no rows; it must be as relax returns it"): function(GOOD[:0])
+
+
+@pytest.mark.parametrize("function", [*OF_THE_PROTOCOL, plot_gains, plot_claims], ids=lambda function: function.__name__)
+def test_a_study_is_taken_for_its_table(function):
+    "And plots of gains and claims judge a table first."
+    found = function(SimpleNamespace(measured=lambda: GOOD))
+    assert found.equals(function(GOOD)) if isinstance(found, pd.DataFrame) else found
+
+
+OTHER_PLOTS = [
+    (lambda: plot_curves(GOOD, "acuracy"), "unknown metric 'acuracy'; known are accuracy, off_local, unshared"),
+    (lambda: plot_curves(GOOD, split="train"), "unknown split of accuracy 'train'; known are test"),
+    (lambda: plot_curve_panels(GOOD[GOOD.network == "cnn"]), "no relaxed network, and there is a panel for each"),
+    (lambda: plot_deviation(GOOD, "loss"), "unknown metric 'loss'; known are convolutional, unshared"),
+    (lambda: plot_gains(summary(GOOD)), "no column mean; it must be as gains returns it, and is one that summary"),
+    (lambda: plot_claims(claims(GOOD)), "no column relax; it must be as claim_intervals .*, and is one that claims"),
+    (lambda: plot_parts(GOOD), "no column convolutional; it must be as shares returns it"),
+    (lambda: plot_sharpness(GOOD, .1), "no column part; it must be as measure_curvature returns it"),
+    (lambda: plot_matrix(GOOD), "matrix must be a square DataFrame of numbers, as barrier_matrix returns it"),
+    (lambda: plot_matrix([[0, 1], [1, 0]]), "matrix must be a square DataFrame"),
+    (lambda: plot_paths(GOOD), "no column path; it must be as measure_paths returns it"),
+    (lambda: plot_paths(GOOD, "off_local"), "unknown value 'off_local'; known are loss, accuracy"),
+    (lambda: plot_slice(GOOD), "no column x; it must be as loss_slice returns it"),
+    (lambda: plot_steps(GOOD), "no column form; it must be as bench_train returns it"),
+    (lambda: plot_growth(GOOD), "no column form; it must be as bench_train returns it"),
+    (lambda: plot_rows(GOOD), "rows must be a dict, a name: array of shape"),
+    (lambda: plot_rows({"a": np.zeros((2, 3))}), "rows must be a dict"),
+    (lambda: gains(GOOD[GOOD.network != "cnn"]), r"unknown over 'cnn\+'; known are")]
+
+
+@pytest.mark.parametrize("call, says", OTHER_PLOTS)
+def test_plots_say_what_they_want(call, says):
+    with pytest.raises(ValueError, match=says) as error: call()
     assert len(str(error.value).splitlines()) == 1
 
 

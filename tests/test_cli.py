@@ -1,11 +1,13 @@
 """The console command as a process: what it prints and writes, and that every mistake is one line."""
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,14 @@ from filelock import FileLock
 from PIL import Image
 
 import tiny
-from efcn_nb.service import files
+from efcn_nb import cli
 from efcn_nb.cli import efcn_bench, efcn_relax
+from efcn_nb.experiments import claims
+from efcn_nb.experiments.plots import NAMES
+from efcn_nb.experiments.relaxation import Study
+from efcn_nb.service import files
 from efcn_nb.service.tables import read_table
+from efcn_nb.training.arms import ARMS
 
 REPORTS = {"summary.csv", "claims.csv", "metrics.csv", "figure.png", "command.txt", "study.json", "lock"}
 
@@ -162,6 +169,19 @@ def test_help_names_the_flags(console, tmp_path):
     assert code == 0 and not err
     flags = "--data --model --relax --epochs --lr --batch_size --seeds --device --precision --out --no-shuffle"
     for flag in flags.split(): assert flag in out, flag
+
+
+def test_each_setting_of_a_study_has_a_flag_of_its_name():
+    flags = {flag for action in cli._parser()._actions for flag in action.option_strings}
+    missing = [name for name in signature(Study).parameters if not {f"--{name}", f"--no-{name}"} & flags]
+    assert not missing
+    asked = cli._parser().parse_args("--relax_times 0,2 --elcn_times 1".split())
+    assert (asked.relax, asked.elcn) == ([0, 2], [1])
+
+
+def test_legends_have_the_words_of_flags():
+    for arm in ARMS: assert {*arm.split("_")} <= {*re.findall("[a-z]+|[0-9]+", NAMES[arm].lower())}, arm
+    assert all(NAMES[network] == name for network, name in claims._NAME.items())
 
 
 def test_as_a_fresh_process(tmp_path):

@@ -108,7 +108,10 @@ def test_gradient_of_a_shared_layer_is_one_gradient(residual, to):
 
 @BOTH
 @pytest.mark.parametrize("chosen, released",
-                         [(["twice"], 1), (lambda name, m: m.kernel_size == (3, 3), 3), ([], 0), (None, 4)])
+                         [(["twice"], 1), (lambda name, m: m.kernel_size == (3, 3), 3), ([], 0), (None, 4),
+                          ("blocks", 2), ("blocks.a", 1), (["stem", "blocks.skip"], 2), (("blocks", "blocks.a"), 2),
+                          (lambda m: m.kernel_size == (3, 3), 3), (lambda *both: len(both) == 2, 4),
+                          (lambda m, size=1: m.kernel_size == (size, size), 1)])
 def test_only_the_chosen_layers(residual, to, chosen, released):
     x = rand(3, 2, 5, 5)
     got = embed(residual.eval(), (2, 5, 5), to, layers=chosen)

@@ -11,4 +11,5 @@ def test_modules_equal_export(tmp_path):
     exported, committed = text(root), text(keep.ROOT)
     wrong = [str(file) for file in exported.keys() | committed.keys() if exported.get(file) != committed.get(file)]
     assert not wrong, (f"not what the notebooks export: {sorted(wrong)}; "
-                       "run nbdev_export, and remove modules without a notebook")
+                       "run python tests/keep.py --export (nbdev_export alone leaves out the documentation of "
+                       "parameters), and remove modules without a notebook")

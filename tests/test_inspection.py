@@ -4,6 +4,7 @@ import functools
 import os
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -230,11 +231,33 @@ def test_a_train_of_ones_own_that_returns_nothing():
     assert type(merge_batchnorm(model, SHAPE)[1]) is nn.Identity
 
 
+@pytest.mark.parametrize("given", [
+    [*SHAPE], torch.Size(SHAPE), np.array(SHAPE), torch.tensor(SHAPE), rand(7, *SHAPE), rand(1, *SHAPE).numpy(),
+    rand(0, *SHAPE)], ids=["list", "Size", "array", "tensor", "batch", "batch of one, an array", "empty batch"])
+def test_the_shape_of_an_input_is_told_in_many_ways(given):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)).eval()
+    assert conv_geometries(model, given) == conv_geometries(model, SHAPE) and merge_batchnorm(model, given)
+    released = embed(model, given, trim=True, fold_batchnorm=True)
+    assert released[0].geometry.in_shape == released[0].image_shape == SHAPE
+
+
 @pytest.mark.parametrize("call, says", [
     (lambda m, x: embed(m, SHAPE, images=[x[0]]), "images must be a tensor.*not a list.*torch.stack"),
     (lambda m, x: conv_geometries(m, SHAPE, images=x.numpy()), "images must be a tensor.*not a ndarray"),
     (lambda m, x: embed(m, SHAPE, layers=nn.Conv2d), "names of convolutions or a predicate.*not the class Conv2d"),
     (lambda m, x: embed(m, SHAPE, layers=3), "not a int"),
+    (lambda m, x: embed(m, SHAPE, layers=m.conv), "not a Conv2d; its name stands for all in it"),
+    (lambda m, x: embed(m, SHAPE, layers=lambda: True), "a predicate must take a module.*not 0 arguments"),
+    (lambda m, x: embed(m, SHAPE, layers=lambda a, b, c: True), "not 3 arguments"),
+    (lambda m, x: embed(m, SHAPE, layers="con"), "no convolution is called 'con', and no module with one"),
+    (lambda m, x: embed(m, x[0]), r"a Tensor of shape \(2, 5, 5\) could be one input.*give the batch x\[None\]"),
+    (lambda m, x: conv_geometries(m, (x, x)), "not a tuple of them; a network of several inputs must be wrapped"),
+    (lambda m, x: merge_batchnorm(m, dict(image=x)), "not a dict of them"),
+    (lambda m, x: embed(m, "cat.png"), "input_shape must be the shape of one input, such as .*, not a str"),
+    (lambda m, x: embed(m, 8), "not a int"),
+    (lambda m, x: embed(m, (1, 8., 8)), r"not \(1, 8.0, 8\)"),
+    (lambda m, x: embed(m, (1, -8, 8)), r"input_shape=\(1, -8, 8\) does not fit"),
+    (lambda m, x: embed(m, torch.rand(3)), "not a Tensor"),
     (lambda m, x: embed(lambda x: x, SHAPE), "torch.nn.Module with convolutions, not a function"),
     (lambda m, x: embed(Net, SHAPE, trim=True), "not the class Net"),
     (lambda m, x: embed(m, SHAPE, layers=lambda name, m: False), r"layers chooses no convolution.*\['conv'\]"),

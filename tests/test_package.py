@@ -1,5 +1,5 @@
 "The package installs from a wheel and works far from its source, without the tools that made it."
-import configparser, importlib, os, subprocess, sys
+import ast, configparser, importlib, os, subprocess, sys
 from importlib.metadata import distributions
 
 import pytest
@@ -73,7 +73,7 @@ for command in efcn_relax, efcn_bench:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             with contextlib.suppress(SystemExit): command(argv)
         print(command.__name__, *argv, *early())
-assert set(efcn_nb.__all__) <= set(dir(efcn_nb))
+assert {*efcn_nb.__all__, "__version__"} <= {*dir(efcn_nb)} and "import_module" not in dir(efcn_nb)
 for name in efcn_nb.__all__: assert getattr(efcn_nb, name).__name__ == name
 try: efcn_nb.nothing
 except AttributeError as error: print(error)
@@ -85,6 +85,30 @@ def test_the_face_and_a_help_text_import_nothing_that_they_do_not_need(tmp_path)
     said = run(sys.executable, "-c", START, cwd=tmp_path, PYTHONPATH=str(keep.ROOT)).splitlines()
     assert said == ["the package", "embed", "efcn_relax --help", "efcn_relax --nothing", "efcn_bench --help",
                     "efcn_bench --nothing", "module 'efcn_nb' has no attribute 'nothing'"]
+
+
+COMES_FOR = """embed convert nearest_cnn reinitialize relax Study summary claims shares ablation load_data
+plot_study plot_curves plot_gains plot_relax_times plot_claims""".split()
+
+
+def star():
+    "What a star import offers."
+    space = {}
+    exec(f"from {keep.PACKAGE} import *", space)
+    return {name for name in space if not name.startswith("__")}
+
+
+def test_the_face_offers_what_people_come_for():
+    "And the stub, which editors and type checkers read, the same from the same modules."
+    face = importlib.import_module(keep.PACKAGE)
+    assert {*COMES_FOR} <= {*face.__all__} == keep.in_child(star) and face.__version__ == settings()["version"]
+    stub = ast.parse((keep.ROOT / keep.PACKAGE / "__init__.pyi").read_text())
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    assert {alias.asname: node.module for node in imports for alias in node.names} == face._HOMES
+
+
+def test_the_package_says_that_it_is_typed(site):
+    assert {"py.typed", "__init__.pyi"} <= {file.name for file in (site / keep.PACKAGE).iterdir()}
 
 
 def moved():

@@ -178,6 +178,7 @@ def test_a_mesh_is_needed():
 @pytest.mark.parametrize("make, options, says", [
     (fcn, dict(by="diagonals"), "by must be 'rows' or 'columns'"),
     (fcn, dict(layers=["nowhere"]), "no released layer is called 'nowhere'"),
+    (fcn, dict(layers=3), "layers must be names"),
     (lambda: nn.Linear(2, 2), {}, "embed a CNN first")])
 def test_what_cannot_be_spread_is_refused(make, options, says):
     with pytest.raises(ValueError, match=says): shard(make(), SimpleNamespace(ndim=1), **options)

@@ -50,7 +50,13 @@ def _naive_matrix(kernel, g):
 def machine(
     device=None # None for the CPU alone
 )->str:
-    "Processor, cores, threads and versions, in one line; a GPU first, if that is the device."
+    """Processor, cores, threads and versions, in one line; a GPU first, if that is the device.
+
+    Parameters
+    ----------
+    device : default None
+        None for the CPU alone
+    """
     gpu = torch.cuda.get_device_name(device) + ', ' if device and torch.device(device).type == 'cuda' else ''
     pages = 'on' if os.environ.get('THP_MEM_ALLOC_ENABLE') == '1' else 'off'
     return (f'{gpu}{processor()} ({platform.machine()}), {os.cpu_count()} cores, {torch.get_num_threads()} threads, '
@@ -65,6 +71,19 @@ def bench_embed(
     """Time to embed the models of the papers (32 x 32 pixels, three colours), and peak memory over the result's size.
 
     Compared with the naive loop, and with filling as many bytes.
+
+    Parameters
+    ----------
+    names : default ('skinny', 'alexnet')
+        of models
+    width : int, default None
+        of the models; None for the papers'
+    repeat : int, default 5
+
+    Returns
+    -------
+    pd.DataFrame
+        a row for each model
     """
     rows = {}
     for name in names:
@@ -139,6 +158,22 @@ def bench_local(
     """Forward and backward of locally-connected layers, summed over the layers of a model.
 
     Compared with the naive form (time, and peak memory of the layer that needs most) and with the dense layers.
+
+    Parameters
+    ----------
+    cases : default ((8, 'float32'), (8, 'bfloat16'), (250, 'float32'), (250, 'bfloat16'))
+        (batch, dtype)
+    name : str, default 'alexnet'
+        model whose layer shapes are used, at 32 x 32 pixels
+    width : int, default None
+    repeat : int, default 5
+    naive_limit : int, default 4 * 2 ** 30
+        bytes of the largest intermediate result up to which the naive form is run
+
+    Returns
+    -------
+    pd.DataFrame
+        a row for each case
     """
     geometries = conv_geometries(make_model(name, (3,32,32), 10, width=width), (3,32,32)).values()
     rows = {}
@@ -209,7 +244,19 @@ def noise(
     n:int, # images to train on; a fifth as many to test
     device='cpu'
 )->Data:   # uint8 (n, 3, 32, 32), ten classes
-    "Images of noise of CIFAR-10's size."
+    """Images of noise of CIFAR-10's size.
+
+    Parameters
+    ----------
+    n : int
+        images to train on; a fifth as many to test
+    device : default 'cpu'
+
+    Returns
+    -------
+    Data
+        uint8 (n, 3, 32, 32), ten classes
+    """
     g = torch.Generator().manual_seed(0)
     def part(n):
         x = torch.randint(256, (n, 3, 32, 32), generator=g, dtype=torch.uint8)
@@ -285,7 +332,13 @@ def _trainer(case, made, data, batch):
     return lambda: train_epoch(model, optimizer, data, batch, 0, True, case['precision'])
 
 def cases(device='cpu')->list: # dicts with form, precision, fused
-    "What is compared; the naive form comes first."
+    """What is compared; the naive form comes first.
+
+    Returns
+    -------
+    list
+        dicts with form, precision, fused
+    """
     precisions = [p for p in PRECISIONS if p != 'tf32' or torch.device(device).type == 'cuda']
     ours = [dict(form=form, precision=p, fused=fused) for p in precisions for form in ('folded', 'trimmed')
             for fused in (False, True)]
@@ -320,6 +373,23 @@ def bench_train(
     """Time and memory of a training step of the eFCN of a CNN, against the naive form and the products alone.
 
     Raises `MemoryError` if not all forms fit into memory side by side.
+
+    Parameters
+    ----------
+    name : str, default 'alexnet'
+        of a model
+    width : int, default None
+        of the model; None for the paper's
+    batch : int, default 250
+    device : default 'cpu'
+    repeat : int, default 5
+    steps : int, default 2
+        in a turn
+
+    Returns
+    -------
+    pd.DataFrame
+        a row for each of `cases`
     """
     cnn = make_model(name, (3,32,32), 10, width=width)
     data = noise(steps*batch, device).train
@@ -345,7 +415,25 @@ def bench_epoch(
     images:int=2500,  # to train on; a fifth as many to test
     repeat:int=1
 )->pd.DataFrame:      # one row
-    "An epoch of the eFCN of a CNN, end to end, and the images a second of the data path alone, against the naive loop."
+    """An epoch of the eFCN of a CNN, end to end, and the images a second of the data path alone, against the naive
+    loop.
+
+    Parameters
+    ----------
+    name : str, default 'alexnet'
+    width : int, default None
+    batch : int, default 250
+    device : default 'cpu'
+    precision : str, default 'bf16'
+    images : int, default 2500
+        to train on; a fifth as many to test
+    repeat : int, default 1
+
+    Returns
+    -------
+    pd.DataFrame
+        one row
+    """
     cnn = make_model(name, (3,32,32), 10, width=width)
     data, host = noise(images, device), noise(images)
     naive = _make(cnn, 'naive', False, device)
@@ -369,7 +457,21 @@ def ceilings(
     size:int=2**30, # bytes of the memory that is copied
     side:int=8192   # of the square matrices that are multiplied
 )->dict:            # what: (function, its bytes or operations)
-    "Jobs that a device does at its full speed: a copy of memory, a product of bf16 matrices."
+    """Jobs that a device does at its full speed: a copy of memory, a product of bf16 matrices.
+
+    Parameters
+    ----------
+    device : default 'cpu'
+    size : int, default 2 ** 30
+        bytes of the memory that is copied
+    side : int, default 8192
+        of the square matrices that are multiplied
+
+    Returns
+    -------
+    dict
+        what: (function, its bytes or operations)
+    """
     a, b = (torch.empty(size//4, device=device) for _ in range(2))
     m, k = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     return {f'copy of {size/2**30:g} GiB, read and written': (lambda: b.copy_(a), 2*size),
@@ -404,7 +506,23 @@ def ladder_jobs(
     batch:int,
     graph:bool                     # whether steps are captured, too
 )->dict:                           # rung: (function that makes the job, steps of the job)
-    "The forms of a step in bf16, from PyTorch's optimiser to the captured step of eight networks."
+    """The forms of a step in bf16, from PyTorch's optimiser to the captured step of eight networks.
+
+    Parameters
+    ----------
+    efcn, cnn : nn.Module
+        on the device of `data`
+    data : Dataset
+        a few batches
+    batch : int
+    graph : bool
+        whether steps are captured, too
+
+    Returns
+    -------
+    dict
+        rung: (function that makes the job, steps of the job)
+    """
     x, y = data.batch(range(batch))
     steps, found = len(data)//batch, {}
     for kind in ('torch.optim.SGD', 'FusedSGD'):
@@ -423,7 +541,22 @@ def rung(
     device='cpu',
     repeat:int=5
 )->tuple:       # seconds a step, the median of `repeat` jobs after one; and '', or NaN and what went wrong
-    "Time of one step of a job; a form that a device does not know costs no more than its line."
+    """Time of one step of a job; a form that a device does not know costs no more than its line.
+
+    Parameters
+    ----------
+    make
+        a function that makes the job
+    steps : int
+        of the job
+    device : default 'cpu'
+    repeat : int, default 5
+
+    Returns
+    -------
+    tuple
+        seconds a step, the median of `repeat` jobs after one; and '', or NaN and what went wrong
+    """
     try: seconds, said = take_turns({'job': make()}, repeat, device)['job']/steps, ''
     except (RuntimeError, NotImplementedError, TypeError) as e:
         seconds, said = math.nan, f'{type(e).__name__}: {first_line(e)}'
@@ -436,7 +569,25 @@ def bench_ladder(
     repeat:int=5,
     size:int=2**30, side:int=8192 # of `ceilings`
 )->pd.DataFrame:                  # a row for each ceiling and rung: what, step (ms), of copy, of product, said
-    "Time of a training step in bf16, form by form, and its shares of what the device can do; captured on a GPU."
+    """Time of a training step in bf16, form by form, and its shares of what the device can do; captured on a GPU.
+
+    Parameters
+    ----------
+    name : str, default 'alexnet'
+    width : int, default None
+    batch : int, default 250
+    device : default 'cpu'
+    repeat : int, default 5
+    size : int, default 2 ** 30
+        of `ceilings`
+    side : int, default 8192
+        of `ceilings`
+
+    Returns
+    -------
+    pd.DataFrame
+        a row for each ceiling and rung: what, step (ms), of copy, of product, said
+    """
     device = torch.device(device)
     cnn = make_model(name, (3,32,32), 10, width=width).to(device)
     efcn, rows, speeds = embed(cnn, (3,32,32), trim=True), [], []
@@ -489,7 +640,26 @@ def bench_cohort(
 )->pd.DataFrame:            # a row for each network, precision and size
     """Seconds of an epoch of one small network on digits, alone with `FusedSGD` and in cohorts, on one thread.
 
-    `products / cohort` says how much of that time the products of a dense network take if nothing else is done."""
+    `products / cohort` says how much of that time the products of a dense network take if nothing else is done.
+
+    Parameters
+    ----------
+    networks : default ('cnn', 'elcn', 'efcn', 'fcn')
+    precisions : default ('fp32', 'bf16')
+    sizes : default (1, 2, 4, 8, 16)
+        members of the cohort
+    batch : int, default 25
+    width : int, default None
+        channels of the CNN; None for the default's
+    images : int, default None
+        of the digits to train on; None for all
+    repeat : int, default 5
+
+    Returns
+    -------
+    pd.DataFrame
+        a row for each network, precision and size
+    """
     data = load_data('digits').train
     data, rows, threads = data.thinned(images or len(data)), [], torch.get_num_threads()
     torch.set_num_threads(1)

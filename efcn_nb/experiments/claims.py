@@ -7,7 +7,7 @@ __all__ = ['LAST', 'RIVALS', 'check_table', 'diverged_runs', 'protocol_epochs', 
            'choose_rates', 'gains', 'chosen_outcomes', 'claims', 'needed_rows', 'claim_intervals']
 
 # %% ../../nbs/experiments/56_claims.ipynb #7543ac6b
-import math
+import math, os
 from typing import Callable, NamedTuple
 
 import pandas as pd
@@ -17,19 +17,58 @@ from ..service.checks import one_of, whole
 
 # %% ../../nbs/experiments/56_claims.ipynb #76bf0b7d
 _MEASURED = ('network', 'seed', 'relax', 'epoch', 'split', 'metric', 'value')
+_KINDS = dict(relax=_MEASURED, claims=('claim', 'effect', 'verdict'), claim_intervals=('claim', 'mean', 'verdict'),
+              gains=('network', 'relax', 'mean', 'low'), summary=('network', 'epochs', 'accuracy', 'spread'),
+              final_values=('network', 'seed', 'epoch', 'value'), measure_ablation=('network', 'kept', 'accuracy'),
+              measure_profiles=('network', 'distance', 'mean_square'), measure_curvature=('part', 'moment', 'top'),
+              measure_displacement=('network', 'convolutional', 'norm'), measure_paths=('path', 't', 'loss'),
+              shares=('convolutional', 'unshared', 'off_local'), bench_train=('form', 'precision', 'step (s)'))
 
+def _is_by(table):
+    "Which function has returned `table`, in words, if its columns tell."
+    makers = [maker for maker, columns in _KINDS.items() if {*columns} <= {*table}]
+    return f', and is one that {makers[0]} returns' if makers else ''
+
+def _taken(table, maker):
+    "The table of a `Study`; of anything else that itself, if it is a table."
+    if isinstance(table, pd.DataFrame): return table
+    if hasattr(table, 'measured'):
+        table = table.measured()
+        if table.empty: raise ValueError('the study has measured nothing yet; call its method run first')
+        return table
+    more = '; read_protocol reads one from a file' if isinstance(table, (str, os.PathLike)) else ''
+    raise ValueError(f'the table must be a DataFrame as {maker} returns it, not {type(table).__name__}{more}')
+
+# %% ../../nbs/experiments/56_claims.ipynb #61186881
 def check_table(
-    table,           # what should be a table of the protocol
+    table,           # what should be a table of the protocol, or a `Study`, whose table is taken
     needs=_MEASURED, # columns
     maker='relax'    # the function that makes such tables
 )->pd.DataFrame:     # `table`, with text for categories
-    "Raise `ValueError` unless `table` has the columns that are needed."
-    if not isinstance(table, pd.DataFrame):
-        raise ValueError(f'the table must be a DataFrame as {maker} returns it, not {type(table).__name__}')
-    if 'network' in needs and 'network' not in table:
-        raise ValueError('the table does not name the networks; read it with read_protocol')
+    """Raise `ValueError` unless `table` has rows, and the columns that are needed.
+
+    Parameters
+    ----------
+    table
+        what should be a table of the protocol, or a `Study`, whose table is taken
+    needs : default _MEASURED
+        columns
+    maker : default 'relax'
+        the function that makes such tables
+
+    Returns
+    -------
+    pd.DataFrame
+        `table`, with text for categories
+    """
+    table = _taken(table, maker)
+    by = _is_by(table)
+    if 'network' in needs and 'network' not in table and not by:
+        raise ValueError(f'the table does not name the networks; read it with read_protocol, or give one as {maker} '
+                         'returns it')
     missing = [name for name in needs if name not in table]
-    if missing: raise ValueError(f'the table has no column {missing[0]}; it must be as {maker} returns it')
+    if missing: raise ValueError(f'the table has no column {missing[0]}; it must be as {maker} returns it{by}')
+    if table.empty: raise ValueError(f'the table has no rows; it must be as {maker} returns it')
     text = {name: table[name].astype(object) for name in needs if isinstance(table[name].dtype, pd.CategoricalDtype)}
     return table.assign(**text) if text else table
 
@@ -39,22 +78,42 @@ def _key(table):
     return [name for name in ('network', 'seed', 'relax', 'lr') if name in table]
 
 def diverged_runs(
-    table:pd.DataFrame # as `relax` returns it
+    table              # as `relax` returns it, or a `Study`
 )->pd.DataFrame:       # network, seed, relax, lr if there is one, and the epoch that was not finished
-    "The runs that diverged."
-    table = check_table(table, ['network', 'seed', 'relax', 'epoch', 'metric'])
+    """The runs that diverged.
+
+    Parameters
+    ----------
+    table
+        as `relax` returns it, or a `Study`
+
+    Returns
+    -------
+    pd.DataFrame
+        network, seed, relax, lr if there is one, and the epoch that was not finished
+    """
+    return _lost_rows(check_table(table, ['network', 'seed', 'relax', 'epoch', 'metric']))
+
+def _lost_rows(table):
+    "`diverged_runs` of a part of a table, which may have no rows."
     return table[table.metric == 'diverged'][[*_key(table), 'epoch']]
 
 def _is_lost(rows, table):
     "For each of `rows`, whether it belongs to a run that diverged."
     key = _key(table)
-    return rows[key].merge(diverged_runs(table)[key], how='left', indicator='lost').lost.eq('both').values
+    return rows[key].merge(_lost_rows(table)[key], how='left', indicator='lost').lost.eq('both').values
 
 def protocol_epochs(
-    table:pd.DataFrame # as `relax` returns it
+    table              # as `relax` returns it, or a `Study`
 )->float:
-    "The number of epochs of the protocol; raises `ValueError` if the table does not tell."
-    check_table(table, ['network'])
+    """The number of epochs of the protocol; raises `ValueError` if the table does not tell.
+
+    Parameters
+    ----------
+    table
+        as `relax` returns it, or a `Study`
+    """
+    table = check_table(table, ['network'])
     if 'protocol_epochs' in table: return table.protocol_epochs.max()
     check_table(table)
     if not (table.network == 'fcn').any():
@@ -74,7 +133,7 @@ def _outcomes(t, key, last):
 
 def _with_guessing(found, table, metric, chance):
     "`found`, in which runs that diverged have the accuracy `chance`; other metrics of theirs are left out."
-    found, lost = found[~_is_lost(found, table)], diverged_runs(table)
+    found, lost = found[~_is_lost(found, table)], _lost_rows(table)
     if metric not in ('accuracy', 'best_accuracy') or lost.empty: return found
     found = pd.concat([found, lost.assign(value=chance, reached=lost.epoch, epoch=math.nan)])
     kind = found.groupby(['network', 'relax'], dropna=False)                # of which others reached the last epoch
@@ -87,9 +146,21 @@ def _at_best(t, same):
     return t.loc[t.groupby(same, dropna=False).validation.idxmax()]
 
 def best_rows(
-    table:pd.DataFrame # as `relax` returns it
+    table              # as `relax` returns it, or a `Study`
 )->pd.DataFrame:       # rows of the metric 'best_accuracy', placed at the last epoch; none without images held out
-    "Accuracy of each run, on test set and images held out, in its epoch of the best validation accuracy."
+    """Accuracy of each run, on test set and images held out, in its epoch of the best validation accuracy.
+
+    Parameters
+    ----------
+    table
+        as `relax` returns it, or a `Study`
+
+    Returns
+    -------
+    pd.DataFrame
+        rows of the metric 'best_accuracy', placed at the last epoch; none without images held out
+    """
+    table = check_table(table)
     there = table[table.metric == 'best_accuracy']
     if len(there): return there
     t = table[table.metric == 'accuracy'].drop(columns=['metric', 'step'], errors='ignore')
@@ -107,14 +178,32 @@ def best_rows(
 
 # %% ../../nbs/experiments/56_claims.ipynb #17d04dfe
 def final_values(
-    table:pd.DataFrame,     # as `relax` returns it
+    table,                  # as `relax` returns it, or a `Study`
     metric:str='accuracy',  # or 'best_accuracy', of `best_rows`; or another of the table
     split:str='test',
     last:int=None,          # epochs that are averaged; None for `LAST`, of weights and best epochs for one
     chance:float=.1         # accuracy of guessing
 )->pd.DataFrame:            # network, seed, relax, lr if there is one, epoch, value
-    "The outcome of every run: its mean over the last epochs, or guessing if it diverged; the CNN's after the "\
-    "protocol's epochs ('cnn') and at its end ('cnn+')."
+    """The outcome of every run: its mean over the last epochs, or guessing if it diverged; the CNN's after the
+    protocol's epochs ('cnn') and at its end ('cnn+').
+
+    Parameters
+    ----------
+    table
+        as `relax` returns it, or a `Study`
+    metric : str, default 'accuracy'
+        or 'best_accuracy', of `best_rows`; or another of the table
+    split : str, default 'test'
+    last : int, default None
+        epochs that are averaged; None for `LAST`, of weights and best epochs for one
+    chance : float, default 0.1
+        accuracy of guessing
+
+    Returns
+    -------
+    pd.DataFrame
+        network, seed, relax, lr if there is one, epoch, value
+    """
     table = check_table(table)
     if metric == 'best_accuracy': table = pd.concat([table[table.metric == 'diverged'], best_rows(table)])
     single = split == 'weights' or metric == 'best_accuracy'
@@ -138,12 +227,26 @@ def _numbers_lost(table, by):
     return lost.groupby(by, dropna=False).size().rename('diverged').reset_index()
 
 def summary(
-    table:pd.DataFrame, # as `relax` returns it
+    table,              # as `relax` returns it, or a `Study`
     chance:float=.1     # accuracy of guessing
 )->pd.DataFrame:        # network, relax, lr if there are several, epochs, accuracy, spread, n, diverged, off_local
-    "Mean outcome (test accuracy), its standard deviation over n seeds, how many of them diverged (and count as "\
-    "guessing), and mean off-local share of the others, for every kind of network."
-    several = 'lr' in check_table(table) and table.lr.nunique() > 1
+    """Mean outcome (test accuracy), its standard deviation over n seeds, how many of them diverged (and count as
+    guessing), and mean off-local share of the others, for every kind of network.
+
+    Parameters
+    ----------
+    table
+        as `relax` returns it, or a `Study`
+    chance : float, default 0.1
+        accuracy of guessing
+
+    Returns
+    -------
+    pd.DataFrame
+        network, relax, lr if there are several, epochs, accuracy, spread, n, diverged, off_local
+    """
+    table = check_table(table)
+    several = 'lr' in table and table.lr.nunique() > 1
     by = ['network', 'relax', *['lr']*several]
     groups = final_values(table, chance=chance).groupby([*by, 'epoch'], dropna=False, sort=False).value
     accuracy = groups.agg(accuracy='mean', spread='std', n='count')
@@ -172,12 +275,25 @@ def _choices(values):
 
 # %% ../../nbs/experiments/56_claims.ipynb #91b2ff12
 def choose_rates(
-    table:pd.DataFrame, # as `relax` returns it
+    table,              # as `relax` returns it, or a `Study`
     chance:float=.1     # accuracy of guessing
 )->pd.DataFrame:        # the rows of `table` at the rates chosen
-    "One rate for each network, relax time and seed: the best on the images held out, in the mean of all other seeds. "\
-    "Raises `ValueError` if there are several rates and no images held out."
-    kind = ['network', 'relax']
+    """One rate for each network, relax time and seed: the best on the images held out, in the mean of all other seeds.
+    Raises `ValueError` if there are several rates and no images held out.
+
+    Parameters
+    ----------
+    table
+        as `relax` returns it, or a `Study`
+    chance : float, default 0.1
+        accuracy of guessing
+
+    Returns
+    -------
+    pd.DataFrame
+        the rows of `table` at the rates chosen
+    """
+    table, kind = check_table(table), ['network', 'relax']
     if 'lr' not in table or (table.groupby(kind, dropna=False).lr.nunique() <= 1).all(): return table
     values, chosen = _validated(table, chance), []
     values = values[values.network != 'cnn'].replace(dict(network={'cnn+': 'cnn'}))
@@ -211,12 +327,30 @@ def _gains(table, over, chance, network='efcn'):
 
 # %% ../../nbs/experiments/56_claims.ipynb #07a28af5
 def gains(
-    table:pd.DataFrame, # as `relax` returns it, with one rate for each network and relax time, see `choose_rates`
+    table,              # as `relax` returns it, or a `Study`, with one rate for each network and relax time
     over:str='cnn+',    # 'cnn': after the protocol's epochs; 'cnn+': after as many epochs; 'fcn'; 'annealed', ...
     chance:float=.1     # accuracy of guessing
 )->pd.DataFrame:        # network, relax, mean, low, high (ends of the 95 % interval), n
-    "Outcomes of all networks that begin at a relax time less that of another network, paired by seed."
-    one_of('over', over, ['cnn+', *final_values(table).network.unique()])
+    """Outcomes of all networks that begin at a relax time less that of another network, paired by seed.
+
+    Raises `ValueError` if there are several rates for one network; `choose_rates` takes one of them.
+
+    Parameters
+    ----------
+    table
+        as `relax` returns it, or a `Study`, with one rate for each network and relax time
+    over : str, default 'cnn+'
+        'cnn': after the protocol's epochs; 'cnn+': after as many epochs; 'fcn'; 'annealed', ...
+    chance : float, default 0.1
+        accuracy of guessing
+
+    Returns
+    -------
+    pd.DataFrame
+        network, relax, mean, low, high (ends of the 95 % interval), n
+    """
+    table = check_table(table)
+    one_of('over', over, [*final_values(table).network.unique()])
     if 'lr' in table and (table.groupby(['network', 'relax', 'seed'], dropna=False).lr.nunique() > 1).any():
         raise ValueError('the table has several rates for one network; choose one of them with choose_rates')
     rows, starts = [], table[table.relax.notna()].network.unique()
@@ -273,13 +407,31 @@ def _by_case(found, networks):
 
 # %% ../../nbs/experiments/56_claims.ipynb #34eeb947
 def chosen_outcomes(
-    table:pd.DataFrame,  # as `relax` returns it, with images held out
+    table,               # as `relax` returns it, or a `Study`, with images held out
     networks=('efcn',),  # that compete; `RIVALS` for what the CNN can become
     metric='accuracy',   # or 'best_accuracy'
     chance:float=.1      # accuracy of guessing
 )->pd.DataFrame:         # index: seed; columns: value (accuracy on the test set), case
-    "The best of several networks, relax times and rates: for each seed the one that the images held out of the other "\
-    "seeds choose. Raises `ValueError` if there are none."
+    """The best of several networks, relax times and rates: for each seed the one that the images held out of the other
+    seeds choose. Raises `ValueError` if there are none.
+
+    Parameters
+    ----------
+    table
+        as `relax` returns it, or a `Study`, with images held out
+    networks : default ('efcn',)
+        that compete; `RIVALS` for what the CNN can become
+    metric : default 'accuracy'
+        or 'best_accuracy'
+    chance : float, default 0.1
+        accuracy of guessing
+
+    Returns
+    -------
+    pd.DataFrame
+        index: seed; columns: value (accuracy on the test set), case
+    """
+    table = check_table(table)
     tested, validated = (_by_case(final_values(table, metric, split, chance=chance), networks)
                          for split in ('test', 'validation'))
     if tested.empty: raise ValueError(f'the table has no outcome of {", ".join(networks)}')
@@ -338,7 +490,8 @@ _NEEDED = _WHOLE + _ALONE
 
 def _ablated(ablation, column):
     "Accuracies of eFCNs with the parts that claim 4 needs, a column for each; raises `ValueError` if some are missing."
-    check_table(ablation, ['network', 'seed', 'relax', 'kept', 'accuracy', 'readout'], 'measure_ablation')
+    needs = 'network', 'seed', 'relax', 'kept', 'accuracy', 'readout'
+    ablation = check_table(ablation, needs, 'measure_ablation')
     t = ablation[ablation.network == 'efcn'].pivot(index=['seed', 'relax'], columns='kept', values=column)
     missing = [kept for kept in _NEEDED if kept not in t]
     if missing:
@@ -407,7 +560,7 @@ def _far_is_fcn(table, chance, margin=.02):
 # %% ../../nbs/experiments/56_claims.ipynb #647f23b2
 def _check_comparable(table):
     "Raise `ValueError` unless `table` has the networks and metrics that the claims compare, and each run once."
-    if not {'efcn', 'cnn'} <= set(check_table(table).network):
+    if not {'efcn', 'cnn'} <= set(table.network):
         raise ValueError('the claims compare relaxed networks with their CNN; run both')
     measured = {*table[table.network == 'efcn'].metric}
     missing = [metric for metric in ('accuracy', 'off_local', 'unshared') if metric not in measured]
@@ -455,13 +608,31 @@ def _with_holm(rows):
 
 # %% ../../nbs/experiments/56_claims.ipynb #0f2e8375
 def claims(
-    table:pd.DataFrame,             # as `relax` returns it
+    table,                          # as `relax` returns it, or a `Study`
     ablation:pd.DataFrame=None,     # as `measure_ablation` returns it, for claim 4
     displacement:pd.DataFrame=None, # as `measure_displacement` returns it, for claim 3b
     chance:float=.1                 # accuracy of guessing
 )->pd.DataFrame:                 # claim, effect, spread over seeds, half width of the interval (points), n, verdict, p
-    "The primary claim and the paper's five, judged on outcomes and deviations; p-values of all but the primary claim "\
-    "are corrected for their number. Raises `ValueError` if there are no relaxed networks or no baseline."
+    """The primary claim and the paper's five, judged on outcomes and deviations; p-values of all but the primary claim
+    are corrected for their number. Raises `ValueError` if there are no relaxed networks or no baseline.
+
+    Parameters
+    ----------
+    table
+        as `relax` returns it, or a `Study`
+    ablation : pd.DataFrame, default None
+        as `measure_ablation` returns it, for claim 4
+    displacement : pd.DataFrame, default None
+        as `measure_displacement` returns it, for claim 3b
+    chance : float, default 0.1
+        accuracy of guessing
+
+    Returns
+    -------
+    pd.DataFrame
+        claim, effect, spread over seeds, half width of the interval (points), n, verdict, p
+    """
+    table = check_table(table)
     chosen, asked = _all_claims(table, ablation, displacement, chance)
     rows = pd.DataFrame([*map(_row, asked), _far_is_fcn(chosen, chance)])
     return _without_diverged(_with_holm(rows), chosen)
@@ -482,11 +653,23 @@ def _near(epochs, ends):
     return sum((epochs > end - LAST) & (epochs <= end) for end in ends) > 0
 
 def needed_rows(
-    table:pd.DataFrame # as `relax` returns it
+    table              # as `relax` returns it, or a `Study`
 )->pd.DataFrame:       # without steps
-    "The rows on which `summary`, `gains` and `claims` depend; accuracies of a run, the CNN's apart, are replaced by "\
-    "their outcome."
-    table, key = check_table(table).drop(columns=['step'], errors='ignore'), _key(table)
+    """The rows on which `summary`, `gains` and `claims` depend; accuracies of a run, the CNN's apart, are replaced by
+    their outcome.
+
+    Parameters
+    ----------
+    table
+        as `relax` returns it, or a `Study`
+
+    Returns
+    -------
+    pd.DataFrame
+        without steps
+    """
+    table = check_table(table).drop(columns=['step'], errors='ignore')
+    key = _key(table)
     accuracy = table[(table.metric == 'accuracy') & table.split.isin(['test', 'validation'])]
     last = table.groupby(key, dropna=False).epoch.transform('max')
     ends = {protocol_epochs(table), *last}
@@ -499,13 +682,28 @@ def needed_rows(
 
 # %% ../../nbs/experiments/56_claims.ipynb #e2987458
 def claim_intervals(
-    table:pd.DataFrame,
+    table,                          # as of `claims`, as are the others
     ablation:pd.DataFrame=None,
     displacement:pd.DataFrame=None,
     chance:float=.1
 )->pd.DataFrame: # claim, relax (the time that decides), mean, low, high (the ends of the interval), n, verdict
-    "The effects of `claims` that can be judged, each of which should be positive (of claim 4b, what is missing to "\
-    "two points above noise; of claim 5, near 0 or below)."
+    """The effects of `claims` that can be judged, each of which should be positive (of claim 4b, what is missing to two
+    points above noise; of claim 5, near 0 or below).
+
+    Parameters
+    ----------
+    table
+        as of `claims`, as are the others
+    ablation : pd.DataFrame, default None
+    displacement : pd.DataFrame, default None
+    chance : float, default 0.1
+
+    Returns
+    -------
+    pd.DataFrame
+        claim, relax (the time that decides), mean, low, high (the ends of the interval), n, verdict
+    """
+    table = check_table(table)
     verdicts, rows = claims(table, ablation, displacement, chance).set_index('claim').verdict, []
     chosen, asked = _all_claims(table, ablation, displacement, chance)
     for c in asked:

@@ -20,7 +20,21 @@ def by_seed(
     column:str='accuracy',
     **cell             # what its rows have in common; None for what is missing
 )->pd.Series:          # index: seed
-    "The values of one cell of a study. Raises `ValueError` if there is none, or if several rows have one seed."
+    """The values of one cell of a study. Raises `ValueError` if there is none, or if several rows have one seed.
+
+    Parameters
+    ----------
+    ends : pd.DataFrame
+        a row for each run, with its seed
+    column : str, default 'accuracy'
+    **cell
+        what its rows have in common; None for what is missing
+
+    Returns
+    -------
+    pd.Series
+        index: seed
+    """
     for name in (*cell, column): one_of('column', name, ends.columns)
     chosen = ends
     for name, value in cell.items():
@@ -33,7 +47,16 @@ def by_seed(
 
 # %% ../../nbs/experiments/53_effects.ipynb #a71126ec
 class Estimate(NamedTuple):
-    "A mean over seeds and its 95 % interval, from `low` to `high`."
+    """A mean over seeds and its 95 % interval, from `low` to `high`.
+
+    Parameters
+    ----------
+    mean : float
+    spread : float
+        standard deviation over seeds
+    half : float
+        half width of the interval
+    """
     mean: float
     spread: float # standard deviation over seeds
     half: float   # half width of the interval
@@ -50,8 +73,18 @@ def interval(
     tries:int=1,   # how many effects it was picked from (Bonferroni)
     tests:int=None # inputs that each seed was measured on, of an effect in shares of them; None if unknown
 )->Estimate:
-    "Student's interval; infinite for one seed, and if `d` does not vary, rounding apart, unless `tests` are known. "\
-    "Raises `ValueError` for `tries` or `tests` below 1."
+    """Student's interval; infinite for one seed, and if `d` does not vary, rounding apart, unless `tests` are known.
+    Raises `ValueError` for `tries` or `tests` below 1.
+
+    Parameters
+    ----------
+    d : pd.Series
+        an effect for each seed; missing ones are left out
+    tries : int, default 1
+        how many effects it was picked from (Bonferroni)
+    tests : int, default None
+        inputs that each seed was measured on, of an effect in shares of them; None if unknown
+    """
     whole('tries', tries, 1)
     if tests is not None: whole('tests', tests, 1)
     from scipy.special import stdtrit # Student's quantiles: scipy takes longer to load than all the rest here
@@ -66,12 +99,33 @@ def interval(
 def verdict(
     low:float, high:float # ends of the interval of an effect that should be positive
 )->str:
-    "'holds', 'fails' or 'undecided'."
+    """'holds', 'fails' or 'undecided'.
+
+    Parameters
+    ----------
+    low, high : float
+        ends of the interval of an effect that should be positive
+    """
     return 'holds' if low > 0 else 'fails' if high < 0 else 'undecided'
 
 # %% ../../nbs/experiments/53_effects.ipynb #2ae5aa16
 class Judgement(NamedTuple):
-    "What is said of several cases."
+    """What is said of several cases.
+
+    Parameters
+    ----------
+    case : object
+        that decides
+    mean : float
+    spread : float
+        standard deviation over seeds
+    half : float
+        half width of the interval
+    verdict : str
+        'holds', 'fails' or 'undecided'
+    p : float
+        below .05 where it is decided
+    """
     case: object  # that decides
     mean: float
     spread: float # standard deviation over seeds
@@ -110,7 +164,17 @@ def judge(
     every:bool,           # whether the claim is about every case, or about some
     tests:int=None        # see `interval`
 )->Judgement:
-    "The deciding case and the verdict. Raises `ValueError` without a case, or if two have one name."
+    """The deciding case and the verdict. Raises `ValueError` without a case, or if two have one name.
+
+    Parameters
+    ----------
+    by_case : pd.DataFrame
+        effects that should be positive: a row for each seed, a column for each case
+    every : bool
+        whether the claim is about every case, or about some
+    tests : int, default None
+        see `interval`
+    """
     m = _number_of_cases(by_case)
     found = {t: interval(by_case[t], 1 if every else m, tests) for t in by_case}
     other = {t: interval(by_case[t], m if every else 1, tests) for t in by_case}
@@ -126,7 +190,18 @@ def judge(
 def holm(
     p # p-values, one for each claim
 )->list: # of the same order
-    "p-values corrected for their number (Holm 1979): each is multiplied by how many are as large or larger."
+    """p-values corrected for their number (Holm 1979): each is multiplied by how many are as large or larger.
+
+    Parameters
+    ----------
+    p
+        p-values, one for each claim
+
+    Returns
+    -------
+    list
+        of the same order
+    """
     found, so_far = [0.]*len(p), 0.
     for rank, k in enumerate(sorted(range(len(p)), key=lambda k: p[k])):
         so_far = max(so_far, min(1., (len(p) - rank)*p[k]))
@@ -152,7 +227,16 @@ def judged(
     gains:pd.Series, # paired effects that should be positive, one for each seed, in shares of one
     effect:str=None  # how to say it; None for the mean in points
 )->dict:
-    "The line of a claim about one effect; 'not judged' if it is missing for all seeds."
+    """The line of a claim about one effect; 'not judged' if it is missing for all seeds.
+
+    Parameters
+    ----------
+    claim : str
+    gains : pd.Series
+        paired effects that should be positive, one for each seed, in shares of one
+    effect : str, default None
+        how to say it; None for the mean in points
+    """
     gains = pd.Series(gains, dtype=float)
     if gains.isna().all(): return not_judged(claim, 'needs cases that are not there')
     found = interval(gains)
@@ -169,7 +253,24 @@ def above(
     needs:str='needs cases that are not there', # why it is not judged without a case
     tests:int=None   # see `interval`
 )->dict:
-    "The line of a claim about several cases; 'not judged' if there is none."
+    """The line of a claim about several cases; 'not judged' if there is none.
+
+    Parameters
+    ----------
+    claim : str
+    cases
+        paired effects that should be positive: a row for each seed, a column for each case; or None
+    every : bool, default True
+        whether the claim is about every case, or about some
+    margin : float, default 0.0
+        how far below zero still counts as above
+    say : default None
+        a function of the `Judgement`: how to say the effect; None for its mean in points, and its case
+    needs : str, default 'needs cases that are not there'
+        why it is not judged without a case
+    tests : int, default None
+        see `interval`
+    """
     cases = pd.DataFrame({} if cases is None else cases)
     if not len(cases.columns) or not cases.notna().to_numpy().any(): return not_judged(claim, needs)
     found = judge(cases + margin, every, tests)

@@ -61,8 +61,25 @@ def over_networks(
     networks=('efcn',), # of 'efcn', 'elcn', 'fcn' and the study's arms
     begin:bool=False    # measure the networks as they start instead of as they end
 )->pd.DataFrame:        # network, seed, relax, lr if the plan has several, and the columns of `measure`
-    "What `measure` finds in every network of the study, at their ends in those that did not diverge. Raises "\
-    "`ValueError` if weights were not kept."
+    """What `measure` finds in every network of the study, at their ends in those that did not diverge. Raises
+    `ValueError` if weights were not kept.
+
+    Parameters
+    ----------
+    study : Study
+        finished, with weights kept
+    measure
+        a function of a network, returning a table
+    networks : default ('efcn',)
+        of 'efcn', 'elcn', 'fcn' and the study's arms
+    begin : bool, default False
+        measure the networks as they start instead of as they end
+
+    Returns
+    -------
+    pd.DataFrame
+        network, seed, relax, lr if the plan has several, and the columns of `measure`
+    """
     return _over_seeds(study, lambda model, seed: measure(model), networks, begin)
 
 # %% ../../nbs/experiments/57_measures.ipynb #85d743f2
@@ -70,7 +87,19 @@ def measure_ablation(
     study:Study,
     images:int=2000 # of the test set, and at most so many to fit a read-out on
 )->pd.DataFrame:    # network, seed, relax, kept, accuracy, loss, readout (accuracy with a fresh one)
-    "`ablation` of every eFCN and eLCN, and of eFCNs the `off_local_nulls`, with their accuracies read out afresh."
+    """`ablation` of every eFCN and eLCN, and of eFCNs the `off_local_nulls`, with their accuracies read out afresh.
+
+    Parameters
+    ----------
+    study : Study
+    images : int, default 2000
+        of the test set, and at most so many to fit a read-out on
+
+    Returns
+    -------
+    pd.DataFrame
+        network, seed, relax, kept, accuracy, loss, readout (accuracy with a fresh one)
+    """
     data = study.data.test.thinned(images)
     def found(model, seed):
         train, table = study.train_set(seed).thinned(images), ablation(model, data, precision=study.precision)
@@ -86,7 +115,13 @@ def measure_ablation(
 def measure_profiles(
     study:Study
 )->pd.DataFrame: # network, seed, relax, layer, local, distance, entries, mean_square, share
-    "`radial_profile` of every released layer of every eFCN and FCN."
+    """`radial_profile` of every released layer of every eFCN and FCN.
+
+    Returns
+    -------
+    pd.DataFrame
+        network, seed, relax, layer, local, distance, entries, mean_square, share
+    """
     def profiles(model):
         layers = released_layers(model).items()
         return pd.concat([radial_profile(m).assign(layer=name) for name, m in layers], ignore_index=True)
@@ -95,7 +130,13 @@ def measure_profiles(
 def measure_biases(
     study:Study
 )->pd.DataFrame: # network, seed, relax, layer, mean, spread, ratio
-    "`bias_spread` of every eFCN, eLCN and FCN."
+    """`bias_spread` of every eFCN, eLCN and FCN.
+
+    Returns
+    -------
+    pd.DataFrame
+        network, seed, relax, layer, mean, spread, ratio
+    """
     return over_networks(study, lambda m: bias_spread(m).rename_axis('layer').reset_index(), ['efcn', 'elcn', 'fcn'])
 
 # %% ../../nbs/experiments/57_measures.ipynb #5abf1848
@@ -109,8 +150,14 @@ def _change(study, run):
 def measure_templates(
     study:Study
 )->pd.DataFrame: # network, seed, relax, unit, class_name, class_similarity, image, image_similarity
-    "`template_similarity` of the first layer of every eFCN, of every FCN, of what it has added to its start "\
-    "('fcn change'), and of the FCN before training ('fresh')."
+    """`template_similarity` of the first layer of every eFCN, of every FCN, of what it has added to its start ('fcn
+    change'), and of the FCN before training ('fresh').
+
+    Returns
+    -------
+    pd.DataFrame
+        network, seed, relax, unit, class_name, class_similarity, image, image_similarity
+    """
     def similarity(model, seed):
         return template_similarity(next(iter(released_layers(model).values())), study.train_set(seed))
     found = _over_seeds(study, similarity, ['efcn', 'fcn'])
@@ -123,7 +170,13 @@ def measure_templates(
 def measure_displacement(
     study:Study
 )->pd.DataFrame: # network, seed, relax, convolutional, unshared, off_local (shares of its squared norm), norm
-    "Where the displacement of every eFCN, eLCN and FCN lies: its weights at the end less those at its start."
+    """Where the displacement of every eFCN, eLCN and FCN lies: its weights at the end less those at its start.
+
+    Returns
+    -------
+    pd.DataFrame
+        network, seed, relax, convolutional, unshared, off_local (shares of its squared norm), norm
+    """
     rows = []
     for run in _runs(study, ('efcn', 'elcn', 'fcn')):
         moved = shares(_change(study, run)).loc['all']
@@ -150,8 +203,20 @@ def first_rows(
     study:Study,
     n:int=6        # units
 )->dict:           # arrays: before, after, off-local, FCN (n, height, width), windows (bool), units (n,), seed, relax
-    "Rows of the first layer at relaxing and at the end, off-local part alone, and of the FCN: means over the input "\
-    "channels. Raises `ValueError` if there is none, or for complex weights."
+    """Rows of the first layer at relaxing and at the end, off-local part alone, and of the FCN: means over the input
+    channels. Raises `ValueError` if there is none, or for complex weights.
+
+    Parameters
+    ----------
+    study : Study
+    n : int, default 6
+        units
+
+    Returns
+    -------
+    dict
+        arrays: before, after, off-local, FCN (n, height, width), windows (bool), units (n,), seed, relax
+    """
     before, after, fcn, relax_time = _first_trio(study)
     if before.weight.is_complex():
         raise ValueError('rows are shown as images of real numbers, and the first layer has complex weights')
@@ -174,7 +239,13 @@ def one_seed(
 )->dict: # name: network; 'CNN' after the protocol's epochs, 'eFCN 3' relaxed at 3, 'eLCN 3', 'FCN'
     """The networks of `seed` at their ends, but for those that diverged and for rivals.
 
-    Of several rates, the names say which: 'eFCN 3, rate 0.05'."""
+    Of several rates, the names say which: 'eFCN 3, rate 0.05'.
+
+    Returns
+    -------
+    dict
+        name: network; 'CNN' after the protocol's epochs, 'eFCN 3' relaxed at 3, 'eLCN 3', 'FCN'
+    """
     rates = dict(cnn=(), fcn=study.fcn_lr, efcn=study.relaxed_lr, elcn=study.relaxed_lr)
     found = {}
     for run in _runs(study, _NAMES):
@@ -191,7 +262,20 @@ def measure_barriers(
     images:int=1000, # of the training set, whose loss is what was lowered
     points:int=7
 )->pd.DataFrame:     # seed, a, b, height (nats)
-    "Barriers of the training loss on straight lines between all pairs of networks of each seed."
+    """Barriers of the training loss on straight lines between all pairs of networks of each seed.
+
+    Parameters
+    ----------
+    study : Study
+    images : int, default 1000
+        of the training set, whose loss is what was lowered
+    points : int, default 7
+
+    Returns
+    -------
+    pd.DataFrame
+        seed, a, b, height (nats)
+    """
     tables = []
     for seed in study.seeds:
         data = study.train_set(seed).thinned(images)
@@ -206,7 +290,13 @@ def measure_paths(
     images:int=1000,
     points:int=11
 )->pd.DataFrame: # seed, relax, path, t, loss (nats), accuracy; and lr, if the plan has several
-    "Test loss along three paths from the CNN at each relax time to the eFCN relaxed there, at its end."
+    """Test loss along three paths from the CNN at each relax time to the eFCN relaxed there, at its end.
+
+    Returns
+    -------
+    pd.DataFrame
+        seed, relax, path, t, loss (nats), accuracy; and lr, if the plan has several
+    """
     tables, data, about = [], study.data.test.thinned(images), ()
     for run in _runs(study, ['efcn']):
         start, end = study.start('efcn', run['seed'], run['relax']), _at_end(study, run)
@@ -221,7 +311,19 @@ def measure_gradients(
     study:Study,
     images:int=1000 # of the training set
 )->pd.DataFrame:    # network, seed, relax, layer, convolutional, unshared, off_local, other, norm
-    "`gradient_shares` of the training loss at every embedding, before the first step."
+    """`gradient_shares` of the training loss at every embedding, before the first step.
+
+    Parameters
+    ----------
+    study : Study
+    images : int, default 1000
+        of the training set
+
+    Returns
+    -------
+    pd.DataFrame
+        network, seed, relax, layer, convolutional, unshared, off_local, other, norm
+    """
     def found(model, seed):
         batches = list(study.train_set(seed).thinned(images).batches(250))
         return gradient_shares(model, batches).rename_axis('layer').reset_index()
@@ -255,8 +357,22 @@ def measure_curvature(
     images:int=250, # of the training set
     probes:int=5    # of the trace
 )->pd.DataFrame:    # moment ('CNN', 'embedded', 'end'), seed, relax, part, top, trace, error (of the trace)
-    "Largest eigenvalue and trace of the Hessian (nats per squared weight), whole and in each part, for networks of "\
-    "the first seed relaxed at the first, the middle and the last time; one that diverged has no end."
+    """Largest eigenvalue and trace of the Hessian (nats per squared weight), whole and in each part, for networks of
+    the first seed relaxed at the first, the middle and the last time; one that diverged has no end.
+
+    Parameters
+    ----------
+    study : Study
+    images : int, default 250
+        of the training set
+    probes : int, default 5
+        of the trace
+
+    Returns
+    -------
+    pd.DataFrame
+        moment ('CNN', 'embedded', 'end'), seed, relax, part, top, trace, error (of the trace)
+    """
     seed, rows = study.seeds[0], []
     batches = list(study.train_set(seed).thinned(images).batches(250))
     times = [run['relax'] for run in _runs(study, ['efcn'], begin=True) if run['seed'] == seed]
@@ -272,8 +388,20 @@ def measure_sharpness(
     study:Study,
     images:int=250 # of the training set
 )->pd.DataFrame:   # network, seed, relax, part, top
-    "Largest eigenvalue of the Hessian (nats per squared weight) at every embedding, before the first step, whole and "\
-    "in each part."
+    """Largest eigenvalue of the Hessian (nats per squared weight) at every embedding, before the first step, whole and
+    in each part.
+
+    Parameters
+    ----------
+    study : Study
+    images : int, default 250
+        of the training set
+
+    Returns
+    -------
+    pd.DataFrame
+        network, seed, relax, part, top
+    """
     def found(model, seed):
         batches = list(study.train_set(seed).thinned(images).batches(250))
         parts = [None, *(part for part in PARTS if dimensions(model).loc['all', part])]
@@ -294,8 +422,16 @@ def measured(
     study:Study, # finished, with weights kept
     name:str     # a key of `MEASURES`
 )->pd.DataFrame:
-    "The table `name` of the study, computed if it is not in the study's folder yet. Raises `ValueError` for an "\
-    "unknown name."
+    """The table `name` of the study, computed if it is not in the study's folder yet. Raises `ValueError` for an
+    unknown name.
+
+    Parameters
+    ----------
+    study : Study
+        finished, with weights kept
+    name : str
+        a key of `MEASURES`
+    """
     one_of('measure', name, MEASURES)
     version = {'version': _VERSIONS[name]} if name in _VERSIONS else {}
     path = study.out/'measures'/f'{name}-{run_id(study.identity | version)}.csv'

@@ -16,7 +16,9 @@ import seaborn as sns
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from .claims import check_table, choose_rates, diverged_runs, final_values, gains, protocol_epochs
+from .claims import (
+    check_table, choose_rates, claim_intervals, diverged_runs, final_values, gains, protocol_epochs)
+from ..service.checks import one_of, positive
 
 # %% ../../nbs/experiments/58_plots.ipynb #84f7ae98
 COLOURS = dict(cnn='black', fcn='tab:red', efcn='tab:green', elcn='tab:cyan', lcn='tab:blue', annealed='dimgray',
@@ -24,7 +26,7 @@ COLOURS = dict(cnn='black', fcn='tab:red', efcn='tab:green', elcn='tab:cyan', lc
                tied_off_local='tab:olive', noise_1='goldenrod', noise_3='peru')
 NAMES = dict(cnn='CNN', fcn='FCN', efcn='eFCN', elcn='eLCN', lcn='LCN', annealed='annealed CNN', slowed='slowed CNN',
              averaged='averaged CNN', tied='tied eFCN', off_local='frozen CNN + off-local',
-             tied_off_local='CNN + off-local', noise_1='eFCN + noise', noise_3='eFCN + 3x noise')
+             tied_off_local='tied CNN + off-local', noise_1='eFCN + 1x noise', noise_3='eFCN + 3x noise')
 PART_COLOURS = dict(convolutional='black', unshared='tab:blue', off_local='tab:orange', other='lightgray')
 PART_NAMES = dict(convolutional='convolutional', unshared='unshared', off_local='off-local', other='other layers',
                   whole='whole')
@@ -63,16 +65,31 @@ def _mark_lost(ax, t, x, table, colour):
     last = last.merge(diverged_runs(table)[run], on=run)
     ax.plot(last[x], last.value, 'x', ms=5, mew=1.5, color=colour)
 
+# %% ../../nbs/experiments/58_plots.ipynb #ec42b63d
+def _rows_of(table, metric, split):
+    "The rows of `table` with this `metric` of this `split`; raises `ValueError` if there are none."
+    one_of('metric', metric, sorted({*table.metric}))
+    one_of(f'split of {metric}', split, sorted({*table[table.metric == metric].split}))
+    return table[(table.metric == metric) & (table.split == split)]
+
 # %% ../../nbs/experiments/58_plots.ipynb #3a1b6de4
 def plot_curves(
-    table:pd.DataFrame, # tidy, as `relax` returns it
+    table, # tidy, as `relax` returns it, or a `Study`
     metric:str='accuracy', split:str='test',
     ax=None
 ):
-    "`metric` against epochs: CNN and FCN in black and red, eFCNs coloured by relax time; returns the axes."
-    check_table(table)
-    ax = _axes(ax, 5)
-    t = table[(table.metric == metric) & (table.split == split)]
+    """`metric` against epochs: CNN and FCN in black and red, eFCNs coloured by relax time; returns the axes.
+
+    Parameters
+    ----------
+    table
+        tidy, as `relax` returns it, or a `Study`
+    metric : str, default 'accuracy'
+    split : str, default 'test'
+    ax : default None
+    """
+    table = check_table(table)
+    t, ax = _rows_of(table, metric, split), _axes(ax, 5)
     for network, style in ('cnn', '--'), ('fcn', '-'):
         part = t[t.network == network]
         if part.empty: continue
@@ -89,14 +106,24 @@ def plot_curves(
 
 # %% ../../nbs/experiments/58_plots.ipynb #d8aae752
 def plot_curve_panels(
-    table:pd.DataFrame, # tidy, as `relax` returns it
+    table, # tidy, as `relax` returns it, or a `Study`
     metric:str='accuracy', split:str='test',
     columns:int=3
 ):
-    "`metric` against epochs, a panel for each relax time; returns the figure."
-    check_table(table)
-    t = table[(table.metric == metric) & (table.split == split)]
+    """`metric` against epochs, a panel for each relax time; returns the figure.
+
+    Parameters
+    ----------
+    table
+        tidy, as `relax` returns it, or a `Study`
+    metric : str, default 'accuracy'
+    split : str, default 'test'
+    columns : int, default 3
+    """
+    table = check_table(table)
+    t = _rows_of(table, metric, split)
     palette = _relax_palette(t[t.network == 'efcn'].relax.unique())
+    if not palette: raise ValueError('the table has no relaxed network, and there is a panel for each relax time')
     rows = -(-len(palette)//columns)
     fig, axes = plt.subplots(rows, columns, figsize=(2.9*columns, 2*rows + .2), layout='constrained', sharex=True,
                              sharey=True, squeeze=False)
@@ -131,11 +158,19 @@ def _say_fewer(ax, values, n):
 
 # %% ../../nbs/experiments/58_plots.ipynb #82d0c0ec
 def plot_relax_times(
-    table:pd.DataFrame, # tidy, as `relax` returns it
+    table, # tidy, as `relax` returns it, or a `Study`
     ax=None
 ):
-    "Outcome against relax time, one dot a seed, a cross for one that diverged and counts as guessing, with the "\
-    "levels (mean and range over seeds) of CNN and FCN; returns the axes."
+    """Outcome against relax time, one dot a seed, a cross for one that diverged and counts as guessing, with the levels
+    (mean and range over seeds) of CNN and FCN; returns the axes.
+
+    Parameters
+    ----------
+    table
+        tidy, as `relax` returns it, or a `Study`
+    ax : default None
+    """
+    table = check_table(table)
     ends, lost, ax = final_values(table), diverged_runs(table), _axes(ax)
     relaxed = table[table.network.isin(['efcn', 'elcn'])]
     place = {t: i for i, t in enumerate(sorted(relaxed.relax.unique()))}
@@ -155,11 +190,23 @@ def plot_relax_times(
     return ax
 
 # %% ../../nbs/experiments/58_plots.ipynb #6b2ab8ed
+def _is_measured(table):
+    "Whether `table` is as `relax` returns it, or a `Study`."
+    return hasattr(table, 'measured') or isinstance(table, pd.DataFrame) and {'metric', 'value'} <= {*table}
+
 def plot_gains(
-    effects:pd.DataFrame, # as `gains` returns it
+    effects, # as `gains` returns it; or a table as `relax` returns it, or a `Study`: over the CNN, at the rates chosen
     ax=None
 ):
-    "Effects against relax time, in points, with their 95 % intervals, a line for each network; returns the axes."
+    """Effects against relax time, in points, with their 95 % intervals, a line for each network; returns the axes.
+
+    Parameters
+    ----------
+    effects
+        as `gains` returns it; or a table as `relax` returns it, or a `Study`: over the CNN, at the rates chosen
+    ax : default None
+    """
+    if _is_measured(effects): effects = gains(choose_rates(effects))
     effects, ax = check_table(effects, ['network', 'relax', 'mean', 'low', 'high'], 'gains'), _axes(ax, 5)
     place = {t: i for i, t in enumerate(sorted(effects.relax.unique()))}
     networks = [name for name in NAMES if name in {*effects.network}]
@@ -177,13 +224,23 @@ def plot_gains(
 
 # %% ../../nbs/experiments/58_plots.ipynb #fbd4995c
 def plot_deviation(
-    table:pd.DataFrame, # tidy, as `relax` returns it
+    table, # tidy, as `relax` returns it, or a `Study`
     metric:str='off_local', # or 'unshared'
     ax=None
 ):
-    "Share of the squared weights outside a subspace against epochs since relaxing, on a logarithmic axis; returns "\
-    "the axes."
-    check_table(table)
+    """Share of the squared weights outside a subspace against epochs since relaxing, on a logarithmic axis; returns the
+    axes.
+
+    Parameters
+    ----------
+    table
+        tidy, as `relax` returns it, or a `Study`
+    metric : str, default 'off_local'
+        or 'unshared'
+    ax : default None
+    """
+    table = check_table(table)
+    one_of('metric', metric, PART_NAMES)
     ax = _axes(ax)
     t = table[(table.metric == metric) & (table.split == 'weights') & table.network.isin(['efcn', 'fcn'])]
     t = t.assign(since=t.epoch - t.relax.fillna(0))
@@ -201,12 +258,19 @@ def plot_deviation(
 
 # %% ../../nbs/experiments/58_plots.ipynb #bd34a193
 def plot_accuracy_deviation(
-    table:pd.DataFrame, # tidy, as `relax` returns it
+    table, # tidy, as `relax` returns it, or a `Study`
     ax=None
 ):
-    "Final test accuracy against the final off-local share of the squared weights, a point for each eFCN and FCN; "\
-    "returns the axes."
-    run = ['network', 'seed', 'relax']
+    """Final test accuracy against the final off-local share of the squared weights, a point for each eFCN and FCN;
+    returns the axes.
+
+    Parameters
+    ----------
+    table
+        tidy, as `relax` returns it, or a `Study`
+    ax : default None
+    """
+    table, run = check_table(table), ['network', 'seed', 'relax']
     accuracy, off, ax = final_values(table), final_values(table, 'off_local', 'weights'), _axes(ax)
     ends = accuracy.merge(off[[*run, 'value']], on=run, suffixes=('', '_off'))
     ends = ends[ends.value_off > 0]
@@ -224,10 +288,20 @@ def plot_accuracy_deviation(
 _VERDICTS = {'holds': 'tab:green', 'fails': 'tab:red', 'undecided': 'tab:gray', 'not reached': 'tab:gray'}
 
 def plot_claims(
-    intervals:pd.DataFrame, # as `claim_intervals` returns it
+    intervals, # as `claim_intervals` returns it; or a table as `relax` returns it, or a `Study`
     ax=None
 ):
-    "Effects with their 95 % intervals, in points, coloured by verdict; returns the axes."
+    """Effects with their 95 % intervals, in points, coloured by verdict; returns the axes.
+
+    Parameters
+    ----------
+    intervals
+        as `claim_intervals` returns it; or a table as `relax` returns it, or a `Study`
+    ax : default None
+    """
+    if _is_measured(intervals): intervals = claim_intervals(intervals)
+    needs = 'claim', 'relax', 'mean', 'low', 'high', 'n', 'verdict'
+    intervals = check_table(intervals, needs, 'claim_intervals')
     ax = _axes(ax, 6.5, .36*len(intervals) + .8)
     for y, row in enumerate(intervals.itertuples()):
         colour, bounded = _VERDICTS[row.verdict], np.isfinite(row.low)
@@ -249,13 +323,33 @@ def _outline(ax, window):
     ax.add_patch(plt.Rectangle((columns[0]-.5, rows[0]-.5), len(columns), len(rows), fill=False, ec='black', lw=1))
 
 # %% ../../nbs/experiments/58_plots.ipynb #d3c26ced
+def _check_rows(rows):
+    "Raise `ValueError` unless `rows` is a dict of arrays of images, as many in each."
+    arrays = [*rows.values()] if isinstance(rows, dict) else []
+    if arrays and all(getattr(images, 'ndim', 0) == 3 for images in arrays) and len({*map(len, arrays)}) == 1: return
+    raise ValueError('rows must be a dict, a name: array of shape (units, height, width) for each line of images, '
+                     'with as many units in each')
+
 def plot_rows(
     rows:dict,          # name: array (units, height, width), one line of images each
     windows=None,       # bool array (units, height, width): outlined
     titles=None,        # one for each unit
     share_scale:bool=False # one colour scale for all lines, rather than one each
 ):
-    "Weights as images, red positive and blue negative, white zero; returns the figure."
+    """Weights as images, red positive and blue negative, white zero; returns the figure.
+
+    Parameters
+    ----------
+    rows : dict
+        name: array (units, height, width), one line of images each
+    windows : default None
+        bool array (units, height, width): outlined
+    titles : default None
+        one for each unit
+    share_scale : bool, default False
+        one colour scale for all lines, rather than one each
+    """
+    _check_rows(rows)
     n, top = len(next(iter(rows.values()))), max(np.abs(images).max() for images in rows.values())
     size = 1.25*n + .9, 1.3*len(rows) + .2
     fig, axes = plt.subplots(len(rows), n, figsize=size, layout='constrained', squeeze=False)
@@ -288,9 +382,16 @@ def plot_ablation(
     table:pd.DataFrame, # as `measure_ablation` returns it
     ax=None
 ):
-    "Accuracy of the eFCNs with some parts of their weights alone, against relax time; one dot a seed, lines through "\
-    "the means; returns the axes."
-    check_table(table, ['network', 'seed', 'relax', 'kept', 'accuracy'], 'measure_ablation')
+    """Accuracy of the eFCNs with some parts of their weights alone, against relax time; one dot a seed, lines through
+    the means; returns the axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `measure_ablation` returns it
+    ax : default None
+    """
+    table = check_table(table, ['network', 'seed', 'relax', 'kept', 'accuracy'], 'measure_ablation')
     ax, table = _axes(ax, 5), table[table.network == 'efcn']
     place = {t: i for i, t in enumerate(sorted(table.relax.unique()))}
     for kept, (label, colour) in KEPT.items():
@@ -308,9 +409,16 @@ def plot_profile(
     table:pd.DataFrame, # as `measure_profiles` returns it, for one layer
     ax=None
 ):
-    "Root mean square of the weights outside the window against their distance from it, means over seeds, coloured by "\
-    "relax time, the FCN in red; at 0 those inside; returns the axes."
-    check_table(table, ['network', 'relax', 'distance', 'local', 'mean_square'], 'measure_profiles')
+    """Root mean square of the weights outside the window against their distance from it, means over seeds, coloured by
+    relax time, the FCN in red; at 0 those inside; returns the axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `measure_profiles` returns it, for one layer
+    ax : default None
+    """
+    table = check_table(table, ['network', 'relax', 'distance', 'local', 'mean_square'], 'measure_profiles')
     ax = _axes(ax)
     table = table[table.local | (table.distance > 0)]
     table = table.assign(rms=table.mean_square**.5)
@@ -326,10 +434,18 @@ def plot_profile(
 
 # %% ../../nbs/experiments/58_plots.ipynb #ec5d5781
 def plot_parts(
-    table:pd.DataFrame, # index: names, columns: shares of convolutional, unshared, off_local and, if there is, other
+    table:pd.DataFrame, # as `shares` returns it: index: names, columns: convolutional, unshared, off_local, also other
     ax=None
 ):
-    "Shares of a squared norm as stacked bars, a bar for each row; returns the axes."
+    """Shares of a squared norm as stacked bars, a bar for each row; returns the axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `shares` returns it: index: names, columns: convolutional, unshared, off_local, also other
+    ax : default None
+    """
+    table = check_table(table, ['convolutional', 'unshared', 'off_local'], 'shares')
     ax, before = _axes(ax, 5, .35*len(table) + .9), 0
     names = [str(name) for name in table.index]
     for part, colour in PART_COLOURS.items():
@@ -350,7 +466,18 @@ def plot_sharpness(
     rate:float,         # learning rate
     ax=None
 ):
-    "Largest eigenvalue of the Hessian against relax time, with a line at 2/`rate`; returns the axes."
+    """Largest eigenvalue of the Hessian against relax time, with a line at 2/`rate`; returns the axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `measure_curvature` returns it
+    rate : float
+        learning rate
+    ax : default None
+    """
+    table = check_table(table, ['part', 'moment', 'relax', 'top'], 'measure_curvature')
+    positive('rate', rate)
     ax, whole = _axes(ax), table[table.part == 'whole']
     place = {t: i for i, t in enumerate(sorted(whole.relax.unique()))}
     for moment, (label, mark, colour) in _MOMENTS.items():
@@ -368,7 +495,18 @@ def plot_matrix(
     label:str='barrier of the loss (nats)',
     ax=None
 ):
-    "A symmetric table of pairs as a map with numbers in it; returns the axes."
+    """A symmetric table of pairs as a map with numbers in it; returns the axes.
+
+    Parameters
+    ----------
+    matrix : pd.DataFrame
+        a number for each pair of networks, such as `barrier_matrix` returns
+    label : str, default 'barrier of the loss (nats)'
+    ax : default None
+    """
+    numbers = isinstance(matrix, pd.DataFrame) and all(map(pd.api.types.is_numeric_dtype, matrix.dtypes))
+    if not numbers or not len(matrix) == len(matrix.columns) > 0:
+        raise ValueError('matrix must be a square DataFrame of numbers, as barrier_matrix returns it')
     ax = _axes(ax, .62*len(matrix) + 1.8, .5*len(matrix) + 1)
     sns.heatmap(matrix, annot=True, fmt='.2g', cmap='viridis', annot_kws=dict(fontsize=7),
                 cbar_kws=dict(label=label), ax=ax)
@@ -381,7 +519,17 @@ def plot_paths(
     value:str='loss',
     ax=None
 ):
-    "Loss (nats) or accuracy along paths between two networks; returns the axes."
+    """Loss (nats) or accuracy along paths between two networks; returns the axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        path, t, loss, accuracy
+    value : str, default 'loss'
+    ax : default None
+    """
+    one_of('value', value, ('loss', 'accuracy'))
+    table = check_table(table, ['path', 't', value], 'measure_paths')
     ax = _axes(ax)
     bands = ('pi', 100) if 'seed' in table and table.seed.nunique() > 1 else None
     sns.lineplot(table, x='t', y=value, hue='path', errorbar=bands, marker='o', ms=4, ax=ax)
@@ -394,7 +542,17 @@ def plot_slice(
     table:pd.DataFrame, # x, y, loss, as `loss_slice` returns it
     levels=12, ax=None
 ):
-    "Contours of the loss on a plane, on a logarithmic scale of colours, with a cross at the network; returns the axes."
+    """Contours of the loss on a plane, on a logarithmic scale of colours, with a cross at the network; returns the
+    axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        x, y, loss, as `loss_slice` returns it
+    levels : default 12
+    ax : default None
+    """
+    table = check_table(table, ['x', 'y', 'loss'], 'loss_slice')
     ax = _axes(ax, 3.4, 2.9)
     grid = table.pivot(index='y', columns='x', values='loss')
     if np.isscalar(levels): levels = np.geomspace(grid.values.min(), grid.values.max(), levels)
@@ -407,6 +565,8 @@ def plot_slice(
     return ax
 
 # %% ../../nbs/experiments/58_plots.ipynb #fad685b4
+_TIMES = 'step (s)', 'of ceiling', 'naive / step'
+
 def _case(row):
     "The name of a row of the table of costs in figures."
     if row['form'] == 'naive': return 'naive, fp32'
@@ -416,8 +576,16 @@ def plot_steps(
     table:pd.DataFrame, # as `bench_train` returns it, for one model and width
     ax=None
 ):
-    "Time of a training step in each form, with the naive form's over it as a number, and a mark where the products "\
-    "alone would be; returns the axes."
+    """Time of a training step in each form, with the naive form's over it as a number, and a mark where the products
+    alone would be; returns the axes.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `bench_train` returns it, for one model and width
+    ax : default None
+    """
+    table = check_table(table, ['form', 'precision', 'fused', *_TIMES], 'bench_train')
     ax = _axes(ax, 5, 2.8)
     names, seconds = table.apply(_case, axis=1), table['step (s)']
     colours = [{'fp32': 'tab:gray', 'tf32': 'tab:olive'}.get(p, 'tab:blue') for p in table.precision]
@@ -444,8 +612,16 @@ def _growing(ax, ylabel, weights):
 def plot_growth(
     table:pd.DataFrame # as `bench_train` returns it, for one model and several widths
 ):
-    "Time of a step and peak of memory against the number of weights of the trimmed eFCN, with the floors of both "\
-    "dashed; returns the figure."
+    """Time of a step and peak of memory against the number of weights of the trimmed eFCN, with the floors of both
+    dashed; returns the figure.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `bench_train` returns it, for one model and several widths
+    """
+    sizes = 'width', 'weights (M)', 'peak / weights'
+    table = check_table(table, ['form', 'precision', 'fused', *_TIMES, *sizes], 'bench_train')
     fig, (time, memory) = plt.subplots(1, 2, figsize=(9, 3.2), layout='constrained')
     weights = table[table.form == 'trimmed'].groupby('width')['weights (M)'].first()
     t = table.assign(case=table.apply(_case, axis=1), x=table.width.map(weights))
@@ -482,12 +658,21 @@ def _seeds_said(table):
     return said + (f'; crosses: {lost} run{"s"*(lost > 1)} diverged' if lost else '')
 
 def plot_study(
-    table:pd.DataFrame, # tidy, as `relax` returns it
+    table, # tidy, as `relax` returns it, or a `Study`
     title:str=''        # of the data and the network
 ):
-    "Training curves, outcome against relax time, deviation and, where there are rivals, gains side by side, at one "\
-    "rate for each network where images were held out to choose it; returns the figure."
-    protocol_epochs(check_table(table))                                 # before anything is drawn
+    """Training curves, outcome against relax time, deviation and, where there are rivals, gains side by side, at one
+    rate for each network where images were held out to choose it; returns the figure.
+
+    Parameters
+    ----------
+    table
+        tidy, as `relax` returns it, or a `Study`
+    title : str, default ''
+        of the data and the network
+    """
+    table = check_table(table)
+    protocol_epochs(table)                                              # before anything is drawn
     if (table.split == 'validation').any(): table = choose_rates(table)
     set_style()
     plots = [plot_curves, plot_relax_times, plot_deviation, _plot_rivals][:4 if _has_rivals(table) else 3]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -32,7 +33,7 @@ from ..training.loop import check_precision, Diverged, evaluate, find_device, tr
 from ..instruments.subspaces import shares
 from .runs import resume_optimizer, Run, run_id
 from .acceptance import check_function, check_made, check_network, content_digest, try_model
-from ..service.checks import distinct, first_line, one_of, positive, whole
+from ..service.checks import distinct, first_line, known_keywords, one_of, positive, whole
 from ..service.files import clear_away, held, is_watched, publish, write_atomic
 from ..service.memory import give_back_memory, use_little_memory
 from ..service.pools import (
@@ -45,7 +46,13 @@ _PHASES = dict(cnn='cnn', fcn='fcn', efcn='relaxed', elcn='lcn')        # in con
 def with_networks(
     table:pd.DataFrame # that the protocol has written, with today's names or those up to version 0.0.1
 )->pd.DataFrame:
-    "`table` with today's names of the networks."
+    """`table` with today's names of the networks.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        that the protocol has written, with today's names or those up to version 0.0.1
+    """
     if 'phase' in table and 'network' in table:                         # rows of both kinds
         names = table.network.astype(object).fillna(table.phase.astype(object))
         table = table.assign(network=names).drop(columns='phase')
@@ -59,7 +66,13 @@ def with_networks(
 def read_protocol(
     path # of a table that `efcn_relax` has written, such as metrics.csv or ablation.csv
 )->pd.DataFrame:
-    "The table in the file, with today's names of the networks."
+    """The table in the file, with today's names of the networks.
+
+    Parameters
+    ----------
+    path
+        of a table that `efcn_relax` has written, such as metrics.csv or ablation.csv
+    """
     return with_networks(read_table(Path(path).read_bytes().decode(), words=('class_name', 'layer')))
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #42e73a4a
@@ -149,7 +162,58 @@ def _seed_list(seeds):
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #6920df14
 class Study:
-    "CNNs, their embeddings relaxed at several times, their rivals, and the baseline: the runs of one folder."
+    """CNNs, their embeddings relaxed at several times, their rivals, and the baseline: the runs of one folder.
+
+    Parameters
+    ----------
+    data : default 'digits'
+        `Data`, a pair of `Dataset`, or what `load_data` takes: a name, a folder of images
+    model : default 'small'
+        a name in `MODELS`, or a function of input shape and number of classes
+    relax_times : default None
+        epochs at which the CNN becomes an eFCN; None for the model's protocol
+    elcn_times : default None
+        epochs at which it becomes an eLCN; None as above
+    epochs : default None
+        of the CNN and of the baseline; None as above
+    lr, batch_size : default None
+        of SGD; None as above
+    seeds : default 3
+        how many, or a list of them
+    device : default None
+        'cpu', 'cuda', 'cuda:1', 'mps'; None for a GPU if there is one
+    precision : default 'fp32'
+        of matrix products, from `PRECISIONS`
+    shuffle : bool, default True
+        draw the order of the images anew in each epoch
+    fan_in : default 'folded'
+        inputs counted by the FCN's first weights: real ones, or 'padded' for the padding's too
+    width : default None
+        channels of a model that is known by name; None for its own
+    out : default None
+        folder of the runs; None for one in efcn_runs named after data, model and settings
+    keep_weights : bool, default False
+        keep the final weights of relaxed networks, rivals and baselines too
+    momentum, weight_decay : default 0.0
+        of SGD; the memory of momentum starts empty in each network
+    trim : bool, default True
+        leave out rows of matrices that make outputs which nothing reads
+    relaxed_lr : default None
+        rate after relaxing, or a list of them; None as above, and there for `lr`
+    fcn_lr : default None
+        rate of the baseline, or a list of them, empty for no baseline; likewise
+    relaxed_epochs : default None
+        epochs after relaxing; likewise, for `epochs`
+    arms : default None
+        a list of rivals that go on from the same CNNs, from `ARMS`; likewise, for none
+    images : default None
+        training images of each seed, which no other seed sees; None for all images
+    validation : default None
+        training images held out to choose on, by class, so that it may be a few more or less
+    tests : default None
+        last epochs in which the test set is used, beside the best on `validation`; None for all
+    """
+    @known_keywords
     @_in_single_precision()
     def __init__(self,
         data='digits',        # `Data`, a pair of `Dataset`, or what `load_data` takes: a name, a folder of images
@@ -157,9 +221,13 @@ class Study:
         relax_times=None,     # epochs at which the CNN becomes an eFCN; None for the model's protocol
         elcn_times=None,      # epochs at which it becomes an eLCN; None as above
         epochs=None,          # of the CNN and of the baseline; None as above
-        lr=None, batch_size=None, # None as above
+        lr=None, batch_size=None, # of SGD; None as above
         seeds=3,              # how many, or a list of them
-        device=None, precision='fp32', shuffle:bool=True, fan_in='folded', width=None,
+        device=None,          # 'cpu', 'cuda', 'cuda:1', 'mps'; None for a GPU if there is one
+        precision='fp32',     # of matrix products, from `PRECISIONS`
+        shuffle=True,         # draw the order of the images anew in each epoch
+        fan_in='folded',      # inputs counted by the FCN's first weights: real ones, or 'padded' for the padding's too
+        width=None,           # channels of a model that is known by name; None for its own
         out=None,             # folder of the runs; None for one in efcn_runs named after data, model and settings
         keep_weights=False,   # keep the final weights of relaxed networks, rivals and baselines too
         momentum=0., weight_decay=0., # of SGD; the memory of momentum starts empty in each network
@@ -347,7 +415,13 @@ def _open(self:Study, out):
 # %% ../../nbs/experiments/55_relaxation.ipynb #9c2547fc
 @patch
 def plan(self:Study)->list: # dicts with network, seed, relax, first and last epoch, lr
-    "All runs of the study in the order in which they are done."
+    """All runs of the study in the order in which they are done.
+
+    Returns
+    -------
+    list
+        dicts with network, seed, relax, first and last epoch, lr
+    """
     lr, runs = self.settings['lr'], []
     times = dict(efcn=self.relax_times, elcn=self.elcn_times) | {
         arm: self.relax_times for arm in self.arms if arm != 'averaged'}
@@ -396,7 +470,17 @@ def open_run(self:Study,
     seed:int, relax_time:int=None,
     lr:float=None    # None if there is one rate
 )->Run:
-    "The run of the plan with this network, seed, relax time and rate, with its directory."
+    """The run of the plan with this network, seed, relax time and rate, with its directory.
+
+    Parameters
+    ----------
+    network : str
+        'cnn', 'fcn', 'efcn', 'elcn' or one of `ARMS`
+    seed : int
+    relax_time : int, default None
+    lr : float, default None
+        None if there is one rate
+    """
     return self._store(self._planned(network, seed, relax_time, lr))
 
 @patch
@@ -448,8 +532,20 @@ def network(self:Study,
     epoch:int=None,    # None for the last one; of CNNs, the relax times are kept too
     lr:float=None      # None if there is one rate
 )->torch.nn.Module:
-    "A trained network of the study, without the hooks of its arm. Raises `ValueError` if it diverged before or its "\
-    "weights were not kept."
+    """A trained network of the study, without the hooks of its arm. Raises `ValueError` if it diverged before or its
+    weights were not kept.
+
+    Parameters
+    ----------
+    network : str
+        'cnn', 'fcn', 'efcn', 'elcn' or one of `ARMS`
+    seed : int
+    relax_time : int, default None
+    epoch : int, default None
+        None for the last one; of CNNs, the relax times are kept too
+    lr : float, default None
+        None if there is one rate
+    """
     run = self.open_run(network, seed, relax_time, lr)
     epoch = self._planned(network, seed, relax_time, lr)['last'] if epoch is None else epoch
     if run.diverged and run.table.epoch.max() <= epoch: raise ValueError(f'{run.path} diverged: {run.diverged}')
@@ -559,7 +655,15 @@ def carry_out(self:Study,
     run:dict,        # a member of `plan`
     after_step=None  # called without arguments after every step
 )->pd.DataFrame:
-    "Do one run, or what is left of it; returns its table. Raises `Busy` if another process is at work on it."
+    """Do one run, or what is left of it; returns its table. Raises `Busy` if another process is at work on it.
+
+    Parameters
+    ----------
+    run : dict
+        a member of `plan`
+    after_step : default None
+        called without arguments after every step
+    """
     if not self._done(run): self._carry_out([run], after_step)
     return self._table(run)
 
@@ -760,7 +864,17 @@ def _label(self:Study, run):
 def lost(self:Study, network:str, seed:int, relax_time:int=None, lr:float=None,
     begin:bool=False # whether the network with which the run starts is asked for, and not that at its end
 )->bool:
-    "Whether this run diverged, or could not be begun because its CNN did."
+    """Whether this run diverged, or could not be begun because its CNN did.
+
+    Parameters
+    ----------
+    network : str
+    seed : int
+    relax_time : int, default None
+    lr : float, default None
+    begin : bool, default False
+        whether the network with which the run starts is asked for, and not that at its end
+    """
     if relax_time is not None:
         cnn = self.open_run('cnn', seed)
         if cnn.diverged and cnn.table.epoch.max() <= relax_time: return True
@@ -777,14 +891,26 @@ def unfinished(self:Study)->list:
 # %% ../../nbs/experiments/55_relaxation.ipynb #1bd6c9da
 @patch
 def diverged(self:Study)->dict: # name of a run: what happened
-    "The runs of the plan that are lost."
+    """The runs of the plan that are lost.
+
+    Returns
+    -------
+    dict
+        name of a run: what happened
+    """
     lost = [r for r in self.plan() if self.lost(*_key(r))]
     never = 'its CNN diverged before it could be relaxed'
     return {self._label(r): never if self._impossible(r) else self._store(r).diverged for r in lost}
 
 @patch
 def environments(self:Study)->list: # str
-    "Dates, hardware and versions with which the runs of the plan were computed, each once."
+    """Dates, hardware and versions with which the runs of the plan were computed, each once.
+
+    Returns
+    -------
+    list
+        str
+    """
     found = [e for r in self.plan() for e in self._store(r).environments]
     return list(dict.fromkeys(', '.join(f'{k} {v}' for k, v in e.items() if k != 'platform') for e in found))
 
@@ -793,7 +919,18 @@ def environments(self:Study)->list: # str
 def disk_needed(self:Study,
     workers:int=1 # networks that are trained at the same time
 )->int:           # bytes
-    "Room that the study takes on the disk at its fullest."
+    """Room that the study takes on the disk at its fullest.
+
+    Parameters
+    ----------
+    workers : int, default 1
+        networks that are trained at the same time
+
+    Returns
+    -------
+    int
+        bytes
+    """
     copies = 2 if self.config['momentum'] else 1
     cnn = 4*sum(p.numel() for p in self.cnn(self.seeds[0]).parameters())*copies
     matrices, local = cnn + 4*self.weights*copies, cnn + 4*self.local_weights*copies
@@ -876,9 +1013,24 @@ def run(self:Study,
     executor=None,      # of the kind of `concurrent.futures`, to do the runs in parallel; None to do them here
     workers:int=1       # processes that do the runs in parallel, each with its share of the cores, without an executor
 )->pd.DataFrame:        # tidy: data, model, seed, network, relax, lr, protocol_epochs, epoch, step, split, ...
-    "Do all runs, or what is left of them. Runs that diverge end early, see `diverged`; raises `Diverged` if all "\
-    "do, `ValueError` or `OSError` before any work if workers cannot do it or the disk is too small, `Busy` if "\
-    "another process is at work, `WorkerLost` if a worker dies."
+    """Do all runs, or what is left of them. Runs that diverge end early, see `diverged`; raises `Diverged` if all do,
+    `ValueError` or `OSError` before any work if workers cannot do it or the disk is too small, `Busy` if another
+    process is at work, `WorkerLost` if a worker dies.
+
+    Parameters
+    ----------
+    progress : bool, default None
+        a bar on standard error; None for one if somebody watches
+    executor : default None
+        of the kind of `concurrent.futures`, to do the runs in parallel; None to do them here
+    workers : int, default 1
+        processes that do the runs in parallel, each with its share of the cores, without an executor
+
+    Returns
+    -------
+    pd.DataFrame
+        tidy: data, model, seed, network, relax, lr, protocol_epochs, epoch, step, split, ...
+    """
     whole('workers', workers, 1)
     progress, new = is_watched() if progress is None else progress, bool(self.unfinished())
     if executor is not None or workers > 1: self._run_parallel(executor, workers, progress, new)
@@ -893,7 +1045,13 @@ def run(self:Study,
 # %% ../../nbs/experiments/55_relaxation.ipynb #2b603c9c
 @patch
 def measured(self:Study)->pd.DataFrame: # tidy, as `run` returns it
-    "All that has been measured so far, also by runs that were interrupted or diverged; nothing is computed."
+    """All that has been measured so far, also by runs that were interrupted or diverged; nothing is computed.
+
+    Returns
+    -------
+    pd.DataFrame
+        tidy, as `run` returns it
+    """
     tables = [t for t in map(self._table, self.plan()) if len(t)]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
@@ -908,16 +1066,78 @@ def _write_table(self:Study, table, new):
         warnings.warn(f'{e}; the table that is returned is whole')
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #e7ac173d
+@known_keywords
+@delegates(Study)
 def relax(
-    data='digits', # see `Study`, as for all settings
-    model='small',
-    progress:bool=None, # a bar; None for one if somebody watches
-    executor=None,      # see `Study.run`
+    data='digits', model='small',
+    progress:bool=None, # a bar on standard error; None for one if somebody watches
+    executor=None,      # of the kind of `concurrent.futures`, to do the runs in parallel; None to do them here
     workers:int=1,      # processes that share the runs; in a script, below if __name__ == '__main__':
-    **settings
-)->pd.DataFrame:   # as `Study.run` returns it
-    "Run the whole protocol, or what is left of it, and return all that was measured; warns about runs that diverged."
-    study = Study(data, model, **settings)
+    **kwargs
+)->pd.DataFrame:        # as `Study.run` returns it
+    """Run the whole protocol, or what is left of it, and return all that was measured; warns about runs that diverged.
+
+    Parameters
+    ----------
+    data : default 'digits'
+        `Data`, a pair of `Dataset`, or what `load_data` takes: a name, a folder of images
+    model : default 'small'
+        a name in `MODELS`, or a function of input shape and number of classes
+    progress : bool, default None
+        a bar on standard error; None for one if somebody watches
+    executor : default None
+        of the kind of `concurrent.futures`, to do the runs in parallel; None to do them here
+    workers : int, default 1
+        processes that share the runs; in a script, below if __name__ == '__main__':
+    relax_times : default None
+        epochs at which the CNN becomes an eFCN; None for the model's protocol
+    elcn_times : default None
+        epochs at which it becomes an eLCN; None as above
+    epochs : default None
+        of the CNN and of the baseline; None as above
+    lr, batch_size : default None
+        of SGD; None as above
+    seeds : default 3
+        how many, or a list of them
+    device : default None
+        'cpu', 'cuda', 'cuda:1', 'mps'; None for a GPU if there is one
+    precision : default 'fp32'
+        of matrix products, from `PRECISIONS`
+    shuffle : bool, default True
+        draw the order of the images anew in each epoch
+    fan_in : default 'folded'
+        inputs counted by the FCN's first weights: real ones, or 'padded' for the padding's too
+    width : default None
+        channels of a model that is known by name; None for its own
+    out : default None
+        folder of the runs; None for one in efcn_runs named after data, model and settings
+    keep_weights : bool, default False
+        keep the final weights of relaxed networks, rivals and baselines too
+    momentum, weight_decay : default 0.0
+        of SGD; the memory of momentum starts empty in each network
+    trim : bool, default True
+        leave out rows of matrices that make outputs which nothing reads
+    relaxed_lr : default None
+        rate after relaxing, or a list of them; None as above, and there for `lr`
+    fcn_lr : default None
+        rate of the baseline, or a list of them, empty for no baseline; likewise
+    relaxed_epochs : default None
+        epochs after relaxing; likewise, for `epochs`
+    arms : default None
+        a list of rivals that go on from the same CNNs, from `ARMS`; likewise, for none
+    images : default None
+        training images of each seed, which no other seed sees; None for all images
+    validation : default None
+        training images held out to choose on, by class, so that it may be a few more or less
+    tests : default None
+        last epochs in which the test set is used, beside the best on `validation`; None for all
+
+    Returns
+    -------
+    pd.DataFrame
+        as `Study.run` returns it
+    """
+    study = Study(data, model, **kwargs)
     table = study.run(progress, executor, workers)
     for label, why in study.diverged().items(): warnings.warn(f'{label}: {why}')
     return table

@@ -27,7 +27,13 @@ from ..service.timing import processor
 def environment(
     device='cpu' # where the run computes
 )->dict:
-    "Versions, hardware and today's date."
+    """Versions, hardware and today's date.
+
+    Parameters
+    ----------
+    device : default 'cpu'
+        where the run computes
+    """
     device = torch.device(device)
     if device.type == 'cuda': hardware = torch.cuda.get_device_name(device)
     else: hardware = f'{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores'
@@ -37,7 +43,19 @@ def environment(
 
 # %% ../../nbs/experiments/50_runs.ipynb #00f2d6a1
 class Run:
-    "One run in `folder`, named by `label` and the hash of `config`."
+    """One run in `folder`, named by `label` and the hash of `config`.
+
+    Parameters
+    ----------
+    folder
+        where runs live
+    config : dict
+        what determines the result: numbers, strings, lists, None
+    label : str, default 'run'
+        readable start of the directory's name
+    device : default 'cpu'
+        noted in environment.json
+    """
     def __init__(self,
         folder,          # where runs live
         config:dict,     # what determines the result: numbers, strings, lists, None
@@ -76,7 +94,13 @@ def begin(self:Run):
 
 @patch(as_prop=True)
 def environments(self:Run)->list: # dicts
-    "Where the run was computed: an entry for its start and for every resumption."
+    """Where the run was computed: an entry for its start and for every resumption.
+
+    Returns
+    -------
+    list
+        dicts
+    """
     path = self.path/'environment.json'
     if not path.exists(): return []
     try: return [dict(e) for e in json.loads(path.read_bytes())]
@@ -112,7 +136,20 @@ def save(self:Run,
     optimizer=None,     # whose memory (momentum, ...) is needed to go on exactly
     keep=None           # epochs whose checkpoints stay, beside this one and the one before; None for all
 ):
-    "Store weights and table after `epoch`, atomically. Raises `OSError` with one sentence if they cannot be written."
+    """Store weights and table after `epoch`, atomically. Raises `OSError` with one sentence if they cannot be written.
+
+    Parameters
+    ----------
+    epoch : int
+        epochs that are over
+    model : nn.Module
+    table : pd.DataFrame
+        all that was measured so far
+    optimizer : default None
+        whose memory (momentum, ...) is needed to go on exactly
+    keep : default None
+        epochs whose checkpoints stay, beside this one and the one before; None for all
+    """
     if not (self.path/'config.json').exists(): self.begin()
     named, rest = _tensors(model, optimizer)
     named, text = _apart(named), table_text(table)
@@ -142,7 +179,19 @@ def _drop(self:Run, paths):
 
 # %% ../../nbs/experiments/50_runs.ipynb #dcc5d7e5
 class Checkpoint(NamedTuple):
-    "What a run goes on from."
+    """What a run goes on from.
+
+    Parameters
+    ----------
+    epoch : int
+        epochs that are over
+    weights : dict
+        for `load_state_dict`; read from the file when they are used
+    table : pd.DataFrame
+        what was measured until then
+    memory : dict
+        of the optimiser, as `state` of its `state_dict`
+    """
     epoch: int          # epochs that are over
     weights: dict       # for `load_state_dict`; read from the file when they are used
     table: pd.DataFrame # what was measured until then
@@ -165,7 +214,20 @@ def load(self:Run,
     epoch:int=None,  # None for the last one
     until:int=None   # None, or the last epoch that will do
 )->Checkpoint:       # or None if there is no good one
-    "The checkpoint after `epoch`, or the last one; warns about damaged and foreign files and passes them over."
+    """The checkpoint after `epoch`, or the last one; warns about damaged and foreign files and passes them over.
+
+    Parameters
+    ----------
+    epoch : int, default None
+        None for the last one
+    until : int, default None
+        None, or the last epoch that will do
+
+    Returns
+    -------
+    Checkpoint
+        or None if there is no good one
+    """
     for path in reversed(self.checkpoints()):
         if epoch is not None and self._epoch(path) != epoch: continue
         if until is not None and self._epoch(path) > until: continue
@@ -182,7 +244,14 @@ def resume_optimizer(
     optimizer,
     memory:dict # as `Checkpoint.memory`
 ):
-    "Give `optimizer` back what it remembered."
+    """Give `optimizer` back what it remembered.
+
+    Parameters
+    ----------
+    optimizer
+    memory : dict
+        as `Checkpoint.memory`
+    """
     if memory: optimizer.load_state_dict(dict(state=memory, param_groups=optimizer.state_dict()['param_groups']))
 
 # %% ../../nbs/experiments/50_runs.ipynb #a38d2368
@@ -196,7 +265,17 @@ def finish(self:Run,
     keep=None,           # epochs whose checkpoints stay; None for all
     diverged:str=None    # how, if the run cannot go on because its loss is no longer finite
 ):
-    "Mark the run as finished."
+    """Mark the run as finished.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        all that was measured
+    keep : default None
+        epochs whose checkpoints stay; None for all
+    diverged : str, default None
+        how, if the run cannot go on because its loss is no longer finite
+    """
     if not (self.path/'config.json').exists(): self.begin()
     text = table_text(table)
     write_atomic(self.path/'metrics.csv', text)
@@ -224,7 +303,13 @@ def finished(self:Run)->bool:
 
 @patch(as_prop=True)
 def diverged(self:Run)->str: # or None
-    "How the run diverged, if it did."
+    """How the run diverged, if it did.
+
+    Returns
+    -------
+    str
+        or None
+    """
     return (self._end() or {}).get('diverged')
 
 @patch(as_prop=True)

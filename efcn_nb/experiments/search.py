@@ -24,7 +24,21 @@ def validation_split(
     share:float=.2, # of each class's training images
     seed:int=0      # of the split
 )->Data:            # the rest to train on, those to test on
-    "Training images alone, split in two. Raises `ValueError` if a class is left without images."
+    """Training images alone, split in two. Raises `ValueError` if a class is left without images.
+
+    Parameters
+    ----------
+    data : Data
+    share : float, default 0.2
+        of each class's training images
+    seed : int, default 0
+        of the split
+
+    Returns
+    -------
+    Data
+        the rest to train on, those to test on
+    """
     index = stratified_split(data.train.y, share, torch.Generator().manual_seed(seed), data.train.classes)
     return Data(*(replace(data.train, x=data.train.x[i], y=data.train.y[i]) for i in index))
 
@@ -35,7 +49,19 @@ def reported_seeds(
     seeds,
     searches:int=1 # networks of a search for each rate
 )->list:           # of ints
-    "Raise `ValueError` unless `seeds` are different whole numbers, none of them a search's."
+    """Raise `ValueError` unless `seeds` are different whole numbers, none of them a search's.
+
+    Parameters
+    ----------
+    seeds
+    searches : int, default 1
+        networks of a search for each rate
+
+    Returns
+    -------
+    list
+        of ints
+    """
     seeds = [int(seed) for seed in distinct('seeds', seeds, whole, least=0)]
     taken = [seed for seed in seeds if SEARCH_SEED <= seed < SEARCH_SEED + searches]
     if taken: raise ValueError(f'seed {taken[0]} chooses the learning rates, so it cannot be reported; take another')
@@ -44,7 +70,13 @@ def reported_seeds(
 def candidates(
     lrs
 )->list: # of floats, rising
-    "Learning rates to choose from. Raises `ValueError` unless they are different positive numbers."
+    """Learning rates to choose from. Raises `ValueError` unless they are different positive numbers.
+
+    Returns
+    -------
+    list
+        of floats, rising
+    """
     return sorted(float(lr) for lr in distinct('learning rates', lrs, positive))
 
 # %% ../../nbs/experiments/52_search.ipynb #fd763ddc
@@ -54,7 +86,23 @@ def best_rates(
     metric:str='accuracy',
     lost:float=math.nan # what a network that diverged counts as; not a number rules its rate out
 )->pd.DataFrame:        # index: cell; columns: lr, at_edge (whether it is the smallest or largest of several)
-    "The rate with the best mean, of equals the smallest. Raises `Diverged` if every rate of a cell is ruled out."
+    """The rate with the best mean, of equals the smallest. Raises `Diverged` if every rate of a cell is ruled out.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        a row for each network of a search: `cell`, lr, and `metric`, missing if it diverged
+    cell : list
+        columns that say which networks share a rate
+    metric : str, default 'accuracy'
+    lost : float, default math.nan
+        what a network that diverged counts as; not a number rules its rate out
+
+    Returns
+    -------
+    pd.DataFrame
+        index: cell; columns: lr, at_edge (whether it is the smallest or largest of several)
+    """
     values = table[metric].fillna(lost) if lost == lost else table[metric]
     keys, rows = [], []
     for key, part in table.assign(value=values).groupby(cell, dropna=False, sort=False):
@@ -72,6 +120,14 @@ def write_tables(
     out,        # folder
     tables:dict # name: DataFrame
 ):
-    "Write each table as a csv file of its name, whole or not at all."
+    """Write each table as a csv file of its name, whole or not at all.
+
+    Parameters
+    ----------
+    out
+        folder
+    tables : dict
+        name: DataFrame
+    """
     for name, table in tables.items():
         publish(Path(out)/f'{name}.csv', lambda path: table.to_csv(path, index=False))

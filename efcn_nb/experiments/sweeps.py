@@ -78,6 +78,24 @@ def sweep(
     Those in `folder` are read: a table is known by its arguments, defaults included; delete it if `compute` has
     changed otherwise. An argument that some `configs` give has its default in the rows of the others. Raises
     `ValueError`, before anything is computed, for arguments that do not fit.
+
+    Parameters
+    ----------
+    compute
+        a function that makes a table, or a list of dicts, of keyword arguments
+    configs
+        dicts of keyword arguments: numbers, strings, lists, None
+    folder : default None
+        where tables are kept; None not to keep any
+    label : str, default 'run'
+        readable start of their directories' names; one for each kind of `compute`
+    progress : bool, default None
+        show a bar; None where somebody watches
+
+    Returns
+    -------
+    pd.DataFrame
+        the tables below each other, with arguments that are no list as columns
     """
     configs = list(configs)
     _check_configs(compute, configs, folder is not None)

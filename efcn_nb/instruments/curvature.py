@@ -124,7 +124,20 @@ def gradient(
     model:nn.Module, # any classifier
     batches:list     # (images, labels) pairs
 )->dict:             # name of a parameter: tensor of its shape
-    "Gradient of the mean cross-entropy in evaluation mode, for all parameters. Raises `ValueError` for no samples."
+    """Gradient of the mean cross-entropy in evaluation mode, for all parameters. Raises `ValueError` for no samples.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any classifier
+    batches : list
+        (images, labels) pairs
+
+    Returns
+    -------
+    dict
+        name of a parameter: tensor of its shape
+    """
     return _loss_and_gradient(model, batches)[1]
 
 # %% ../../nbs/instruments/32_curvature.ipynb #d5003195
@@ -143,6 +156,18 @@ def gradient_shares(
     """Shares of the squared norm of the gradient in each part of the parameter space.
 
     They add up to 1; a gradient of zero has none. Raises `ValueError` without a released layer or samples.
+
+    Parameters
+    ----------
+    model : nn.Module
+        an embedded network
+    batches : list
+        (images, labels) pairs
+
+    Returns
+    -------
+    pd.DataFrame
+        index: layer names, 'others', 'all'; columns: `PARTS`, norm
     """
     layers, full = released_layers(model), gradient(model, batches)
     table = pd.DataFrame(0., index=[*layers, 'others', 'all'], columns=PARTS)
@@ -370,6 +395,22 @@ def hessian_product(
 
     Raises `ValueError` for no samples, unknown parts, another network's vector, or second derivatives that PyTorch
     has not or has wrong.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any classifier
+    batches : list
+        (images, labels) pairs
+    vector : dict
+        name of a parameter: tensor of its shape
+    parts : default None
+        one, or several, of `PARTS`; None for the whole space, and for networks that were not embedded
+
+    Returns
+    -------
+    dict
+        the same names
     """
     start = _projected(model, _checked(model, vector), parts)
     _check_second(model, batches)
@@ -404,6 +445,22 @@ def minimise(
     """Bring `model` to a stationary point by Newton's method in a trust region.
 
     Raises `ValueError` for float32, `RuntimeError` if the tolerance is not reached.
+
+    Parameters
+    ----------
+    model : nn.Module
+        a small network in float64, changed in place
+    batches : list
+        (images, labels) pairs
+    tolerance : float, default 1e-08
+        norm of the gradient over all parameters
+    steps : int, default 500
+        at most so many steps of Newton's method
+
+    Returns
+    -------
+    float
+        the norm reached
     """
     like = _leaves(model)
     if next(iter(like.values())).dtype != torch.float64:
@@ -433,6 +490,22 @@ def split_unit(
     """The same function with a hidden unit more (Fukumizu and Amari 2000).
 
     Raises `ValueError` unless the layers fit and have such a unit.
+
+    Parameters
+    ----------
+    first : nn.Linear
+        into the hidden layer
+    second : nn.Linear
+        out of it
+    unit : int
+        of the hidden layer, to be duplicated
+    share : float, default 0.5
+        of the outgoing weights that the unit keeps; its copy, a new last unit, gets the rest
+
+    Returns
+    -------
+    tuple
+        two new linear layers
     """
     n, dtype = first.out_features, first.weight.dtype
     if second.in_features != n:
@@ -504,6 +577,19 @@ def random_direction(
     """A direction of norm 1, uniform on the unit sphere of some parts.
 
     Raises `ValueError` for parts that are unknown, or empty in this network.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any network
+    parts : default None
+        one, or several, of `PARTS`; None for the whole space
+    seed : int, default 0
+
+    Returns
+    -------
+    dict
+        name of a parameter: tensor of its shape
     """
     _dimension(model, parts)
     generator = torch.Generator().manual_seed(seed)
@@ -578,8 +664,37 @@ def top_eigenvalues(
 )->tuple:                 # NumPy (k,) from the outermost inwards; list of k vectors of norm 1, or None
     """Eigenvalues of the Hessian restricted to `parts`, by ARPACK.
 
-    A larger `basis` converges in fewer products; it has at least 2k + 2 vectors unless given. Raises `ValueError` for
+    A larger `basis` converges in fewer products; it has at least 2k + 2 vectors unless given. Raises `ValueError`
+    for
     impossible `k`, `parts` or `which`, or as `hessian_product` does, `RuntimeError` if ARPACK does not converge.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any classifier
+    batches : list
+        (images, labels) pairs
+    k : int, default 1
+        how many
+    parts : default None
+        one, or several, of `PARTS`; None for the whole space
+    which : str, default 'largest'
+        or 'smallest', by value with sign
+    vectors : bool, default False
+        the eigenvectors too
+    tol : float, default 0.0001
+        relative to the width of the spectrum
+    seed : int, default 0
+        of the start vector
+    restarts : int, default 300
+        at most
+    basis : int, default None
+        vectors that ARPACK keeps, more than k; None for 20 (6 from a million parameters on)
+
+    Returns
+    -------
+    tuple
+        NumPy (k,) from the outermost inwards; list of k vectors of norm 1, or None
     """
     _check_second(model, batches)
     return _outermost(model, batches, k, parts, which, vectors, tol, seed, restarts, basis)
@@ -595,6 +710,23 @@ def trace(
     """Trace of the Hessian restricted to `parts`, estimated with random signs (Hutchinson 1989).
 
     Raises `ValueError` for no probes, impossible parts, or as `hessian_product` does.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any classifier
+    batches : list
+        (images, labels) pairs
+    parts : default None
+        one, or several, of `PARTS`; None for the whole space
+    probes : int, default 10
+        random vectors, a Hessian product each
+    seed : int, default 0
+
+    Returns
+    -------
+    tuple
+        mean, and its standard error (nan for a single probe)
     """
     whole('probes', probes, 1)
     _dimension(model, parts)
@@ -623,6 +755,25 @@ def spectral_density(
     """Density of eigenvalues of the Hessian restricted to `parts`, by stochastic Lanczos quadrature.
 
     Raises `ValueError` for no steps or probes, impossible parts, or as `hessian_product` does.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any classifier
+    batches : list
+        (images, labels) pairs
+    parts : default None
+        one, or several, of `PARTS`; None for the whole space
+    steps : int, default 30
+        Hessian products of a probe, and at most so many nodes
+    probes : int, default 3
+        random start vectors
+    seed : int, default 0
+
+    Returns
+    -------
+    pd.DataFrame
+        columns: probe, node (an eigenvalue), weight (share of the directions, for each probe)
     """
     whole('steps', steps, 1)
     whole('probes', probes, 1)
@@ -645,6 +796,20 @@ def smooth_density(
     """Density on a grid, mean over the probes, each node widened to a Gaussian.
 
     Raises `ValueError` unless the width is positive.
+
+    Parameters
+    ----------
+    density : pd.DataFrame
+        from `spectral_density`
+    grid
+        (points,) eigenvalues at which to evaluate
+    width : float
+        standard deviation of the Gaussians, in units of eigenvalues
+
+    Returns
+    -------
+    np.ndarray
+        (points,), share of directions per unit of eigenvalue
     """
     positive('width', width)
     z = (np.asarray(grid, dtype=float)[:,None] - density.node.to_numpy()) / width
@@ -679,6 +844,22 @@ def loss_line(
     """The loss on a line through the network.
 
     Raises `ValueError` for another network's direction, or one without length.
+
+    Parameters
+    ----------
+    model : nn.Module
+        an embedded network
+    batches : list
+        (images, labels) pairs
+    direction : dict
+        name of a parameter: tensor of its shape; of any length, it is normalised
+    radii
+        distances, with sign, in units of the norm of the released weights
+
+    Returns
+    -------
+    pd.DataFrame
+        columns: radius, loss (nats)
     """
     unit = _unit_of_length(model)
     d = _normalised(_copied(_checked(model, direction)))
@@ -708,6 +889,24 @@ def sharpness(
     """Slope, curvature and rise of the loss along gradient, random direction and top eigenvector, in each part.
 
     The first rows are for the whole space. Raises `ValueError` as `gradient`, `hessian_product` and `shares` do.
+
+    Parameters
+    ----------
+    model : nn.Module
+        an embedded network
+    batches : list
+        (images, labels) pairs
+    radius : float, default 0.1
+        in units of the norm of the released weights
+    seed : int, default 0
+        of the random directions and of ARPACK's start
+    tol : float, default 0.001
+        of the eigenvectors, relative
+
+    Returns
+    -------
+    pd.DataFrame
+        columns: direction, part, slope (gradient), curvature (d H d), rise (nats; the larger side)
     """
     positive('radius', radius)
     _check_second(model, batches)
@@ -732,6 +931,24 @@ def loss_slice(
     """The loss on a square around the network.
 
     Raises `ValueError` for parallel directions or those without length, an impossible radius, fewer than two points.
+
+    Parameters
+    ----------
+    model : nn.Module
+        an embedded network
+    batches : list
+        (images, labels) pairs
+    u, v : dict
+        directions of any length; x runs along u, y along the part of v orthogonal to u
+    radius : float
+        half an edge, in units of the norm of the released weights
+    points : int, default 11
+        on an edge
+
+    Returns
+    -------
+    pd.DataFrame
+        columns: x, y (in the same units), loss (nats)
     """
     positive('radius', radius)
     whole('points', points, 2)

@@ -23,7 +23,18 @@ def local_cnn(
     channels:int=4,    # of the first convolution (5x5); the second (3x3) has twice as many
     seed:int=0         # of the weights
 )->nn.Sequential:
-    "Two convolutions of stride 2 and a linear layer, with PyTorch's default weights."
+    """Two convolutions of stride 2 and a linear layer, with PyTorch's default weights.
+
+    Parameters
+    ----------
+    input_shape : tuple
+        (channels, height, width)
+    classes : int
+    channels : int, default 4
+        of the first convolution (5x5); the second (3x3) has twice as many
+    seed : int, default 0
+        of the weights
+    """
     whole('the number of channels', channels, least=1)
     if len(input_shape) != 3:
         raise ValueError(f'inputs must be images (channels, height, width), not of shape {tuple(input_shape)}')
@@ -40,7 +51,18 @@ def local_cnn(
 def local_masks(
     model:nn.Module # an eFCN
 )->dict:            # name of a layer: bool (output units, input units)
-    "The local entries of all layers that stand for a convolution; raises `ValueError` if there are none."
+    """The local entries of all layers that stand for a convolution; raises `ValueError` if there are none.
+
+    Parameters
+    ----------
+    model : nn.Module
+        an eFCN
+
+    Returns
+    -------
+    dict
+        name of a layer: bool (output units, input units)
+    """
     masks = {name: m.geometry.mask for name, m in model.named_modules() if isinstance(m, FullyConnected)}
     if not masks: raise ValueError(f'{type(model).__name__} holds no convolution as a matrix: embed a CNN first')
     return masks
@@ -51,7 +73,22 @@ def starting_masks(
     how:str,    # 'random' or 'local'
     seed:int=0  # of random ones
 )->dict:        # name of a layer: mask
-    "The CNN's own masks, or random ones of the same number of connections in each layer."
+    """The CNN's own masks, or random ones of the same number of connections in each layer.
+
+    Parameters
+    ----------
+    local : dict
+        the CNN's, see `local_masks`
+    how : str
+        'random' or 'local'
+    seed : int, default 0
+        of random ones
+
+    Returns
+    -------
+    dict
+        name of a layer: mask
+    """
     one_of('start', how, ('random', 'local'))
     if how == 'local': return {name: m.clone() for name, m in local.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -74,7 +111,24 @@ def evolve_mask(
     zeta:float,          # share of them to replace, in [0, 1)
     generator:torch.Generator
 )->tuple:                # two masks: the new connections, and those of them that have just grown
-    "A step of SET. Raises `ValueError` for a mask that is empty, full or does not fit, or weights that are not finite."
+    """A step of SET. Raises `ValueError` for a mask that is empty, full or does not fit, or weights that are not
+    finite.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        of any shape
+    mask : torch.Tensor
+        bool, of that shape: its connections
+    zeta : float
+        share of them to replace, in [0, 1)
+    generator : torch.Generator
+
+    Returns
+    -------
+    tuple
+        two masks: the new connections, and those of them that have just grown
+    """
     check_fraction('zeta, the share of connections to replace,', zeta)
     check_mask(mask, weight.shape)
     if mask.all(): raise ValueError('every place of the layer is taken, so nothing can grow: leave dense layers out')
@@ -98,7 +152,14 @@ def draw_weights(
     model:nn.Module, # changed in place
     generator:torch.Generator
 ):
-    "Draw the weights of all layers held to masks."
+    """Draw the weights of all layers held to masks.
+
+    Parameters
+    ----------
+    model : nn.Module
+        changed in place
+    generator : torch.Generator
+    """
     for name, mask in masks_of(model).items(): model.get_submodule(name).weight = _drawn(mask, generator)
 
 # %% ../../nbs/instruments/35_evolution.ipynb #927d6859
@@ -114,7 +175,24 @@ def evolve(
     generator:torch.Generator,
     optimizer=None   # whose memory of the new connections is erased
 )->dict:             # name of a layer: how many connections have grown
-    "A step of SET in all layers held to masks. Raises `ValueError`, before anything is changed, as `evolve_mask` does."
+    """A step of SET in all layers held to masks. Raises `ValueError`, before anything is changed, as `evolve_mask`
+    does.
+
+    Parameters
+    ----------
+    model : nn.Module
+        some layers held to masks; changed in place
+    zeta : float
+        share of the connections to replace, in [0, 1)
+    generator : torch.Generator
+    optimizer : default None
+        whose memory of the new connections is erased
+
+    Returns
+    -------
+    dict
+        name of a layer: how many connections have grown
+    """
     held = masks_of(model)
     if not held: raise ValueError('no layer of the network is held to a mask; call hold_to_masks first')
     found = {name: evolve_mask(model.get_submodule(name).weight, m, zeta, generator) for name, m in held.items()}
@@ -134,7 +212,22 @@ def blind_share(
     zeta:float,        # share of connections replaced in a step
     steps:int
 )->float:
-    "The share of local connections after some steps that replace connections at random, on average."
+    """The share of local connections after some steps that replace connections at random, on average.
+
+    Parameters
+    ----------
+    share : float
+        of the connections that are local, at first
+    connections : int
+        n
+    local : int
+        places that are local, L
+    places : int
+        N
+    zeta : float
+        share of connections replaced in a step
+    steps : int
+    """
     for _ in range(steps):
         empty = places - (1 - zeta)*connections
         empty_local = local - (1 - zeta)*share*connections
@@ -147,7 +240,22 @@ def pruning_steps(
     left:int,   # at last
     rounds:int  # in which equal shares are lost
 )->list:        # of ints: what is left after each round
-    "Numbers of connections, falling geometrically."
+    """Numbers of connections, falling geometrically.
+
+    Parameters
+    ----------
+    size : int
+        connections at first
+    left : int
+        at last
+    rounds : int
+        in which equal shares are lost
+
+    Returns
+    -------
+    list
+        of ints: what is left after each round
+    """
     return [round(size*(left/size)**(r/rounds)) for r in range(1, rounds + 1)]
 
 # %% ../../nbs/instruments/35_evolution.ipynb #33b0e4f3
@@ -156,7 +264,20 @@ def prune_in_rounds(
     left:dict,       # name of a layer: its connections at last
     rounds:int
 ):                   # iterator of masks by layer, after each round
-    "Hold layers to their largest weights, fewer in each round, down to the numbers in `left`."
+    """Hold layers to their largest weights, fewer in each round, down to the numbers in `left`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        changed in place
+    left : dict
+        name of a layer: its connections at last
+    rounds : int
+
+    Returns
+    -------
+        iterator of masks by layer, after each round
+    """
     for r in range(rounds):
         masks = {}
         for name, count in left.items():

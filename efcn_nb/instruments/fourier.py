@@ -30,20 +30,52 @@ def _binary(n):
 def all_inputs(
     n:int        # signs
 )->torch.Tensor: # float32 (2^n, 1, n)
-    "All inputs of `n` signs, with a channel. Raises `ValueError` for more than 20 signs."
+    """All inputs of `n` signs, with a channel. Raises `ValueError` for more than 20 signs.
+
+    Parameters
+    ----------
+    n : int
+        signs
+
+    Returns
+    -------
+    torch.Tensor
+        float32 (2^n, 1, n)
+    """
     return _binary(n).float().mul_(2).sub_(1)[:,None]
 
 # %% ../../nbs/instruments/41_fourier.ipynb #60f7669d
 def parity_table(
     k:int # signs
 )->torch.Tensor: # float32 (2^k,)
-    "The product of `k` signs, for all inputs. Raises `ValueError` for more than 20 signs."
+    """The product of `k` signs, for all inputs. Raises `ValueError` for more than 20 signs.
+
+    Parameters
+    ----------
+    k : int
+        signs
+
+    Returns
+    -------
+    torch.Tensor
+        float32 (2^k,)
+    """
     return 1 - 2*((k - _binary(k).sum(1)) % 2).float()
 
 # %% ../../nbs/instruments/41_fourier.ipynb #6d8f1c3f
 @dataclass(eq=False)
 class KPattern:
-    "Labels +-1 of inputs of `n` signs, read from a table by those at `bits`. Raises `ValueError` for what cannot be."
+    """Labels +-1 of inputs of `n` signs, read from a table by those at `bits`. Raises `ValueError` for what cannot be.
+
+    Parameters
+    ----------
+    n : int
+        signs of an input
+    bits : tuple
+        positions of the k signs that matter, the first is bit 0 of the table's line
+    table : object, default None
+        2^k labels, +1 or -1; None for the parity
+    """
     n:int             # signs of an input
     bits:tuple        # positions of the k signs that matter, the first is bit 0 of the table's line
     table:object=None # 2^k labels, +1 or -1; None for the parity
@@ -62,7 +94,18 @@ class KPattern:
 def labels(self:KPattern,
     x:torch.Tensor # signs (N, 1, n) or (N, n)
 )->torch.Tensor:   # float32 (N,)
-    "The label of each input. Raises `ValueError` for inputs of another length."
+    """The label of each input. Raises `ValueError` for inputs of another length.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        signs (N, 1, n) or (N, n)
+
+    Returns
+    -------
+    torch.Tensor
+        float32 (N,)
+    """
     if x.dim() < 2 or math.prod(x.shape[1:]) != self.n:
         raise ValueError(f'inputs must be (N, 1, n) or (N, n) with n = {self.n} signs, not {tuple(x.shape)}')
     line = (x.flatten(1)[:,list(self.bits)] > 0).long() @ (2**torch.arange(len(self.bits)))
@@ -78,7 +121,21 @@ def make_pattern(
     table=None,             # 2^k labels; None for the parity
     seed:int=0              # of the position 'anywhere'
 )->KPattern:
-    "The pattern called `bits`. Raises `ValueError` for bits that do not fit, or 'ordered' ones without an order."
+    """The pattern called `bits`. Raises `ValueError` for bits that do not fit, or 'ordered' ones without an order.
+
+    Parameters
+    ----------
+    n : int
+    k : int
+    bits : str, default 'consecutive'
+        in the middle; 'scattered'; 'ordered'; 'anywhere': consecutive from a random position
+    order : default None
+        of positions; what it brings to the middle are the 'ordered' bits
+    table : default None
+        2^k labels; None for the parity
+    seed : int, default 0
+        of the position 'anywhere'
+    """
     one_of('bits', bits, BITS)
     whole('k', k, *((2, n//2) if bits == 'scattered' else (1, n))) # scattered bits are no neighbours
     if bits == 'scattered': return KPattern(n, [(n//k)//2 + u*(n//k) for u in range(k)], table)
@@ -95,7 +152,21 @@ def pattern_batches(
     steps:int, # batches
     seed:int
 ):             # iterator of signs float32 (batch, 1, n) and labels float32 (batch,)
-    "Fresh, uniformly drawn inputs with their labels, `steps` times."
+    """Fresh, uniformly drawn inputs with their labels, `steps` times.
+
+    Parameters
+    ----------
+    pattern : KPattern
+    batch : int
+        inputs in each
+    steps : int
+        batches
+    seed : int
+
+    Returns
+    -------
+        iterator of signs float32 (batch, 1, n) and labels float32 (batch,)
+    """
     draw = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         x = torch.randint(0, 2, (batch, 1, pattern.n), generator=draw).float()*2 - 1
@@ -105,7 +176,18 @@ def pattern_batches(
 def walsh_hadamard(
     values:torch.Tensor # (..., 2^n): a function at `all_inputs(n)`
 )->torch.Tensor:        # (..., 2^n): at place sum 2^u over u in T the coefficient of the parity of T
-    "Fourier coefficients E[f(x) prod x_u] on the cube of signs."
+    """Fourier coefficients E[f(x) prod x_u] on the cube of signs.
+
+    Parameters
+    ----------
+    values : torch.Tensor
+        (..., 2^n): a function at `all_inputs(n)`
+
+    Returns
+    -------
+    torch.Tensor
+        (..., 2^n): at place sum 2^u over u in T the coefficient of the parity of T
+    """
     n = values.shape[-1].bit_length() - 1
     for u in range(n):
         low, high = values.unflatten(-1, (-1, 2, 2**u)).unbind(-2)
@@ -117,7 +199,20 @@ def degree_masses(
     weight:torch.Tensor, # (units, n), of a dense layer
     bias:torch.Tensor    # (units,)
 )->torch.Tensor:         # float64 (units, n+1), rows add up to E[g^2]
-    "Mass of the step function of each unit, w x + b > 0, by degree. Raises `ValueError` for more than 20 signs."
+    """Mass of the step function of each unit, w x + b > 0, by degree. Raises `ValueError` for more than 20 signs.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        (units, n), of a dense layer
+    bias : torch.Tensor
+        (units,)
+
+    Returns
+    -------
+    torch.Tensor
+        float64 (units, n+1), rows add up to E[g^2]
+    """
     n = weight.shape[1]
     x, degree = all_inputs(n)[:,0].double(), _binary(n).sum(1)
     masses = torch.zeros(len(weight), n+1).double()
@@ -131,7 +226,15 @@ def hinge(
     scores:torch.Tensor, # (N, 1)
     labels:torch.Tensor  # (N,), +1 or -1
 )->torch.Tensor:
-    "Mean hinge loss max(0, 1 - y h)."
+    """Mean hinge loss max(0, 1 - y h).
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        (N, 1)
+    labels : torch.Tensor
+        (N,), +1 or -1
+    """
     return F.relu(1 - labels*scores[:,0]).mean()
 
 @torch.no_grad()
@@ -144,7 +247,19 @@ def pattern_gradient(
     model:nn.Module, # signs (N, 1, n) to scores (N, 1), with a readout for its last module; left untouched
     pattern:KPattern
 )->torch.Tensor:     # float64, of the shape of the first layer's weights
-    "Exact gradient of -E[y h(x)] in the first layer's weights, readouts set to one; for 20 signs at most."
+    """Exact gradient of -E[y h(x)] in the first layer's weights, readouts set to one; for 20 signs at most.
+
+    Parameters
+    ----------
+    model : nn.Module
+        signs (N, 1, n) to scores (N, 1), with a readout for its last module; left untouched
+    pattern : KPattern
+
+    Returns
+    -------
+    torch.Tensor
+        float64, of the shape of the first layer's weights
+    """
     x, model = all_inputs(pattern.n), copy.deepcopy(model).double().requires_grad_(True)
     nn.init.ones_(model[-1].weight)
     weight = next(model.parameters())
@@ -159,7 +274,20 @@ def mean_gradient(
     masses:torch.Tensor, # (units, n+1), as `degree_masses` returns it
     k:int                # signs in the parity
 )->torch.Tensor:         # float64 (units,)
-    "Squared norm of each unit's gradient, with readout +-1, averaged over all parities of `k` of the n signs."
+    """Squared norm of each unit's gradient, with readout +-1, averaged over all parities of `k` of the n signs.
+
+    Parameters
+    ----------
+    masses : torch.Tensor
+        (units, n+1), as `degree_masses` returns it
+    k : int
+        signs in the parity
+
+    Returns
+    -------
+    torch.Tensor
+        float64 (units,)
+    """
     n = masses.shape[1] - 1
     whole('k', k, 1, n)
     above = (k+1)*masses[:,k+1] if k < n else 0
@@ -169,7 +297,20 @@ def gradient_bounds(
     n:int, # signs
     k:int  # of them in the parity
 )->dict:   # restated, sharper
-    "Bounds on `mean_gradient` for any unit: that of Malach & Shalev-Shwartz 2020, restated, and n/C(n,k)."
+    """Bounds on `mean_gradient` for any unit: that of Malach & Shalev-Shwartz 2020, restated, and n/C(n,k).
+
+    Parameters
+    ----------
+    n : int
+        signs
+    k : int
+        of them in the parity
+
+    Returns
+    -------
+    dict
+        restated, sharper
+    """
     whole('k', k, 1, n - 1)
     return dict(restated=n/max(math.comb(n-1, k), math.comb(n-1, k-1)), sharper=n/math.comb(n, k))
 
@@ -185,7 +326,21 @@ def gradient_law(
     units:int=64, # drawn from PyTorch's default
     seed:int=0
 )->pd.DataFrame:  # net, n, k, gradient (mean over units of the mean over sets), restated, sharper
-    "Exact squared gradient of a hidden unit at initialisation: dense, and local at the place of the pattern."
+    """Exact squared gradient of a hidden unit at initialisation: dense, and local at the place of the pattern.
+
+    Parameters
+    ----------
+    ns, ks
+        numbers of signs, and of those in the parity
+    units : int, default 64
+        drawn from PyTorch's default
+    seed : int, default 0
+
+    Returns
+    -------
+    pd.DataFrame
+        net, n, k, gradient (mean over units of the mean over sets), restated, sharper
+    """
     rows = []
     for n in ns:
         dense = degree_masses(*_first_layer(n, units, seed))

@@ -32,6 +32,21 @@ class Architecture:
     """A ReLU network with a dense readout and no pooling; fully connected, convolutional or locally connected.
 
     Raises `ValueError` for one that cannot be.
+
+    Parameters
+    ----------
+    kind : str, default 'cnn'
+        'fcn', 'cnn' or 'lcn'
+    depth : int, default 2
+        hidden layers
+    kernel_size : int | tuple, default 3
+        taps; a number for all axes or a tuple with one for each, as the next two
+    stride : int | tuple, default 1
+    padding : int | str | tuple, default 'same'
+        zeros on both sides; 'same' is half a kernel
+    weight_variance : float, default 2.0
+        of a weight, times its fan-in
+    bias_variance : float, default 0.1
     """
     kind:str='cnn'               # 'fcn', 'cnn' or 'lcn'
     depth:int=2                  # hidden layers
@@ -61,7 +76,18 @@ def _per_axis(value, axes, name, least):
 def geometries(self:Architecture,
     size:tuple # of the images, without channels
 )->list:       # of `ConvGeometry` with one channel
-    "The map of each hidden layer of a CNN or LCN. Raises `ValueError` if kernels do not fit the images."
+    """The map of each hidden layer of a CNN or LCN. Raises `ValueError` if kernels do not fit the images.
+
+    Parameters
+    ----------
+    size : tuple
+        of the images, without channels
+
+    Returns
+    -------
+    list
+        of `ConvGeometry` with one channel
+    """
     axes = len(size)
     if not 1 <= axes <= 3:
         raise ValueError(f'images of a {self.kind} have 1, 2 or 3 axes beside their channels, not {axes}')
@@ -82,7 +108,22 @@ def relu_covariance(
     s:Tensor, # standard deviation of the first; broadcasts against `c`
     t:Tensor  # standard deviation of the second; likewise
 )->Tensor:    # shape of `c`
-    "E[relu(f) relu(g)], the arc-cosine kernel of degree 1 (Cho and Saul 2009); needs two arrays of the size of `c`."
+    """E[relu(f) relu(g)], the arc-cosine kernel of degree 1 (Cho and Saul 2009); needs two arrays of the size of `c`.
+
+    Parameters
+    ----------
+    c : Tensor
+        covariance of two Gaussians with mean zero
+    s : Tensor
+        standard deviation of the first; broadcasts against `c`
+    t : Tensor
+        standard deviation of the second; likewise
+
+    Returns
+    -------
+    Tensor
+        shape of `c`
+    """
     angle = s*t
     sine = angle - c
     sine.clamp_(min=0).mul_(angle.add_(c).clamp_(min=0)).sqrt_()
@@ -134,7 +175,19 @@ def nngp_variances(
     arch:Architecture,
     x:Tensor # images (N, channels, *size)
 )->Tensor:   # float64 (N,)
-    "K(x,x) of each image: the diagonal of `nngp_kernel`. Raises `ValueError` for what are no images, or too small."
+    """K(x,x) of each image: the diagonal of `nngp_kernel`. Raises `ValueError` for what are no images, or too small.
+
+    Parameters
+    ----------
+    arch : Architecture
+    x : Tensor
+        images (N, channels, *size)
+
+    Returns
+    -------
+    Tensor
+        float64 (N,)
+    """
     maps = _as_maps(arch, x)
     return _deviations(maps, _patch_means(arch, x.shape[2:], x.device), arch)[1]
 
@@ -177,6 +230,21 @@ def nngp_kernel(
     """The exact kernel of the infinitely wide network (Garriga-Alonso et al. 2018).
 
     Peak of memory: see `kernel_bytes`. Raises `ValueError` for images of different shapes, or too small.
+
+    Parameters
+    ----------
+    arch : Architecture
+    x : Tensor
+        images (N, channels, *size)
+    z : Tensor, default None
+        images (M, channels, *size); None for `x`
+    batch_size : int, default 512
+        pairs at a time
+
+    Returns
+    -------
+    Tensor
+        float64 (N, M), on the device of `x`
     """
     _check_pairs(x, x if z is None else z, batch_size)
     layers = _patch_means(arch, x.shape[2:], x.device)
@@ -199,7 +267,19 @@ def kernel_bytes(
     n:int, m:int=0,     # images `x` and `z`; 0 for the kernel of `x` with itself
     batch_size:int=512
 )->int:
-    "Bytes that `nngp_kernel` needs beyond its arguments at the peak, at most (a tensor's overhead apart)."
+    """Bytes that `nngp_kernel` needs beyond its arguments at the peak, at most (a tensor's overhead apart).
+
+    Parameters
+    ----------
+    arch : Architecture
+    shape : tuple
+        (channels, *size) of one image
+    n : int
+        images `x` and `z`; 0 for the kernel of `x` with itself
+    m : int, default 0
+        images `x` and `z`; 0 for the kernel of `x` with itself
+    batch_size : int, default 512
+    """
     maps = [] if arch.kind == 'fcn' else arch.geometries(shape[1:])
     if maps: positions = [math.prod(g.input_size) for g in maps] + [math.prod(maps[-1].output_size)]
     else: positions = [1]*(arch.depth + 1)
@@ -259,6 +339,23 @@ def finite_network(
     """A network of finite width with Gaussian weights; the global random state is left alone.
 
     Raises `ValueError` for a width or number of outputs below one, or images that do not fit.
+
+    Parameters
+    ----------
+    arch : Architecture
+    input_shape : tuple
+        (channels, *size)
+    width : int, default 64
+        units of a hidden layer, or channels
+    outputs : int, default 10
+    seed : int, default 0
+    pool : bool, default False
+        a mean over positions before the readout of a CNN or LCN
+
+    Returns
+    -------
+    nn.Sequential
+        double precision
     """
     whole('width', width, 1)
     whole('outputs', outputs, 1)
@@ -277,7 +374,28 @@ def estimate_kernel(
     seed:int=0,
     pool:bool=False   # as of `finite_network`
 )->tuple:             # mean and standard error, float64 (N, N)
-    "Monte Carlo estimate of the kernel from finite networks. Raises `ValueError` for fewer than two networks."
+    """Monte Carlo estimate of the kernel from finite networks. Raises `ValueError` for fewer than two networks.
+
+    Parameters
+    ----------
+    arch : Architecture
+    x : Tensor
+        images (N, channels, *size)
+    width : int, default 64
+        of each network
+    networks : int, default 20
+        independent ones, at least two
+    outputs : int, default 64
+        of each network
+    seed : int, default 0
+    pool : bool, default False
+        as of `finite_network`
+
+    Returns
+    -------
+    tuple
+        mean and standard error, float64 (N, N)
+    """
     whole('networks', networks, 2)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -305,7 +423,17 @@ def _cholesky(K, jitter):
 
 # %% ../../nbs/instruments/33_infinite_width.ipynb #f862866a
 class Posterior(NamedTuple):
-    "What a Gaussian process says of new images."
+    """What a Gaussian process says of new images.
+
+    Parameters
+    ----------
+    mean : Tensor
+        (M, targets)
+    variance : Tensor
+        (M,), or None
+    jitter : float
+        that it took, as a share of the mean variance
+    """
     mean:Tensor     # (M, targets)
     variance:Tensor # (M,), or None
     jitter:float    # that it took, as a share of the mean variance
@@ -332,6 +460,19 @@ def gp_posterior(
     """Gaussian process regression with mean zero.
 
     Raises `ValueError` if shapes do not fit, or if the kernel is not positive definite.
+
+    Parameters
+    ----------
+    k_train : Tensor
+        (N, N), training images with each other
+    k_cross : Tensor
+        (M, N), new images with training images
+    targets : Tensor
+        (N, targets)
+    variances : Tensor, default None
+        (M,), of the new images: `nngp_variances`
+    jitter : float, default 1e-08
+        share of the mean variance that is added to the diagonal; also the noise of the targets
     """
     _check_posterior(k_train, k_cross, targets, variances, jitter)
     factor, jitter = _cholesky(k_train, jitter)
@@ -351,6 +492,22 @@ def gp_classify(
     """The class with the largest posterior mean.
 
     Raises `ValueError` if shapes do not fit or the kernel is not positive definite.
+
+    Parameters
+    ----------
+    k_train : Tensor
+        (N, N), training images with each other
+    k_cross : Tensor
+        (M, N), new images with training images
+    y : Tensor
+        int64 (N,), classes of the training images
+    classes : int
+    jitter : float, default 1e-08
+
+    Returns
+    -------
+    Tensor
+        int64 (M,)
     """
     if y.is_floating_point(): raise ValueError(f'classes must be whole numbers, not {y.dtype}')
     if len(y) and not 0 <= y.min() <= y.max() < classes:
@@ -378,6 +535,25 @@ def gp_accuracies(
     """Test accuracy of each Gaussian process for natural and for permuted pixels.
 
     Raises `ValueError` if there are too few images, or fewer than one to train or test on.
+
+    Parameters
+    ----------
+    x : Tensor
+        images (N, channels, *size)
+    y : Tensor
+        int64 (N,)
+    architectures : dict
+        name: `Architecture`
+    seeds : default (0, 1, 2)
+        of the split and of the permutation
+    train, test : int, default 400
+        images
+    batch_size : int, default 512
+
+    Returns
+    -------
+    pd.DataFrame
+        seed, kernel, pixels, train, test, accuracy
     """
     if min(train, test) < 1 or train + test > len(x):
         raise ValueError(f'{train} training and {test} test images: there must be one or more of each, and together no '

@@ -43,8 +43,20 @@ def first_weights(
     model:nn.Sequential,
     input_shape:tuple    # of one image
 )->tuple:                # (units, pixels) and (units,)
-    "Absolute weights of the first layer, times the scale of a batch normalisation before it, and the influence of "\
-    "each unit on the outputs. Raises `ValueError` for a network that is no Sequential of known layers."
+    """Absolute weights of the first layer, times the scale of a batch normalisation before it, and the influence of
+    each unit on the outputs. Raises `ValueError` for a network that is no Sequential of known layers.
+
+    Parameters
+    ----------
+    model : nn.Sequential
+    input_shape : tuple
+        of one image
+
+    Returns
+    -------
+    tuple
+        (units, pixels) and (units,)
+    """
     if not isinstance(model, nn.Sequential):
         raise ValueError(f'interactions are read from an nn.Sequential, not from a {type(model).__name__}')
     convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
@@ -65,7 +77,22 @@ def pair_strengths(
     z:torch.Tensor, # (units,)
     most:int=2**22  # numbers in memory at a time
 )->torch.Tensor:    # (pixels, pixels)
-    "Sum over units of z_i min(w_ia, w_ib), for all pairs of pixels; the diagonal is the strength of a single pixel."
+    """Sum over units of z_i min(w_ia, w_ib), for all pairs of pixels; the diagonal is the strength of a single pixel.
+
+    Parameters
+    ----------
+    w : torch.Tensor
+        (units, pixels), not negative
+    z : torch.Tensor
+        (units,)
+    most : int, default 2 ** 22
+        numbers in memory at a time
+
+    Returns
+    -------
+    torch.Tensor
+        (pixels, pixels)
+    """
     total, rows = w.new_zeros(w.shape[1], w.shape[1]), max(1, most//w.shape[1]**2)
     for part, weight in zip(w.split(rows), z.split(rows)):
         total += torch.tensordot(weight, torch.minimum(part[:,:,None], part[:,None,:]), 1)
@@ -85,7 +112,19 @@ def interaction_strength(
     model:nn.Sequential,
     input_shape:tuple # of one image
 )->torch.Tensor:      # (pixels, pixels)
-    "Pairwise strengths of interactions (Tsang et al. 2018), over all outputs. Raises `ValueError` as `first_weights`."
+    """Pairwise strengths of interactions (Tsang et al. 2018), over all outputs. Raises `ValueError` as `first_weights`.
+
+    Parameters
+    ----------
+    model : nn.Sequential
+    input_shape : tuple
+        of one image
+
+    Returns
+    -------
+    torch.Tensor
+        (pixels, pixels)
+    """
     return pair_strengths(*first_weights(model, input_shape))
 
 # %% ../../nbs/instruments/37_interactions.ipynb #d314d0d7
@@ -108,9 +147,23 @@ def interaction_profile(
     input_shape:tuple,      # (colours, height, width)
     order:torch.Tensor=None # in which the network sees the pixels, see `pixel_order`; None for their own
 )->pd.DataFrame:            # distance (pixels), strength, null, ratio
-    "Mean strength of interactions between pixels of one colour by distance, over the mean of all such pairs; "\
-    "its expectation when the weights of each pixel go to random units; and their ratio. Raises `ValueError` as "\
-    "`first_weights`, or for inputs that are no images."
+    """Mean strength of interactions between pixels of one colour by distance, over the mean of all such pairs; its
+    expectation when the weights of each pixel go to random units; and their ratio. Raises `ValueError` as
+    `first_weights`, or for inputs that are no images.
+
+    Parameters
+    ----------
+    model : nn.Sequential
+    input_shape : tuple
+        (colours, height, width)
+    order : torch.Tensor, default None
+        in which the network sees the pixels, see `pixel_order`; None for their own
+
+    Returns
+    -------
+    pd.DataFrame
+        distance (pixels), strength, null, ratio
+    """
     if len(input_shape) != 3:
         raise ValueError(f'distances are those in images (colours, height, width), not in inputs of shape '
                          f'{tuple(input_shape)}')

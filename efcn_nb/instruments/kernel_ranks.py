@@ -27,7 +27,18 @@ AXES = ('out', 'taps', 'in')
 def unfoldings(
     kernel:torch.Tensor # (out, in, *taps)
 )->dict:                # name of the axis: matrix (axis, others)
-    "The three matrices of a kernel. Raises `ValueError` for a tensor without taps."
+    """The three matrices of a kernel. Raises `ValueError` for a tensor without taps.
+
+    Parameters
+    ----------
+    kernel : torch.Tensor
+        (out, in, *taps)
+
+    Returns
+    -------
+    dict
+        name of the axis: matrix (axis, others)
+    """
     if kernel.dim() < 3: raise ValueError(f'a kernel has axes (out, in, *taps), not the shape {tuple(kernel.shape)}')
     K = kernel.flatten(2)
     return dict(zip(AXES, (K.flatten(1), K.permute(2, 0, 1).flatten(1), K.transpose(0, 1).flatten(1))))
@@ -36,14 +47,26 @@ def unfoldings(
 def stable_rank(
     matrix:torch.Tensor # (m, n)
 )->float:
-    "Squared Frobenius norm over squared spectral norm: at most the rank, and hardly changed by small singular values."
+    """Squared Frobenius norm over squared spectral norm: at most the rank, and hardly changed by small singular values.
+
+    Parameters
+    ----------
+    matrix : torch.Tensor
+        (m, n)
+    """
     s2 = torch.linalg.svdvals(matrix.double()).square()
     return float(s2.sum()/s2[0])
 
 def effective_rank(
     matrix:torch.Tensor # (m, n)
 )->float:
-    "Exponential of the entropy of the singular values, as shares of their sum: their number, if they were equal."
+    """Exponential of the entropy of the singular values, as shares of their sum: their number, if they were equal.
+
+    Parameters
+    ----------
+    matrix : torch.Tensor
+        (m, n)
+    """
     p = torch.linalg.svdvals(matrix.double())
     p = p/p.sum()
     return float(torch.special.entr(p).sum().exp())
@@ -52,8 +75,23 @@ def effective_rank(
 def format_ranks(
     format:str, shape:tuple, rank:int # see `core_shapes`
 )->dict:                              # name of the axis: rank
-    "Ranks of the three matrices of a tensor (out, taps, in) whose cores are in general position. Raises `ValueError` "\
-    "for a rank that the tensor does not allow."
+    """Ranks of the three matrices of a tensor (out, taps, in) whose cores are in general position. Raises `ValueError`
+    for a rank that the tensor does not allow.
+
+    Parameters
+    ----------
+    format : str
+        see `core_shapes`
+    shape : tuple
+        see `core_shapes`
+    rank : int
+        see `core_shapes`
+
+    Returns
+    -------
+    dict
+        name of the axis: rank
+    """
     shapes, most = core_shapes(format, shape, rank), [min(n, math.prod(shape)//n) for n in shape]
     if format == 'cp': free = [rank]*3
     elif format == 'tucker': free = shapes[0]
@@ -64,7 +102,13 @@ def format_ranks(
 def kernel_ranks(
     kernel:torch.Tensor # (out, in, *taps)
 )->dict:
-    "Rank of each matrix, to the precision of the kernel's type, and stable and effective rank of the first."
+    """Rank of each matrix, to the precision of the kernel's type, and stable and effective rank of the first.
+
+    Parameters
+    ----------
+    kernel : torch.Tensor
+        (out, in, *taps)
+    """
     matrices = unfoldings(kernel.detach())
     ranks, first = {axis: int(torch.linalg.matrix_rank(m)) for axis, m in matrices.items()}, matrices['out']
     return ranks | dict(stable=stable_rank(first), effective=effective_rank(first))
@@ -72,7 +116,13 @@ def kernel_ranks(
 def composed_kernel(
     conv:nn.Module
 )->torch.Tensor: # float64 (out, in, *taps)
-    "The kernel of a convolution, composed in double precision if it is held: rounding does not hide its rank."
+    """The kernel of a convolution, composed in double precision if it is held: rounding does not hide its rank.
+
+    Returns
+    -------
+    torch.Tensor
+        float64 (out, in, *taps)
+    """
     with torch.no_grad(): return copy.deepcopy(conv).double().weight.detach().clone()
 
 # %% ../../nbs/instruments/38_kernel_ranks.ipynb #bd5532ac
@@ -80,7 +130,15 @@ def operator_rank(
     kernel:torch.Tensor, # (out, in, *taps)
     size:tuple           # of the image, at least as large as the kernel
 )->int:
-    "Rank of the circular convolution as a linear map of images. Raises `ValueError` for too small an image."
+    """Rank of the circular convolution as a linear map of images. Raises `ValueError` for too small an image.
+
+    Parameters
+    ----------
+    kernel : torch.Tensor
+        (out, in, *taps)
+    size : tuple
+        of the image, at least as large as the kernel
+    """
     taps = kernel.shape[2:]
     if len(size) != len(taps) or any(n < k for n, k in zip(size, taps)):
         raise ValueError(f'the image must be at least as large as the kernel, {tuple(taps)}, not {tuple(size)}')
@@ -91,7 +149,13 @@ def operator_rank(
 def model_ranks(
     model:nn.Module
 )->dict: # rank_out, rank_taps, rank_in, stable, effective, operator
-    "Means over the held layers of `kernel_ranks`, and of `operator_rank` as a share."
+    """Means over the held layers of `kernel_ranks`, and of `operator_rank` as a share.
+
+    Returns
+    -------
+    dict
+        rank_out, rank_taps, rank_in, stable, effective, operator
+    """
     rows = []
     for conv in held_layers(model).values():
         K = composed_kernel(conv)
@@ -105,7 +169,13 @@ def model_ranks(
 def compression(
     model:nn.Module
 )->pd.DataFrame: # index: name of the layer, and 'all'; entries, numbers, ratio, rank (0: dense)
-    "What the held layers store, counted."
+    """What the held layers store, counted.
+
+    Returns
+    -------
+    pd.DataFrame
+        index: name of the layer, and 'all'; entries, numbers, ratio, rank (0: dense)
+    """
     rows = {}
     for name, conv in held_layers(model).items():
         rank = conv.parametrizations.weight[0].rank if parametrize.is_parametrized(conv, 'weight') else 0
@@ -120,7 +190,20 @@ def truncation_errors(
     matrix:torch.Tensor, # (m, n)
     ranks                # whole numbers, 0 or more
 )->list:                 # shares of the norm
-    "Error of the best approximation of each rank, by singular values. Raises `ValueError` for a rank below 0."
+    """Error of the best approximation of each rank, by singular values. Raises `ValueError` for a rank below 0.
+
+    Parameters
+    ----------
+    matrix : torch.Tensor
+        (m, n)
+    ranks
+        whole numbers, 0 or more
+
+    Returns
+    -------
+    list
+        shares of the norm
+    """
     for rank in ranks: whole('a rank', rank, 0)
     s2 = torch.linalg.svdvals(matrix.detach().double()).square()
     tails = torch.cat([s2.flip(0).cumsum(0).flip(0), s2.new_zeros(1)])
@@ -134,8 +217,17 @@ def cut_rank(
     shape:tuple,   # (out, taps, in)
     ratio:float
 )->int:
-    "The largest rank that compresses a kernel at least `ratio` times. Raises `ValueError` for an unknown format, or "\
-    "a ratio that rank 1 does not reach."
+    """The largest rank that compresses a kernel at least `ratio` times. Raises `ValueError` for an unknown format, or a
+    ratio that rank 1 does not reach.
+
+    Parameters
+    ----------
+    format : str
+        one of `CUTS`
+    shape : tuple
+        (out, taps, in)
+    ratio : float
+    """
     if one_of('format', format, CUTS) != 'svd': return fit_rank(format, shape, ratio)
     return fit_rank('tt', (shape[0], math.prod(shape[1:])), ratio)
 
@@ -149,7 +241,27 @@ def cut_kernel(
     seed:int=0,          # of the order, and of least squares
     steps:int=50         # of least squares
 )->torch.Tensor:         # a kernel of the same shape
-    "An approximation of the kernel of that rank. Raises `ValueError` for a rank that it does not allow."
+    """An approximation of the kernel of that rank. Raises `ValueError` for a rank that it does not allow.
+
+    Parameters
+    ----------
+    kernel : torch.Tensor
+        (out, in, *taps)
+    format : str
+        one of `CUTS`: the matrix (out, others) by singular values, or a tensor format
+    rank : int
+    shuffle : str, default 'none'
+        one of `SHUFFLES`: the order in which entries are decomposed
+    seed : int, default 0
+        of the order, and of least squares
+    steps : int, default 50
+        of least squares
+
+    Returns
+    -------
+    torch.Tensor
+        a kernel of the same shape
+    """
     one_of('format', format, CUTS)
     order = entry_order(kernel.shape, shuffle, torch.Generator().manual_seed(seed)).to(kernel.device)
     unshuffled = kernel.flatten()[order.argsort()]                   # `order` puts it into the kernel's places
@@ -164,7 +276,30 @@ def cut_model(
     data,            # a `Dataset` of training images, for the statistics of BatchNorm
     format:str, ratio:float, shuffle:str='none', seed:int=0, steps:int=50 # see `cut_rank`, `cut_kernel`
 )->tuple:            # a copy whose held kernels are replaced, and the mean error of these, as shares of their norms
-    "Replace the kernels of all convolutions but the first by approximations. Raises what its parts raise."
+    """Replace the kernels of all convolutions but the first by approximations. Raises what its parts raise.
+
+    Parameters
+    ----------
+    model : nn.Module
+        left untouched
+    data
+        a `Dataset` of training images, for the statistics of BatchNorm
+    format : str
+        see `cut_rank`, `cut_kernel`
+    ratio : float
+        see `cut_rank`, `cut_kernel`
+    shuffle : str, default 'none'
+        see `cut_rank`, `cut_kernel`
+    seed : int, default 0
+        see `cut_rank`, `cut_kernel`
+    steps : int, default 50
+        see `cut_rank`, `cut_kernel`
+
+    Returns
+    -------
+    tuple
+        a copy whose held kernels are replaced, and the mean error of these, as shares of their norms
+    """
     model, errors = copy.deepcopy(model), []
     for k, conv in enumerate(held_layers(model).values()):
         rank, kernel = cut_rank(format, tensor_shape(conv), ratio), conv.weight.detach()
@@ -194,7 +329,31 @@ def cut_accuracies(
     ratios, formats=CUTS, shuffles=('none', 'everything'), seed:int=0, steps:int=50, # see `cut_model`
     precision:str='fp32'
 )->list: # dicts: format, shuffled, ratio, whole (accuracy of `model`); error and accuracy; `note` if out of reach
-    "Accuracies that approximations of `model` leave. Raises `ValueError` for unknown words."
+    """Accuracies that approximations of `model` leave. Raises `ValueError` for unknown words.
+
+    Parameters
+    ----------
+    model : nn.Module
+        left untouched
+    data
+        `Data`: train for the statistics of BatchNorm, test for accuracy
+    ratios
+        see `cut_model`
+    formats : default CUTS
+        see `cut_model`
+    shuffles : default ('none', 'everything')
+        see `cut_model`
+    seed : int, default 0
+        see `cut_model`
+    steps : int, default 50
+        see `cut_model`
+    precision : str, default 'fp32'
+
+    Returns
+    -------
+    list
+        dicts: format, shuffled, ratio, whole (accuracy of `model`); error and accuracy; `note` if out of reach
+    """
     check_cuts(ratios, formats, shuffles)
     def accuracy(network): return evaluate(network, data.test, precision=precision)['accuracy']
     inputs, rows = (x for x, _ in data.train.batches(250)), []

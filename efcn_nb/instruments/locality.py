@@ -42,8 +42,21 @@ def displacement_histogram(
     mask:torch.Tensor, # bool (units, colours*height*width)
     image_shape:tuple  # (colours, height, width)
 )->torch.Tensor:       # int64 (2, 2*height-1, 2*width-1): pairs of one colour, pairs of different colours
-    "Ordered pairs of different pixels that a unit sees together, by displacement (zero is in the middle). "\
-    "Raises `ValueError` for a mask that does not belong to such images."
+    """Ordered pairs of different pixels that a unit sees together, by displacement (zero is in the middle). Raises
+    `ValueError` for a mask that does not belong to such images.
+
+    Parameters
+    ----------
+    mask : torch.Tensor
+        bool (units, colours*height*width)
+    image_shape : tuple
+        (colours, height, width)
+
+    Returns
+    -------
+    torch.Tensor
+        int64 (2, 2*height-1, 2*width-1): pairs of one colour, pairs of different colours
+    """
     _check_image_mask(mask, image_shape)
     counts = _autocorrelation(mask.view(-1, *image_shape)).round().long()
     counts[0, image_shape[1]-1, image_shape[2]-1] -= mask.sum() # a pixel is not paired with itself
@@ -55,8 +68,23 @@ def expected_histogram(
     image_shape:tuple, # (colours, height, width)
     keep:str='inputs'  # 'inputs': degree of each pixel; 'units': degree of each unit; 'density': number of entries
 )->torch.Tensor:       # float64, as `displacement_histogram`
-    "Expectation of `displacement_histogram` over `shuffle_mask(mask, keep)`, in closed form; for keep='both' average "\
-    "over draws of `shuffle_mask`. Raises `ValueError` for a mask that does not belong to such images."
+    """Expectation of `displacement_histogram` over `shuffle_mask(mask, keep)`, in closed form; for keep='both' average
+    over draws of `shuffle_mask`. Raises `ValueError` for a mask that does not belong to such images.
+
+    Parameters
+    ----------
+    mask : torch.Tensor
+        bool (units, colours*height*width)
+    image_shape : tuple
+        (colours, height, width)
+    keep : str, default 'inputs'
+        'inputs': degree of each pixel; 'units': degree of each unit; 'density': number of entries
+
+    Returns
+    -------
+    torch.Tensor
+        float64, as `displacement_histogram`
+    """
     _check_image_mask(mask, image_shape)
     one_of('null model', keep, ('inputs', 'units', 'density'))
     n, pixels = mask.shape
@@ -76,8 +104,23 @@ def near_profile(
     image_shape:tuple, # (colours, height, width)
     keep:str='inputs'  # the null model, see `expected_histogram`
 )->pd.DataFrame:       # colours ('same', 'different'), distance (pixels), pairs, expected, ratio
-    "Pairs of pixels that units see together by distance, the number expected, and the ratio of both shares (NaN "\
-    "without pairs). Raises `ValueError` for a mask that does not belong to such images."
+    """Pairs of pixels that units see together by distance, the number expected, and the ratio of both shares (NaN
+    without pairs). Raises `ValueError` for a mask that does not belong to such images.
+
+    Parameters
+    ----------
+    mask : torch.Tensor
+        bool (units, colours*height*width)
+    image_shape : tuple
+        (colours, height, width)
+    keep : str, default 'inputs'
+        the null model, see `expected_histogram`
+
+    Returns
+    -------
+    pd.DataFrame
+        colours ('same', 'different'), distance (pixels), pairs, expected, ratio
+    """
     found = displacement_histogram(mask, image_shape).double()
     null = expected_histogram(mask, image_shape, keep)
     dy, dx = (torch.arange(2*n - 1) - n + 1 for n in image_shape[1:])
@@ -99,8 +142,22 @@ def near_ratio(
     keep:str='inputs', # the null model, see `expected_histogram`
     colours:str='same' # pairs of the 'same' colour, or of 'different' ones
 )->float:
-    "Share of pairs within `reach` over its expectation: 1 without locality, NaN without pairs. Raises `ValueError` "\
-    "for a reach that does not lie within the image, or for pairs of colours that such images do not have."
+    """Share of pairs within `reach` over its expectation: 1 without locality, NaN without pairs. Raises `ValueError`
+    for a reach that does not lie within the image, or for pairs of colours that such images do not have.
+
+    Parameters
+    ----------
+    mask : torch.Tensor
+        bool (units, colours*height*width)
+    image_shape : tuple
+        (colours, height, width)
+    reach : int, default 2
+        pixels, along either axis
+    keep : str, default 'inputs'
+        the null model, see `expected_histogram`
+    colours : str, default 'same'
+        pairs of the 'same' colour, or of 'different' ones
+    """
     whole('reach', reach, 1, max(image_shape[1:]) - 2)
     one_of('pairs of colours', colours, ('same', 'different') if image_shape[0] > 1 else ('same',))
     profile = near_profile(mask, image_shape, keep)
@@ -115,14 +172,30 @@ def null_ratios(
     draws:int,
     generator:torch.Generator,
     keep:str='inputs', # of `shuffle_mask`
-    **how              # `reach` and `colours` of `near_ratio`
+    reach:int=2, colours:str='same' # as of `near_ratio`
 )->pd.Series:
-    "Near ratios of `draws` shuffled masks, each relative to the degrees of its own pixels. Raises `ValueError` for "\
-    "less than one draw."
+    """Near ratios of `draws` shuffled masks, each relative to the degrees of its own pixels. Raises `ValueError` for
+    less than one draw.
+
+    Parameters
+    ----------
+    mask : torch.Tensor
+        bool (units, colours*height*width)
+    image_shape : tuple
+        (colours, height, width)
+    draws : int
+    generator : torch.Generator
+    keep : str, default 'inputs'
+        of `shuffle_mask`
+    reach : int, default 2
+        as of `near_ratio`
+    colours : str, default 'same'
+        as of `near_ratio`
+    """
     whole('draws', draws, 1)
     _check_image_mask(mask, image_shape)
     shuffled = (shuffle_mask(mask, keep, generator) for _ in range(draws))
-    return pd.Series([near_ratio(one, image_shape, **how) for one in shuffled])
+    return pd.Series([near_ratio(one, image_shape, reach, colours=colours) for one in shuffled])
 
 # %% ../../nbs/instruments/36_locality.ipynb #54be3889
 def busiest_units(
@@ -130,8 +203,23 @@ def busiest_units(
     image_shape:tuple, # (colours, height, width)
     count:int          # of units
 )->torch.Tensor:       # bool (count, colours, height, width)
-    "The masks, as images, of the units with the most inputs (ties in order). Raises `ValueError` for more units than "\
-    "the mask has."
+    """The masks, as images, of the units with the most inputs (ties in order). Raises `ValueError` for more units than
+    the mask has.
+
+    Parameters
+    ----------
+    mask : torch.Tensor
+        bool (units, colours*height*width)
+    image_shape : tuple
+        (colours, height, width)
+    count : int
+        of units
+
+    Returns
+    -------
+    torch.Tensor
+        bool (count, colours, height, width)
+    """
     _check_image_mask(mask, image_shape)
     whole('count', count, 1, len(mask))
     order = mask.sum(1).sort(descending=True, stable=True).indices

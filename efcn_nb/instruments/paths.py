@@ -74,6 +74,20 @@ def in_fcn_space(
     """The same functions as networks of one fully-connected space.
 
     Raises `ValueError` for fewer than two, or if parameters differ in name or shape.
+
+    Parameters
+    ----------
+    models : dict
+        name: CNN, eLCN, eFCN or FCN, two or more, of one architecture
+    input_shape : tuple
+        (channels, *size) of one input, without batch axis
+    trim : bool, default False
+        embed CNNs without rows of outputs that nothing reads; as the others were embedded
+
+    Returns
+    -------
+    dict
+        name: network; the same one where it is fully connected already
     """
     if len(models) < 2: raise ValueError(f'there must be two networks or more to join, not {len(models)}')
     models = {name: _as_fcn(model, input_shape, trim) for name, model in models.items()}
@@ -314,6 +328,19 @@ def interpolate(
     """The network with parameters, and buffers of real or complex numbers, (1-t) a + t b; at an end a copy of that end.
 
     Raises `ValueError` if names or shapes differ, or elsewhere what has nothing between, such as masks or types.
+
+    Parameters
+    ----------
+    a : nn.Module
+    b : nn.Module
+        with parameters of the same names and shapes
+    t : float
+        0 is `a`, 1 is `b`; may lie beyond
+
+    Returns
+    -------
+    nn.Module
+        a copy of `a` with new values; at 1 of `b`
     """
     if not math.isfinite(t): raise ValueError(f'a place on the line is a finite number, not {t}')
     pairs = _pairs(a, b)
@@ -337,6 +364,19 @@ def interpolate_curvilinear(
     """The linear interpolation with each parameter rescaled to the norm (1-t) |a| + t |b| (d'Ascoli et al. 2019).
 
     Raises `ValueError` for `t` outside [0, 1], or as `interpolate` does.
+
+    Parameters
+    ----------
+    a : nn.Module
+    b : nn.Module
+        with parameters of the same names and shapes
+    t : float
+        from 0, `a`, to 1, `b`
+
+    Returns
+    -------
+    nn.Module
+        a copy of `a` with new values
     """
     if not 0 <= t <= 1:
         raise ValueError(f'the curvilinear path runs from t=0 to t=1, not to {t}; the linear one goes on beyond its '
@@ -376,8 +416,23 @@ def refresh_batchnorm(
     data,              # a `Dataset` of training images
     batch_size:int=250 # images at a time
 )->nn.Module:          # `model`
-    "Running statistics of BatchNorm as averages over one pass of `data`; modes and momenta stay. "\
-    "Does nothing without BatchNorm. Raises `ValueError` without images."
+    """Running statistics of BatchNorm as averages over one pass of `data`; modes and momenta stay. Does nothing without
+    BatchNorm. Raises `ValueError` without images.
+
+    Parameters
+    ----------
+    model : nn.Module
+        its running statistics change in place
+    data
+        a `Dataset` of training images
+    batch_size : int, default 250
+        images at a time
+
+    Returns
+    -------
+    nn.Module
+        `model`
+    """
     if not batchnorms(model): return model
     if batch_size < 1 or not len(data):
         raise ValueError('running statistics need images, in batches of at least one: '
@@ -417,6 +472,27 @@ def along(
 
     Raises `ValueError` for an unknown path, fewer than two points, networks that do not match, or BatchNorm without
     `train`.
+
+    Parameters
+    ----------
+    a : nn.Module
+    b : nn.Module
+        with parameters of the same names and shapes, but for 'outputs'
+    data
+        `Dataset` to measure on
+    kind : str, default 'linear'
+        a key of `PATHS`: 'linear', 'curvilinear', 'outputs'
+    points : int, default 11
+        ends included
+    train : default None
+        `Dataset` for the statistics of BatchNorm; needed if there is one
+    batch_size : int, default 250
+        images at a time
+
+    Returns
+    -------
+    pd.DataFrame
+        columns: path, t, loss (nats), accuracy (share)
     """
     one_of('path', kind, PATHS)
     whole('points', points, 2)
@@ -438,6 +514,18 @@ def barrier(
     """Largest rise of the loss above the straight line between the ends (Entezari et al. 2022), 0 or more.
 
     Points beyond the ends do not count. Raises `ValueError` without both ends.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        columns t, loss, accuracy, and `by`
+    by : default 'path'
+        column, or list of columns, that tells paths apart
+
+    Returns
+    -------
+    pd.DataFrame
+        index: `by`; columns: height (nats), t (where it is), drop (the largest, of accuracy)
     """
     rows = {}
     for path, part in table[table.t.between(0, 1)].groupby(by, sort=False):
@@ -517,6 +605,32 @@ def string(
     """Beads that take a step of descent and are pulled to their neighbours, in turns (after d'Ascoli et al. 2019).
 
     Raises `ValueError` for impossible settings or networks that no line joins, `Diverged` if a loss is not finite.
+
+    Parameters
+    ----------
+    a : nn.Module
+        stays as it is
+    b : nn.Module
+        stays as it is; parameters of the same names and shapes
+    data
+        `Dataset` to train on
+    beads : int, default 9
+        networks between the ends
+    steps : int, default 100
+        of gradient descent, for each bead
+    lr : float, default 0.1
+    stiffness : float, default 0.1
+        of the springs: above 0, at most a half
+    batch_size : int, default 250
+    seed : int, default 0
+        of the order of images and of dropout
+    start : default None
+        networks to start from, in place of `beads` on the straight line
+
+    Returns
+    -------
+    list
+        of networks: `a` itself, the beads, `b` itself
     """
     if start is not None: beads = len(start)
     _check_string(beads, steps, lr, stiffness, data)
@@ -539,6 +653,16 @@ def arc_length(
     """Euclidean distance of parameters from one network to the next, summed up from the first.
 
     Raises `ValueError` if names or shapes differ.
+
+    Parameters
+    ----------
+    models : list
+        networks with parameters of the same names and shapes
+
+    Returns
+    -------
+    np.ndarray
+        float64, one for each network; the first is 0
     """
     steps = [0.]
     for a, b in zip(models, models[1:]):
@@ -556,6 +680,22 @@ def along_string(
     """Loss and accuracy of each network, at `t` = distance along the string / its length.
 
     Raises `ValueError` for fewer than two networks, or BatchNorm without `train`.
+
+    Parameters
+    ----------
+    models : list
+        as `string` returns them
+    data
+        `Dataset` to measure on
+    train : default None
+        `Dataset` for the statistics of BatchNorm; needed if there is one
+    batch_size : int, default 250
+        images at a time
+
+    Returns
+    -------
+    pd.DataFrame
+        columns: path, t, loss (nats), accuracy (share)
     """
     if len(models) < 2:
         raise ValueError(f'a string has two ends, so there must be two networks or more, not {len(models)}')
@@ -577,6 +717,30 @@ def barrier_matrix(
     """Barrier in the loss between all pairs of networks in fully-connected space: symmetric, zero on the diagonal.
 
     Raises `ValueError` as `in_fcn_space` and `along` do.
+
+    Parameters
+    ----------
+    models : dict
+        name: CNN, eLCN, eFCN or FCN, two or more, of one architecture
+    data
+        `Dataset` to measure on
+    input_shape : tuple
+        (channels, *size) of one input, without batch axis
+    kind : str, default 'linear'
+        a key of `PATHS`
+    trim : bool, default False
+        as in `in_fcn_space`
+    points : int, default 11
+        on each path, ends included
+    train : default None
+        `Dataset` for the statistics of BatchNorm; needed if there is one
+    batch_size : int, default 250
+        images at a time
+
+    Returns
+    -------
+    pd.DataFrame
+        index and columns: names; heights in nats
     """
     models = in_fcn_space(models, input_shape, trim)
     for (a, p), (b, q) in itertools.combinations(models.items(), 2) if kind != 'outputs' else ():

@@ -20,7 +20,22 @@ def round_rows(
     left:dict,  # those that it leaves to the next round
     **measured  # what else the table says, the same in all rows
 )->pd.DataFrame: # layer, units, inputs, kept, left, and what is `measured`
-    "A table with one row for each part of the text of the masks of a round, and of those it leaves."
+    """A table with one row for each part of the text of the masks of a round, and of those it leaves.
+
+    Parameters
+    ----------
+    masks : dict
+        name of a layer: bool tensor (units, inputs), to which the round is held
+    left : dict
+        those that it leaves to the next round
+    **measured
+        what else the table says, the same in all rows
+
+    Returns
+    -------
+    pd.DataFrame
+        layer, units, inputs, kept, left, and what is `measured`
+    """
     parts = []
     for name, mask in masks.items():
         text = dict(kept=mask_to_text(mask), left=mask_to_text(left[name]))
@@ -31,7 +46,20 @@ def stored_masks(
     table:pd.DataFrame,  # of one round
     column:str='kept'    # or 'left'
 )->dict:                 # name of a layer: bool tensor (units, inputs), first layer first
-    "The masks in a `column` of the table of one round, by the names of their layers."
+    """The masks in a `column` of the table of one round, by the names of their layers.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of one round
+    column : str, default 'kept'
+        or 'left'
+
+    Returns
+    -------
+    dict
+        name of a layer: bool tensor (units, inputs), first layer first
+    """
     parts = table.groupby('layer', sort=False)
     return {str(name): mask_from_text(p[column], (p.units.iloc[0], p.inputs.iloc[0])) for name, p in parts}
 
@@ -40,7 +68,21 @@ def round_masks(
     table:pd.DataFrame, # of rounds: case, seed, round and what `round_rows` makes
     case:str, seed:int, round:int
 )->dict:                # name of a layer: bool tensor (units, inputs), first layer first
-    "The masks of one round. Raises `ValueError` for a round that is not in the table."
+    """The masks of one round. Raises `ValueError` for a round that is not in the table.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of rounds: case, seed, round and what `round_rows` makes
+    case : str
+    seed : int
+    round : int
+
+    Returns
+    -------
+    dict
+        name of a layer: bool tensor (units, inputs), first layer first
+    """
     part = table[(table.case == case) & (table.seed == seed) & (table['round'] == round)]
     if not len(part): raise ValueError(f'the table has no round {round} of case {case!r} with seed {seed}')
     return stored_masks(part)
@@ -58,8 +100,21 @@ def locality_table(
     table:pd.DataFrame, # of rounds: case, variant, seed, round and what `round_rows` makes
     image_shape:tuple   # (colours, height, width)
 )->pd.DataFrame:        # case, seed, round, density, left, connected, accuracy, loss, near and its variants
-    "Near ratios of the first layer's mask in each round: for pairs of one colour (`near`), of different colours, "\
-    "against uniform chance, and with permuted pixels `undone`. Raises `ValueError` for images of another shape."
+    """Near ratios of the first layer's mask in each round: for pairs of one colour (`near`), of different colours,
+    against uniform chance, and with permuted pixels `undone`. Raises `ValueError` for images of another shape.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of rounds: case, variant, seed, round and what `round_rows` makes
+    image_shape : tuple
+        (colours, height, width)
+
+    Returns
+    -------
+    pd.DataFrame
+        case, seed, round, density, left, connected, accuracy, loss, near and its variants
+    """
     rows = []
     for (case, seed, r), part in table.groupby(['case', 'seed', 'round'], sort=False):
         seen, undone = _first_masks(part, image_shape)
@@ -79,7 +134,23 @@ def profile_table(
     image_shape:tuple,  # (colours, height, width)
     rounds              # numbers of some rounds
 )->pd.DataFrame:        # case, seed, round, colours, distance, pairs, expected, ratio
-    "`near_profile` of the first layer's masks, with the order of pixels restored. Raises `ValueError` without a round."
+    """`near_profile` of the first layer's masks, with the order of pixels restored. Raises `ValueError` without a
+    round.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of rounds: case, variant, seed, round and what `round_rows` makes
+    image_shape : tuple
+        (colours, height, width)
+    rounds
+        numbers of some rounds
+
+    Returns
+    -------
+    pd.DataFrame
+        case, seed, round, colours, distance, pairs, expected, ratio
+    """
     parts, names = [], ['case', 'seed', 'round']
     for key, part in table[table['round'].isin(rounds)].groupby(names, sort=False):
         profile = near_profile(_first_masks(part, image_shape)[1], image_shape)
@@ -94,7 +165,23 @@ def unit_table(
     seed:int,
     count:int           # of units
 )->pd.DataFrame:        # case, seed, round, place, mask
-    "The masks of the busiest units of each case, as text, in the last round, as the network sees the pixels."
+    """The masks of the busiest units of each case, as text, in the last round, as the network sees the pixels.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of rounds
+    image_shape : tuple
+        (colours, height, width)
+    seed : int
+    count : int
+        of units
+
+    Returns
+    -------
+    pd.DataFrame
+        case, seed, round, place, mask
+    """
     rows, end = [], table['round'].max()
     for case, part in table[(table.seed == seed) & (table['round'] == end)].groupby('case', sort=False):
         masks = busiest_units(_first_masks(part, image_shape)[0], image_shape, count)

@@ -27,7 +27,20 @@ def orthogonal(
     kind:str='rotation', # one of `TURNS`: any orthogonal matrix, one that permutes the axes, or one that flips signs
     seed:int=0
 )->Tensor:               # float64 (size, size)
-    "A random orthogonal matrix. Raises `ValueError` for an unknown kind."
+    """A random orthogonal matrix. Raises `ValueError` for an unknown kind.
+
+    Parameters
+    ----------
+    size : int
+    kind : str, default 'rotation'
+        one of `TURNS`: any orthogonal matrix, one that permutes the axes, or one that flips signs
+    seed : int, default 0
+
+    Returns
+    -------
+    Tensor
+        float64 (size, size)
+    """
     one_of('turn', kind, TURNS)
     draw = torch.Generator().manual_seed(seed)
     if kind == 'permutation': return torch.eye(size, dtype=torch.float64)[torch.randperm(size, generator=draw)]
@@ -48,7 +61,22 @@ def norm_difference(
     seed:int=0,
     turned:str=None  # one of `TURNS`: the inputs turned after the labels were given; None as they are
 )->tuple:            # x float32 (samples, size), y int64 (samples,)
-    "Gaussian inputs, and whether the first half is longer (Li et al. 2020). Raises `ValueError` for an odd size."
+    """Gaussian inputs, and whether the first half is longer (Li et al. 2020). Raises `ValueError` for an odd size.
+
+    Parameters
+    ----------
+    samples : int
+    size : int
+        numbers in an input, 2d
+    seed : int, default 0
+    turned : str, default None
+        one of `TURNS`: the inputs turned after the labels were given; None as they are
+
+    Returns
+    -------
+    tuple
+        x float32 (samples, size), y int64 (samples,)
+    """
     whole('samples', samples, 1)
     _check_size(size)
     x = torch.randn(samples, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -86,7 +114,21 @@ def norm_network(
     size:int,         # numbers in an input
     seed:int=0
 )->nn.Sequential:     # (N, size) to logits (N, 1)
-    "A network for `norm_difference`. Raises `ValueError` for an unknown architecture, or an odd size."
+    """A network for `norm_difference`. Raises `ValueError` for an unknown architecture, or an odd size.
+
+    Parameters
+    ----------
+    architecture : str
+        a key of `NORM_NETWORKS`
+    size : int
+        numbers in an input
+    seed : int, default 0
+
+    Returns
+    -------
+    nn.Sequential
+        (N, size) to logits (N, 1)
+    """
     one_of('architecture', architecture, NORM_NETWORKS)
     _check_size(size)
     with torch.random.fork_rng():
@@ -118,7 +160,32 @@ def sample_complexity(
     lr:float=None,       # None for that of `NORM_LEARNING_RATES`
     test:int=4096        # samples to test on
 )->list:                 # one dict: train, test, the shares of right answers
-    "Accuracy of a network trained on `samples`; to be swept over. Raises `ValueError` for settings that cannot be."
+    """Accuracy of a network trained on `samples`; to be swept over. Raises `ValueError` for settings that cannot be.
+
+    Parameters
+    ----------
+    architecture : str
+        a key of `NORM_NETWORKS`
+    size : int
+        numbers in an input
+    samples : int
+        to train on
+    seed : int, default 0
+        of weights, samples and batches
+    turned : str, default None
+        as of `norm_difference`
+    steps : int, default 300
+    batch_size : int, default 64
+    lr : float, default None
+        None for that of `NORM_LEARNING_RATES`
+    test : int, default 4096
+        samples to test on
+
+    Returns
+    -------
+    list
+        one dict: train, test, the shares of right answers
+    """
     for name, n in dict(steps=steps, batch_size=batch_size, test=test).items(): whole(name, n, 1)
     net = norm_network(architecture, size, seed)
     x, y = norm_difference(samples, size, 2*seed, turned)
@@ -145,7 +212,20 @@ def samples_needed(
     table:pd.DataFrame, # architecture, size, seed, samples, test
     target:float=.75    # accuracy
 )->pd.DataFrame:        # architecture, size, seed, samples (nan where it is never reached)
-    "Training samples that the target takes. Raises `ValueError` for a target at chance, or equal rows."
+    """Training samples that the target takes. Raises `ValueError` for a target at chance, or equal rows.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        architecture, size, seed, samples, test
+    target : float, default 0.75
+        accuracy
+
+    Returns
+    -------
+    pd.DataFrame
+        architecture, size, seed, samples (nan where it is never reached)
+    """
     if not .5 < target <= 1: raise ValueError(f'target must lie above chance, 0.5, and not above 1, not be {target}')
     curve = ['architecture', 'size', 'seed']
     if table.duplicated([*curve, 'samples']).any():
@@ -166,7 +246,18 @@ def _slope(part):
 def growth_exponents(
     needed:pd.DataFrame # as `samples_needed` returns it
 )->pd.DataFrame:        # seeds by architectures; nan where a target was not reached
-    "Exponent of growth with the size of inputs. Raises `ValueError` for fewer than two sizes of one of them."
+    """Exponent of growth with the size of inputs. Raises `ValueError` for fewer than two sizes of one of them.
+
+    Parameters
+    ----------
+    needed : pd.DataFrame
+        as `samples_needed` returns it
+
+    Returns
+    -------
+    pd.DataFrame
+        seeds by architectures; nan where a target was not reached
+    """
     sizes = needed.groupby('architecture')['size'].nunique()
     if sizes.min() < 2: raise ValueError(f'growth needs two sizes or more, {sizes.idxmin()} has one')
     groups = needed.groupby(['seed', 'architecture'])
@@ -188,7 +279,26 @@ def rotated_training(
     optimizer,             # a function from parameters to an optimiser
     steps:int=50           # on all samples
 )->Tensor:                 # (2, steps)
-    "Losses of training on `x`, and on `x` and first layer both turned. Raises `ValueError` if they cannot be turned."
+    """Losses of training on `x`, and on `x` and first layer both turned. Raises `ValueError` if they cannot be turned.
+
+    Parameters
+    ----------
+    network : nn.Sequential
+        begins with a dense layer; left untouched
+    x, y : Tensor
+        inputs (N, size), labels 0 or 1 (N,)
+    turn : Tensor
+        orthogonal (size, size)
+    optimizer
+        a function from parameters to an optimiser
+    steps : int, default 50
+        on all samples
+
+    Returns
+    -------
+    Tensor
+        (2, steps)
+    """
     turn = turn.to(x)
     _check_turn(network, turn, x.shape[1])
     traces = []

@@ -25,7 +25,18 @@ CONVS = [name for name, (convs, _) in STUDENTS.items() if convs]
 def find_student(
     name:str # a key of `STUDENTS`
 )->tuple:    # numbers of convolutional and of hidden dense layers
-    "What the name of a student means. Raises `ValueError` for an unknown one."
+    """What the name of a student means. Raises `ValueError` for an unknown one.
+
+    Parameters
+    ----------
+    name : str
+        a key of `STUDENTS`
+
+    Returns
+    -------
+    tuple
+        numbers of convolutional and of hidden dense layers
+    """
     return STUDENTS[one_of('student', name, STUDENTS)]
 
 # %% ../../nbs/instruments/42_students.ipynb #ff459728
@@ -60,7 +71,22 @@ def make_student(
     classes:int,
     bottleneck:bool=None # factorise the first dense layer; None does it in `mlp1` and `conv1`
 )->nn.Sequential:
-    "A student of given width with PyTorch's default weights. Raises `ValueError` for one that cannot be built."
+    """A student of given width with PyTorch's default weights. Raises `ValueError` for one that cannot be built.
+
+    Parameters
+    ----------
+    convs : int
+        convolutional layers, 0 to 4
+    hidden : int
+        hidden dense layers, 1 to 5
+    width : int
+        channels of each convolution, or units of each hidden layer of a network without any
+    input_shape : tuple
+        (channels, height, width)
+    classes : int
+    bottleneck : bool, default None
+        factorise the first dense layer; None does it in `mlp1` and `conv1`
+    """
     _check_student(convs, hidden, input_shape)
     units = (4 if convs else 1)*whole('width', width, 1)
     layers, into = _convolutions(convs, width, input_shape)
@@ -90,7 +116,24 @@ def student(
     bottleneck:bool=None # see `make_student`
 )->nn.Sequential:
     """The largest such student within the budget; the global random state is left alone. Raises `ValueError` if no
-    width meets the budget."""
+    width meets the budget.
+
+    Parameters
+    ----------
+    convs : int
+        convolutional layers, 0 to 4
+    hidden : int
+        hidden dense layers, 1 to 5
+    budget : int
+        weights and biases at most
+    input_shape : tuple
+        (channels, height, width)
+    classes : int
+    seed : int, default 0
+        of the initial weights
+    bottleneck : bool, default None
+        see `make_student`
+    """
     width = student_width(convs, hidden, budget, input_shape, classes, bottleneck)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -111,7 +154,18 @@ def _product(first, second):
 def merge_bottleneck(
     model:nn.Sequential # left untouched
 )->nn.Sequential:       # a new network
-    "The same function with consecutive linear layers multiplied into one. Raises `ValueError` if there are none."
+    """The same function with consecutive linear layers multiplied into one. Raises `ValueError` if there are none.
+
+    Parameters
+    ----------
+    model : nn.Sequential
+        left untouched
+
+    Returns
+    -------
+    nn.Sequential
+        a new network
+    """
     layers = []
     for layer in model:
         if layers and isinstance(layer, nn.Linear) and isinstance(layers[-1], nn.Linear):
@@ -133,7 +187,17 @@ def make_teacher(
     width:int=16,      # channels of the first pair; the others have two and four times as many
     seed:int=0
 )->nn.Sequential:
-    "A teacher with PyTorch's default weights. Raises `ValueError` for images below 8x8 pixels, or a width below 1."
+    """A teacher with PyTorch's default weights. Raises `ValueError` for images below 8x8 pixels, or a width below 1.
+
+    Parameters
+    ----------
+    input_shape : tuple
+        (channels, height, width)
+    classes : int
+    width : int, default 16
+        channels of the first pair; the others have two and four times as many
+    seed : int, default 0
+    """
     whole('width', width, 1)
     _check_images('teachers', input_shape, 8)
     with torch.random.fork_rng():
@@ -155,7 +219,24 @@ def starting_network(
     seed:int=0         # of weights that are freshly drawn
 )->nn.Module:          # a new network
     """The student itself, or one of the five others; the MLP has at most as many weights as the eFCN. Raises
-    `ValueError` for an unknown name."""
+    `ValueError` for an unknown name.
+
+    Parameters
+    ----------
+    network : str
+        one of `STUDENT_NETWORKS`
+    conv : nn.Module
+        the convolutional student; left untouched
+    input_shape : tuple
+    classes : int
+    seed : int, default 0
+        of weights that are freshly drawn
+
+    Returns
+    -------
+    nn.Module
+        a new network
+    """
     one_of('network', network, STUDENT_NETWORKS)
     if network == 'conv': return copy.deepcopy(conv)
     embedded = embed(conv, input_shape, to='lcn' if network in ('elcn', 'lcn') else 'fcn')

@@ -29,14 +29,38 @@ def project_lcn(
     W:torch.Tensor, # (output units, input units)
     g:ConvGeometry
 )->torch.Tensor:    # same shape
-    "The nearest matrix of a locally-connected layer: off-local entries set to zero."
+    """The nearest matrix of a locally-connected layer: off-local entries set to zero.
+
+    Parameters
+    ----------
+    W : torch.Tensor
+        (output units, input units)
+    g : ConvGeometry
+
+    Returns
+    -------
+    torch.Tensor
+        same shape
+    """
     return matrix_from_local(local_from_matrix(W, g), g)
 
 def project_cnn(
     W:torch.Tensor, # (output units, input units)
     g:ConvGeometry
 )->torch.Tensor:    # same shape
-    "The nearest matrix of a convolution: off-local entries set to zero, local ones to copies of the nearest kernel."
+    """The nearest matrix of a convolution: off-local entries set to zero, local ones to copies of the nearest kernel.
+
+    Parameters
+    ----------
+    W : torch.Tensor
+        (output units, input units)
+    g : ConvGeometry
+
+    Returns
+    -------
+    torch.Tensor
+        same shape
+    """
     return matrix_from_kernel(kernel_from_local(local_from_matrix(W, g), g), g)
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #be8860dc
@@ -151,14 +175,31 @@ def _squares(layer):
 def squares(
     layer:nn.Module # `FullyConnected` or `LocallyConnected`
 )->dict:
-    "Squared norms of the convolutional, the unshared and the off-local part of a layer's weights."
+    """Squared norms of the convolutional, the unshared and the off-local part of a layer's weights.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        `FullyConnected` or `LocallyConnected`
+    """
     return dict(zip(PARTS, _squares(layer).tolist()))
 
 # %% ../../nbs/instruments/30_subspaces.ipynb #036a506c
 def released_layers(
     model:nn.Module # an embedded network
 )->dict:            # name: `FullyConnected` or `LocallyConnected`
-    "The layers that were convolutions, by name. Raises `ValueError` if there is none."
+    """The layers that were convolutions, by name. Raises `ValueError` if there is none.
+
+    Parameters
+    ----------
+    model : nn.Module
+        an embedded network
+
+    Returns
+    -------
+    dict
+        name: `FullyConnected` or `LocallyConnected`
+    """
     found = {name: m for name, m in model.named_modules() if isinstance(m, (FullyConnected, LocallyConnected))}
     if not found: raise ValueError(f'{type(model).__name__} has no released layer to measure; embed a CNN first')
     return found
@@ -176,6 +217,16 @@ def shares(
     """Shares of the squared norm of the weights in each subspace, by layer and for all released layers.
 
     Raises `ValueError` if there is none.
+
+    Parameters
+    ----------
+    model : nn.Module
+        an embedded network
+
+    Returns
+    -------
+    pd.DataFrame
+        index: layer names and 'all'; columns: convolutional, unshared, off_local (they add up to 1), norm
     """
     layers = released_layers(model)
     rows = dict(zip(layers, torch.stack([_squares(m) for m in layers.values()]).tolist()))  # the only read
@@ -201,6 +252,16 @@ def residuals(
     """Distance of weights and biases from the nearest locally-connected and the nearest convolutional layer.
 
     Raises `ValueError` if there is no released layer.
+
+    Parameters
+    ----------
+    model : nn.Module
+        an embedded network
+
+    Returns
+    -------
+    pd.DataFrame
+        index: layer names and 'all'; columns: lcn, cnn (Frobenius norms)
     """
     layers = released_layers(model)
     found = torch.stack([torch.cat([_squares(m), _bias_square(m)[None]]) for m in layers.values()])
@@ -218,6 +279,17 @@ def split(
     """The convolutional, the unshared and the off-local part of a weight, or of a gradient of its shape.
 
     Raises `ValueError` for another shape.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        a matrix (output units, input units), or the weights of a `LocallyConnected`
+    g : ConvGeometry
+
+    Returns
+    -------
+    dict
+        part: tensor of the same shape
     """
     if tuple(weight.shape) not in (g.matrix_shape, g.local_shape):
         raise ValueError(f'the weight must be a matrix {g.matrix_shape} or local weights {g.local_shape}, not '
@@ -254,6 +326,20 @@ def project(
     """The component of `vector` in some parts of the parameter space of `model`.
 
     Raises `ValueError` for unknown parts, or names and shapes that are not the model's.
+
+    Parameters
+    ----------
+    model : nn.Module
+        an embedded network
+    vector : dict
+        name of a parameter: tensor of its shape
+    parts
+        one, or several, of `PARTS`
+
+    Returns
+    -------
+    dict
+        the same names
     """
     layers = released_layers(model)
     shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -293,7 +379,18 @@ def _layer_dimensions(layer):
 def dimensions(
     model:nn.Module # an embedded network
 )->pd.DataFrame:    # index: layer names, 'others' and 'all'; columns: `PARTS`
-    "Dimensions of the parts of the parameter space. Raises `ValueError` without a released layer."
+    """Dimensions of the parts of the parameter space. Raises `ValueError` without a released layer.
+
+    Parameters
+    ----------
+    model : nn.Module
+        an embedded network
+
+    Returns
+    -------
+    pd.DataFrame
+        index: layer names, 'others' and 'all'; columns: `PARTS`
+    """
     layers = released_layers(model)
     rows = {name: _layer_dimensions(m) for name, m in layers.items()}
     own = sum(p.numel() for name, p in model.named_parameters() if name.rpartition('.')[0] not in layers)
@@ -309,7 +406,18 @@ def keep_parts(
     keep,                # names of parts
     most:int=2**20       # entries of a matrix at a time, to save memory
 ):
-    "Remove all parts of `weight` but those in `keep`."
+    """Remove all parts of `weight` but those in `keep`.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        of a released layer, or a direction of that shape; changed in place
+    g : ConvGeometry
+    keep
+        names of parts
+    most : int, default 2 ** 20
+        entries of a matrix at a time, to save memory
+    """
     if weight.dim() == 4 or g.groups > 1: pieces = [(weight, g)]
     else:
         channels = weight.unflatten(0, (g.out_channels, -1)).split(max(1, most*g.out_channels//weight.numel()))
@@ -328,6 +436,18 @@ def ablate(
 
     Biases keep their mean over positions in any case, and what differs from it with 'unshared'. Raises `ValueError`
     for unknown parts, or without a released layer.
+
+    Parameters
+    ----------
+    model : nn.Module
+        an embedded network; left untouched
+    keep
+        one, or several, of 'convolutional', 'unshared', 'off_local'
+
+    Returns
+    -------
+    nn.Module
+        a new network
     """
     keep, ablated = _chosen_parts(keep, PARTS[:3]), copy.deepcopy(model)
     for m in released_layers(ablated).values():
@@ -345,6 +465,20 @@ def ablation(
     """Accuracy and loss (nats) with each choice of parts of the released weights.
 
     BatchNorm keeps its running statistics. Raises `ValueError` without a released layer, or unless all is float32.
+
+    Parameters
+    ----------
+    model : nn.Module
+        an embedded network
+    data
+        a `Dataset` to evaluate on
+    batch_size : int, default 250
+    precision : str, default 'fp32'
+
+    Returns
+    -------
+    pd.DataFrame
+        kept, accuracy, loss
     """
     dense = any(isinstance(m, FullyConnected) for m in released_layers(model).values())
     own = PARTS[:3] if dense else PARTS[:2]
@@ -362,7 +496,20 @@ def off_local_nulls(
 )->dict:             # 'off_local noise': in place of all weights; 'all less noise': subtracted from them
     """Copies of `model` with random off-local weights, which have the norm of the model's own in each layer.
 
-    Raises `ValueError` without a released layer."""
+    Raises `ValueError` without a released layer.
+
+    Parameters
+    ----------
+    model : nn.Module
+        an embedded network; left untouched
+    seed : int, default 0
+        of the noise
+
+    Returns
+    -------
+    dict
+        'off_local noise': in place of all weights; 'all less noise': subtracted from them
+    """
     alone, less, draw = ablate(model, 'off_local'), copy.deepcopy(model), torch.Generator().manual_seed(seed)
     own, rest = released_layers(alone), released_layers(less)
     for name in _untied(alone):
@@ -387,7 +534,22 @@ def read_out_afresh(
     data,            # a `Dataset` to evaluate on
     batch_size:int=250
 )->float:            # accuracy; NaN if there is no linear layer
-    "Accuracy with the last linear layer fitted anew, by logistic regression on its standardised inputs."
+    """Accuracy with the last linear layer fitted anew, by logistic regression on its standardised inputs.
+
+    Parameters
+    ----------
+    model : nn.Module
+    train
+        a `Dataset` to fit the new read-out on
+    data
+        a `Dataset` to evaluate on
+    batch_size : int, default 250
+
+    Returns
+    -------
+    float
+        accuracy; NaN if there is no linear layer
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -403,7 +565,13 @@ def window_distances(
 )->torch.Tensor: # int64 (output positions, input positions)
     """Distance of each input position from the window of each output position; 0 in the window.
 
-    Circular padding does not shorten the way round. An output that reads nothing on an axis is infinitely far: 2**31.
+    Circular padding does not shorten the way round. An output that reads nothing on an axis is infinitely far:
+    2**31.
+
+    Returns
+    -------
+    torch.Tensor
+        int64 (output positions, input positions)
     """
     joint = torch.zeros(1, 1, dtype=torch.long)
     for size, table in zip(g.input_size, g.axes):
@@ -432,6 +600,16 @@ def radial_profile(
     """Number, mean square and share of the squared norm of the weights at each distance from the window.
 
     Entries between different groups are off-local, also at distance 0. Raises `ValueError` for another layer.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        `FullyConnected`
+
+    Returns
+    -------
+    pd.DataFrame
+        local, distance (pixels), entries, mean_square, share
     """
     if not isinstance(layer, FullyConnected):
         raise ValueError(f'a radial profile needs a fully-connected layer, not {type(layer).__name__}')
@@ -459,6 +637,16 @@ def bias_spread(
     """Root mean square over the channels of the mean bias, and of the biases' differences from it.
 
     Layers without bias are left out. Raises `ValueError` without a released layer.
+
+    Parameters
+    ----------
+    model : nn.Module
+        an embedded network
+
+    Returns
+    -------
+    pd.DataFrame
+        index: layer names; columns: mean, spread, ratio
     """
     rows = {}
     for name, m in released_layers(model).items():
@@ -477,6 +665,18 @@ def off_local_rows(
     """The off-local parts of some rows of a layer's matrix as images.
 
     Raises `ValueError` for units that there are not, or another kind of layer.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        `FullyConnected`, most often the first
+    units
+        flat indices of output units, int64 (n,)
+
+    Returns
+    -------
+    tuple
+        rows (n, *in_shape) with zeros in the window, and bool (n, *in_shape): True outside it
     """
     if not isinstance(layer, FullyConnected):
         raise ValueError(f'rows outside a window need a fully-connected layer, not {type(layer).__name__}')
@@ -537,8 +737,25 @@ def template_similarity(
 )->pd.DataFrame:         # unit, class_name, class_similarity, image, image_similarity
     """The class mean and the training image that are most similar to the off-local part of each row, with the cosine.
 
-    Its sign shows whether it is the negative; 0 for a row without off-local part. Raises `ValueError` if images do not
+    Its sign shows whether it is the negative; 0 for a row without off-local part. Raises `ValueError` if images do
+    not
     fit the layer, there are none, or for complex weights.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        `FullyConnected` on images
+    data
+        the training `Dataset`
+    units : default None
+        flat indices of output units; None for at most 200, evenly spread
+    batch_size : int, default 2000
+        images at a time
+
+    Returns
+    -------
+    pd.DataFrame
+        unit, class_name, class_similarity, image, image_similarity
     """
     _check_templates(layer, data)
     n = math.prod(layer.geometry.out_shape)

@@ -32,7 +32,20 @@ def check_topology(
     masks,           # bool tensors (output units, input units) from the input on: list, or dict by layer
     name:str='masks' # how a message calls them
 )->list:             # of bool tensors
-    "The masks as a list; raises `ValueError` unless each is a bool matrix and reads the units of the one before."
+    """The masks as a list; raises `ValueError` unless each is a bool matrix and reads the units of the one before.
+
+    Parameters
+    ----------
+    masks
+        bool tensors (output units, input units) from the input on: list, or dict by layer
+    name : str, default 'masks'
+        how a message calls them
+
+    Returns
+    -------
+    list
+        of bool tensors
+    """
     if isinstance(masks, torch.Tensor):
         raise ValueError(f'{name} must be a list or dict of matrices, one for each layer, not a tensor: write [mask]')
     layers = masks if isinstance(masks, Mapping) else dict(enumerate(masks))
@@ -68,7 +81,20 @@ def neighbour_distances(
     a:torch.Tensor, b:torch.Tensor, # bool (output units, input units)
     most:int=2**22                  # entries of the result at a time, to save memory
 )->np.ndarray:                      # float64 (units of a, units of b), in [0, 1]
-    "Normalised edit distance between the input sets of any two units; 0 for two empty sets, 1 for disjoint ones."
+    """Normalised edit distance between the input sets of any two units; 0 for two empty sets, 1 for disjoint ones.
+
+    Parameters
+    ----------
+    a, b : torch.Tensor
+        bool (output units, input units)
+    most : int, default 2 ** 22
+        entries of the result at a time, to save memory
+
+    Returns
+    -------
+    np.ndarray
+        float64 (units of a, units of b), in [0, 1]
+    """
     found, B, sizes = np.empty((len(a), len(b))), b.float().T, b.sum(1)
     rows = max(1, most//len(b))
     for i, part in enumerate(a.split(rows)):
@@ -148,6 +174,18 @@ def unit_colours(
     """Colours of the units of a network after each round of refinement, and at last with all ties broken.
 
     A relabelled copy of the network has the same colours.
+
+    Parameters
+    ----------
+    masks
+        see `check_topology`
+    labelled_outputs : bool, default False
+        whether the last layer's units have names, as classes do
+
+    Returns
+    -------
+    list
+        for each layer, inputs first: uint64 (rounds, units); in the last row all units of a layer differ
     """
     layers = check_topology(masks)
     edges = [csr_matrix(m.numpy(), dtype=np.uint64) for m in layers]
@@ -158,7 +196,15 @@ def unit_colours(
 
 # %% ../../nbs/instruments/34_topologies.ipynb #252cffbb
 class Matching(NamedTuple):
-    "How two networks are matched."
+    """How two networks are matched.
+
+    Parameters
+    ----------
+    distances : list
+        of each layer
+    partners : list
+        for each layer, int64 (units,): the unit of the second network for each of the first
+    """
     distances: list # of each layer
     partners: list  # for each layer, int64 (units,): the unit of the second network for each of the first
 
@@ -186,6 +232,13 @@ def match_units(
     """Match the units of two networks, layer by layer from the input on, by the distances of their input sets.
 
     Raises `ValueError` for layers that differ.
+
+    Parameters
+    ----------
+    masks_a, masks_b
+        two topologies of the same layers, see `check_topology`
+    labelled_outputs : bool, default False
+        whether the last layer's units have names, as classes do, and stay in place
     """
     pair = [_sorted_units(layers, labelled_outputs) for layers in _check_pair(masks_a, masks_b)]
     turned = [*map(mask_bytes, pair[0][0])] > [*map(mask_bytes, pair[1][0])]
@@ -206,14 +259,40 @@ def layer_distances(
     masks_a, masks_b,           # two topologies of the same layers, see `check_topology`
     labelled_outputs:bool=False # see `match_units`
 )->list:                        # of floats in [0, 1]
-    "The distance of each layer, see `match_units`."
+    """The distance of each layer, see `match_units`.
+
+    Parameters
+    ----------
+    masks_a, masks_b
+        two topologies of the same layers, see `check_topology`
+    labelled_outputs : bool, default False
+        see `match_units`
+
+    Returns
+    -------
+    list
+        of floats in [0, 1]
+    """
     return match_units(masks_a, masks_b, labelled_outputs).distances
 
 def topology_distance(
     masks_a, masks_b,           # two topologies of the same layers, see `check_topology`
     labelled_outputs:bool=False # see `match_units`
 )->float:                       # in [0, 1]
-    "Mean over the layers of the distances of two topologies; 0 for a relabelled copy (Liu et al. 2020)."
+    """Mean over the layers of the distances of two topologies; 0 for a relabelled copy (Liu et al. 2020).
+
+    Parameters
+    ----------
+    masks_a, masks_b
+        two topologies of the same layers, see `check_topology`
+    labelled_outputs : bool, default False
+        see `match_units`
+
+    Returns
+    -------
+    float
+        in [0, 1]
+    """
     return float(np.mean(layer_distances(masks_a, masks_b, labelled_outputs)))
 
 # %% ../../nbs/instruments/34_topologies.ipynb #1005e32b
@@ -231,6 +310,26 @@ def null_distances(
     """Distances of each layer between shuffled copies of two networks, or of the first and the second as it is.
 
     Raises `ValueError` for layers that differ, no draw, or a shuffle that is not known.
+
+    Parameters
+    ----------
+    masks_a, masks_b
+        two topologies of the same layers, see `check_topology`
+    keep : str, default 'density'
+        what shuffling keeps: see `shuffle_mask`
+    draws : int, default 5
+        of shuffles
+    seed : int, default 0
+        of shuffles
+    second : bool, default True
+        shuffle the second network, too
+    labelled_outputs : bool, default False
+        see `match_units`
+
+    Returns
+    -------
+    pd.DataFrame
+        a row for each draw, a column for each layer
     """
     a, b = _check_pair(masks_a, masks_b)
     whole('the number of draws', draws, least=1)
@@ -249,7 +348,28 @@ def compare_topologies(
     second:bool=True,           # whether nulls shuffle the second network, too
     labelled_outputs:bool=False # see `match_units`
 )->pd.DataFrame:                # layer (or 'all', their mean), distance; each null, its spread, and the share of it
-    "The distance of two networks beside those of chance; a share is missing where chance is at distance 0."
+    """The distance of two networks beside those of chance; a share is missing where chance is at distance 0.
+
+    Parameters
+    ----------
+    masks_a, masks_b
+        two topologies of the same layers, see `check_topology`
+    nulls : default ('density', 'both')
+        what their shuffles keep: see `shuffle_mask`
+    draws : int, default 5
+        of each null
+    seed : int, default 0
+        of each null
+    second : bool, default True
+        whether nulls shuffle the second network, too
+    labelled_outputs : bool, default False
+        see `match_units`
+
+    Returns
+    -------
+    pd.DataFrame
+        layer (or 'all', their mean), distance; each null, its spread, and the share of it
+    """
     def with_mean(table): return table.assign(all=table.mean(axis=1)) # over layers
     found = pd.DataFrame([layer_distances(masks_a, masks_b, labelled_outputs)], columns=_layer_names(masks_a))
     table = pd.DataFrame(dict(distance=with_mean(found).iloc[0]))
@@ -266,7 +386,21 @@ def bench_topology(
     densities=(.05,),
     repeat:int=1          # turns that count, see `take_turns`
 )->pd.DataFrame:          # a row for each density
-    "Seconds for the distance of a layer of random connections: by `topology_distance`, by a loop over pairs of sets."
+    """Seconds for the distance of a layer of random connections: by `topology_distance`, by a loop over pairs of sets.
+
+    Parameters
+    ----------
+    width : int, default 784
+        units, and inputs, of the layer
+    densities : default (0.05,)
+    repeat : int, default 1
+        turns that count, see `take_turns`
+
+    Returns
+    -------
+    pd.DataFrame
+        a row for each density
+    """
     rows = []
     for density in densities:
         a, b = (random_mask((width, width), density, torch.Generator().manual_seed(seed)) for seed in (0, 1))

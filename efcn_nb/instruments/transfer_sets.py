@@ -31,7 +31,18 @@ from ..service.files import make_folder, publish, run_id
 def standardise(
     x:torch.Tensor # (N, C, *spatial), of any type
 )->torch.Tensor:   # float32
-    "Each image minus its mean over all channels and pixels, over its own (population) standard deviation."
+    """Each image minus its mean over all channels and pixels, over its own (population) standard deviation.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        (N, C, *spatial), of any type
+
+    Returns
+    -------
+    torch.Tensor
+        float32
+    """
     flat = x.flatten(1).float()
     flat = flat - flat.mean(1, keepdim=True)
     std = flat.std(1, correction=0, keepdim=True)
@@ -40,13 +51,27 @@ def standardise(
 def standardised(
     data:Dataset
 )->Dataset: # float32, whose batches change nothing more
-    "The same images, each standardised by itself."
+    """The same images, each standardised by itself.
+
+    Returns
+    -------
+    Dataset
+        float32, whose batches change nothing more
+    """
     channels = data.x.shape[1]
     return replace(data, x=standardise(data.x), mean=torch.zeros(channels), std=torch.ones(channels))
 
 # %% ../../nbs/instruments/43_transfer_sets.ipynb #b74d0fb1
 class Splits(NamedTuple):
-    "Images to train on, to choose by, and to report on."
+    """Images to train on, to choose by, and to report on.
+
+    Parameters
+    ----------
+    train : Dataset
+        as they are
+    validation, test : Dataset
+        standardised
+    """
     train:Dataset      # as they are
     validation:Dataset # standardised
     test:Dataset       # standardised
@@ -72,7 +97,20 @@ def augment(
     mirror:bool=False,  # turn half of the images left to right
     fill:str='reflect'  # what a shift uncovers: 'reflect', or 'constant' for zeros
 )->torch.Tensor:
-    "A randomly changed copy of every image. Raises `ValueError` for a shift that is too large for the images."
+    """A randomly changed copy of every image. Raises `ValueError` for a shift that is too large for the images.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        images (N, C, height, width)
+    generator : torch.Generator
+    shift : int, default 0
+        pixels at most, in each direction
+    mirror : bool, default False
+        turn half of the images left to right
+    fill : str, default 'reflect'
+        what a shift uncovers: 'reflect', or 'constant' for zeros
+    """
     one_of('fill', fill, ('reflect', 'constant'))
     if x.dim() != 4: raise ValueError(f'images must be (channels, height, width), not {tuple(x.shape[1:])}')
     whole('shift', shift, 0, min(x.shape[2:]) - 1)
@@ -90,7 +128,18 @@ def _tensor_digest(t):
 
 @dataclass(eq=False, repr=False)
 class TransferSet:
-    "What all students see. Raises `ValueError` if the logits do not fit the images."
+    """What all students see. Raises `ValueError` if the logits do not fit the images.
+
+    Parameters
+    ----------
+    images : Dataset
+        copies of the training images, one copy after the other
+    copies : int, default 1
+    seed : int, default 0
+        of the order
+    logits : torch.Tensor, default None
+        float32 (images, classes): the teacher's answers; None before it was asked
+    """
     images:Dataset             # copies of the training images, one copy after the other
     copies:int=1
     seed:int=0                 # of the order
@@ -134,7 +183,28 @@ def transfer_set(
     shift:int=0, mirror:bool=False, fill:str='reflect', # see `augment`
     seed:int=0         # of changes and order
 )->TransferSet:        # not taught yet
-    "Augmented copies of the training images, made once. Raises `ValueError` for fewer than one copy."
+    """Augmented copies of the training images, made once. Raises `ValueError` for fewer than one copy.
+
+    Parameters
+    ----------
+    data : Dataset
+        images to train on
+    copies : int, default 1
+        augmented copies of each
+    shift : int, default 0
+        see `augment`
+    mirror : bool, default False
+        see `augment`
+    fill : str, default 'reflect'
+        see `augment`
+    seed : int, default 0
+        of changes and order
+
+    Returns
+    -------
+    TransferSet
+        not taught yet
+    """
     generator = torch.Generator().manual_seed(seed)
     x = data.x.new_empty(whole('copies', copies, 1)*len(data), *data.shape)
     for part in x.split(len(data)): # in place: the set may fill half of the memory
@@ -157,7 +227,13 @@ def fingerprints(splits:Splits, transfer:TransferSet)->dict:
 def targets(self:TransferSet,
     target:str='teacher' # or 'labels'
 )->torch.Tensor:
-    "What a student shall answer to each image: standardised logits, or labels. Raises `ValueError` without logits."
+    """What a student shall answer to each image: standardised logits, or labels. Raises `ValueError` without logits.
+
+    Parameters
+    ----------
+    target : str, default 'teacher'
+        or 'labels'
+    """
     if one_of('target', target, ('teacher', 'labels')) == 'labels': return self.images.y
     if self.logits is None:
         raise ValueError('the transfer set holds no logits yet: let a teacher answer it, or train on labels')
@@ -170,7 +246,16 @@ def transfer_batches(
     batch_size:int=100,
     target:str='teacher' # or 'labels'
 ):
-    "Batches of (standardised images, targets), the same ones for all students."
+    """Batches of (standardised images, targets), the same ones for all students.
+
+    Parameters
+    ----------
+    transfer : TransferSet
+    epochs : int
+    batch_size : int, default 100
+    target : str, default 'teacher'
+        or 'labels'
+    """
     targets, generator = transfer.targets(target), torch.Generator().manual_seed(transfer.seed)
     for epoch in range(epochs):
         order = len(transfer)*(epoch % transfer.copies) + torch.randperm(len(transfer), generator=generator)
@@ -208,7 +293,30 @@ def distil(
     clip:float=1.         # largest norm of the gradient
 )->torch.Tensor:          # the loss at each step
     """Train on the transfer set. Raises `ValueError` for impossible settings or classes that differ, `Diverged` if the
-    loss stops being finite."""
+    loss stops being finite.
+
+    Parameters
+    ----------
+    model : nn.Module
+        trained in place, where the images are
+    transfer : TransferSet
+    epochs : int
+        of one copy of the images each
+    lr : float
+        of Adam at the first step; falls linearly to zero
+    batch_size : int, default 100
+    target : str, default 'teacher'
+        or 'labels', for cross-entropy without a teacher
+    precision : str, default 'fp32'
+        of the products
+    clip : float, default 1.0
+        largest norm of the gradient
+
+    Returns
+    -------
+    torch.Tensor
+        the loss at each step
+    """
     device = transfer.images.x.device
     _check_training(epochs, lr, batch_size, precision, device)
     transfer.targets(target)
@@ -239,7 +347,22 @@ def teacher_logits(
     batch_size:int=500,
     precision:str='fp32'
 )->torch.Tensor:          # float32 (images, classes)
-    "What the teachers answer. Raises `ValueError` if there is none, or if they answer different numbers of classes."
+    """What the teachers answer. Raises `ValueError` if there is none, or if they answer different numbers of classes.
+
+    Parameters
+    ----------
+    teachers
+        a network, or several, whose logits are averaged; evaluated in evaluation mode
+    images : Dataset
+        each standardised before it is shown
+    batch_size : int, default 500
+    precision : str, default 'fp32'
+
+    Returns
+    -------
+    torch.Tensor
+        float32 (images, classes)
+    """
     teachers = [teachers] if isinstance(teachers, nn.Module) else list(teachers)
     if not teachers: raise ValueError('there must be at least one teacher')
     total = 0
@@ -258,7 +381,17 @@ def store_logits(
     logits:dict,  # name: tensor (images, classes)
     of:str        # tells which images they answer, and whose answers they are
 ):
-    "Write logits, whole or not at all. Raises `OSError` with one sentence if they cannot be written."
+    """Write logits, whole or not at all. Raises `OSError` with one sentence if they cannot be written.
+
+    Parameters
+    ----------
+    path
+        of the file
+    logits : dict
+        name: tensor (images, classes)
+    of : str
+        tells which images they answer, and whose answers they are
+    """
     make_folder(Path(path).parent)
     tensors = {name: z.float().contiguous() for name, z in logits.items()}
     publish(path, lambda beside: save_file(tensors, beside, dict(of=of, digest=_digest_of(logits))))
@@ -268,7 +401,19 @@ def load_logits(
     path,
     of:str  # as it was stored
 )->dict:    # name: tensor (images, classes)
-    "Read what `store_logits` wrote. Raises `ValueError` if the file is damaged or belongs to other images."
+    """Read what `store_logits` wrote. Raises `ValueError` if the file is damaged or belongs to other images.
+
+    Parameters
+    ----------
+    path
+    of : str
+        as it was stored
+
+    Returns
+    -------
+    dict
+        name: tensor (images, classes)
+    """
     remedy = 'delete it, and the teacher is asked again'
     if Path(path).is_dir(): raise ValueError(f'{path} is a folder, not a file of logits: {remedy}')
     try:
@@ -313,7 +458,33 @@ def teach(
     width:int=16, epochs:int=20, lr:float=.01, batch_size:int=100, precision:str='fp32', # of each, see `distil`
     folder=None           # where answers are kept; None not to keep them
 )->tuple:                 # the taught `TransferSet`; table: teacher, validation, accuracy
-    "Train the teachers and let them answer the transfer set. Raises `ValueError` for impossible settings."
+    """Train the teachers and let them answer the transfer set. Raises `ValueError` for impossible settings.
+
+    Parameters
+    ----------
+    splits : Splits
+    transfer : TransferSet
+        as `transfer_set` makes it of `splits.train`
+    teachers : int, default 3
+        how many are averaged
+    width : int, default 16
+        of each, see `distil`
+    epochs : int, default 20
+        of each, see `distil`
+    lr : float, default 0.01
+        of each, see `distil`
+    batch_size : int, default 100
+        of each, see `distil`
+    precision : str, default 'fp32'
+        of each, see `distil`
+    folder : default None
+        where answers are kept; None not to keep them
+
+    Returns
+    -------
+    tuple
+        the taught `TransferSet`; table: teacher, validation, accuracy
+    """
     device = transfer.images.x.device
     whole('teachers', teachers, 1)
     _check_training(epochs, lr, batch_size, precision, device)

@@ -16,7 +16,8 @@ from .geometry import CONVOLUTIONS
 from .layers import FullyConnected, LocallyConnected, RELEASED
 from .matrices import (
     local_from_matrix, matrix_from_local, nearest_conv, put_tensor, release, tensor_as_in)
-from .inspection import conv_geometries, copy_model, memory_of, Trace, traced_geometries
+from .inspection import (
+    as_input_shape, conv_geometries, copy_model, memory_of, Trace, traced_geometries)
 from .proof import called, INPUTS, noise_output, NOTHING, PRODUCTS, prove, reads_original
 from .folding import merge_batchnorm
 from ..service.memory import require_memory
@@ -27,7 +28,15 @@ def released_weights(
     geometries:dict, # name: ConvGeometry, as `conv_geometries` returns it
     to:str='fcn'     # 'fcn' or 'lcn'
 )->int:
-    "Number of weights in the matrices (or local kernels) of the released layers, biases left out; nothing is built."
+    """Number of weights in the matrices (or local kernels) of the released layers, biases left out; nothing is built.
+
+    Parameters
+    ----------
+    geometries : dict
+        name: ConvGeometry, as `conv_geometries` returns it
+    to : str, default 'fcn'
+        'fcn' or 'lcn'
+    """
     if to not in ('fcn', 'lcn'): raise ValueError(f"to must be 'fcn' or 'lcn', not {to!r}")
     size = {'fcn': lambda g: math.prod(g.matrix_shape), 'lcn': lambda g: math.prod(g.local_shape)}[to]
     return sum(size(g) for g in geometries.values())
@@ -67,9 +76,9 @@ def _released_copy(model, geometries, input_shape, to):
 # %% ../../nbs/ladder/08_embedding.ipynb #4db0eff9
 def embed(
     model:nn.Module,     # any network with convolutions; left untouched
-    input_shape:tuple,   # (channels, *size) of one input, without batch axis
+    input_shape,         # (channels, *size) of one input, without batch axis, or a batch of inputs, which tells it
     to:str='fcn',        # 'fcn' releases sharing and locality, 'lcn' sharing alone
-    layers=None,         # which convolutions: names, or a predicate of name and module; None for all
+    layers=None,         # which: names, also of modules around them, or a predicate of (name and) module; None for all
     fold_batchnorm=False,# merge every BatchNorm that follows a released convolution into it first
     trim=False,          # leave out rows of outputs that nothing reads, as judged by passing several kinds of images
     check=True,          # prove on two images that the function is the same, and warn of convolutions that stay
@@ -78,8 +87,35 @@ def embed(
     """The network's equivalent fully- or locally-connected network: same function, released weights.
 
     Raises `ValueError` or `MemoryError` before any work, and `ValueError` if the result does not compute the same in
-    evaluation mode. `trim` tries noise of several sizes and means, constant images and `images`: outputs that a network
-    reads only for images unlike all of these are lost."""
+    evaluation mode. `trim` tries noise of several sizes and means, constant images and `images`: outputs that a
+    network
+    reads only for images unlike all of these are lost.
+
+    Parameters
+    ----------
+    model : nn.Module
+        any network with convolutions; left untouched
+    input_shape
+        (channels, *size) of one input, without batch axis, or a batch of inputs, which tells it
+    to : str, default 'fcn'
+        'fcn' releases sharing and locality, 'lcn' sharing alone
+    layers : default None
+        which: names, also of modules around them, or a predicate of (name and) module; None for all
+    fold_batchnorm : bool, default False
+        merge every BatchNorm that follows a released convolution into it first
+    trim : bool, default False
+        leave out rows of outputs that nothing reads, as judged by passing several kinds of images
+    check : bool, default True
+        prove on two images that the function is the same, and warn of convolutions that stay
+    images : default None
+        (N, *input_shape): images to look at, None for noise; all, where some call what others do not
+
+    Returns
+    -------
+    nn.Module
+        a new network, on the same device and of the same dtype
+    """
+    input_shape = as_input_shape(input_shape, model)
     if trim: _require_memory(model, conv_geometries(model, input_shape, layers, images=images), to, slack=16)
     geometries, trace = traced_geometries(model, input_shape, layers, trim, images, keep=check and not fold_batchnorm)
     _require_memory(model, geometries, to)
@@ -139,8 +175,24 @@ def convert(
 )->nn.Module:        # a new network
     """The network with all its released layers as convolutions, locally- or fully-connected layers.
 
-    Exactly if that is a step up, the nearest in each layer's Frobenius norm if it is a step down. Raises `ValueError`
-    without a released layer, or if the rest of the network does not compute the same."""
+    Exactly if that is a step up, the nearest in each layer's Frobenius norm if it is a step down. Raises
+    `ValueError`
+    without a released layer, or if the rest of the network does not compute the same.
+
+    Parameters
+    ----------
+    model : nn.Module
+        an embedded network; left untouched
+    to : str, default 'cnn'
+        'cnn', 'lcn' or 'fcn'
+    check : bool, default True
+        prove on noise that the rest of the network, and after a step up all of it, computes the same
+
+    Returns
+    -------
+    nn.Module
+        a new network
+    """
     if to not in ('cnn', 'lcn', 'fcn'): raise ValueError(f"to must be 'cnn', 'lcn' or 'fcn', not {to!r}")
     layers = [m for m in model.modules() if isinstance(m, RELEASED)]
     if not layers: raise ValueError(f'{type(model).__name__} has no released layer; embed a CNN first')
@@ -161,7 +213,20 @@ def nearest_cnn(
     """The CNN nearest to an eFCN or eLCN, in the Frobenius norm of each layer.
 
     A tap that never reads a pixel becomes 0. Raises `ValueError` without a released layer, or if the rest of the
-    network does not compute the same."""
+    network does not compute the same.
+
+    Parameters
+    ----------
+    model : nn.Module
+        an embedded network; left untouched
+    check : bool, default True
+        prove on two images of noise that the rest of the network computes the same
+
+    Returns
+    -------
+    nn.Module
+        a new network with convolutions
+    """
     return convert(model, 'cnn', check)
 
 # %% ../../nbs/ladder/08_embedding.ipynb #5242ffae
@@ -222,8 +287,22 @@ def reinitialize(
 )->nn.Module:
     """A copy of `model`, or `model` itself, with the weights of every module freshly drawn, as PyTorch draws them.
 
-    Parameters that no `reset_parameters` draws (raw ones, and those behind a parametrization, weight norm or pruning)
-    keep their values, with a warning. Raises `ValueError` if a copy would go on reading weights of `model`."""
+    Parameters that no `reset_parameters` draws (raw ones, and those behind a parametrization, weight norm or
+    pruning)
+    keep their values, with a warning. Raises `ValueError` if a copy would go on reading weights of `model`.
+
+    Parameters
+    ----------
+    model : nn.Module
+    seed : int, default None
+        of the new weights; None draws from the global generator
+    fan_in : str, default 'folded'
+        of the dense layers: 'folded' counts real inputs, 'padded' those in the padding too
+    inplace : bool, default False
+        draw the weights of `model` itself, without a copy
+    check : bool, default True
+        prove that a copy does not read the weights of `model`, and warn of what is not drawn
+    """
     original, model = model, model if inplace else copy_model(model)
     before = _marks(model)
     _draw(model, seed, fan_in)

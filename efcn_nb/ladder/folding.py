@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .matrices import aligned, put_tensor
-from .inspection import chosen_convs, copy_model, process_blank, Trace
+from .inspection import as_input_shape, chosen_convs, copy_model, process_blank, Trace
 from .proof import prove
 
 # %% ../../nbs/ladder/07_folding.ipynb #2a6d65d8
@@ -105,16 +105,36 @@ def _merged(model, followers):
 
 # %% ../../nbs/ladder/07_folding.ipynb #02197ff4
 def merge_batchnorm(
-    model:nn.Module,   # in evaluation mode; left untouched
-    input_shape:tuple, # (channels, *size) of one input, without batch axis
-    layers=None,       # into which convolutions: names, or a predicate of name and module; None for all
-    check=True,        # prove on two images that the function is the same
-    images=None        # (N, *input_shape): on which images; None for noise
-)->nn.Module:          # a new network
+    model:nn.Module, # in evaluation mode; left untouched
+    input_shape,     # (channels, *size) of one input, without batch axis, or a batch of inputs, whose shape is taken
+    layers=None,     # into which convolutions, as of `conv_geometries`; None for all
+    check=True,      # prove on two images that the function is the same
+    images=None      # (N, *input_shape): on which images; None for noise
+)->nn.Module:        # a new network
     """The same function with every BatchNorm that alone follows a convolution merged into it. One that does not stays.
 
-    Raises `ValueError` if one that would be merged is in training mode, or if the result does not compute the same."""
-    followers = _followers(model, input_shape, chosen_convs(model, layers))
+    Raises `ValueError` if one that would be merged is in training mode, or if the result does not compute the same.
+
+    Parameters
+    ----------
+    model : nn.Module
+        in evaluation mode; left untouched
+    input_shape
+        (channels, *size) of one input, without batch axis, or a batch of inputs, whose shape is taken
+    layers : default None
+        into which convolutions, as of `conv_geometries`; None for all
+    check : bool, default True
+        prove on two images that the function is the same
+    images : default None
+        (N, *input_shape): on which images; None for noise
+
+    Returns
+    -------
+    nn.Module
+        a new network
+    """
+    chosen, input_shape = chosen_convs(model, layers), as_input_shape(input_shape, model)
+    followers = _followers(model, input_shape, chosen)
     merged = _merged(model, followers)
     result = copy_model(model, merged)
     if not check: return result

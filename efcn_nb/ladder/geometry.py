@@ -25,7 +25,28 @@ def axis_sources(
     dilation:int=1,         # input positions from one tap to the next
     padding_mode:str='zeros'# what is added: one of `PADDING_MODES`
 )->torch.Tensor:            # int64 (outputs, kernel): input position read, -1 in the padding of zeros
-    "Input position that each output position reads through each tap, on one axis."
+    """Input position that each output position reads through each tap, on one axis.
+
+    Parameters
+    ----------
+    size : int
+        input positions on this axis
+    kernel : int
+        taps
+    stride : int, default 1
+        input positions from one output position to the next
+    padding : tuple, default (0, 0)
+        positions added before and after
+    dilation : int, default 1
+        input positions from one tap to the next
+    padding_mode : str, default 'zeros'
+        what is added: one of `PADDING_MODES`
+
+    Returns
+    -------
+    torch.Tensor
+        int64 (outputs, kernel): input position read, -1 in the padding of zeros
+    """
     outputs = (size + sum(padding) - dilation*(kernel-1) - 1) // stride + 1
     p, last = stride*torch.arange(outputs)[:,None] + dilation*torch.arange(kernel) - padding[0], size - 1
     if padding_mode == 'circular': return p % size
@@ -42,7 +63,28 @@ def transposed_sources(
     dilation:int=1,      # output positions from one tap to the next
     output_padding:int=0 # output positions added at the end
 )->torch.Tensor:         # int64 (outputs, kernel): input position read, -1 if none
-    "Input position that each output position of a transposed convolution reads through each tap, on one axis."
+    """Input position that each output position of a transposed convolution reads through each tap, on one axis.
+
+    Parameters
+    ----------
+    size : int
+        input positions on this axis
+    kernel : int
+        taps
+    stride : int, default 1
+        output positions from one input position to the next
+    padding : tuple, default (0, 0)
+        output positions cut off before and after
+    dilation : int, default 1
+        output positions from one tap to the next
+    output_padding : int, default 0
+        output positions added at the end
+
+    Returns
+    -------
+    torch.Tensor
+        int64 (outputs, kernel): input position read, -1 if none
+    """
     outputs = stride*(size-1) + dilation*(kernel-1) + 1 - sum(padding) + output_padding
     p = torch.arange(outputs)[:,None] + padding[0] - dilation*torch.arange(kernel)
     return (p // stride).masked_fill((p % stride != 0) | (p < 0) | (p >= stride*size), -1)
@@ -52,7 +94,25 @@ def transposed_sources(
 class ConvGeometry:
     """The index map of one convolution at one input size; `padding` holds a pair (before, after) for each axis.
 
-    Raises `ValueError` where there is no such convolution."""
+    Raises `ValueError` where there is no such convolution.
+
+    Parameters
+    ----------
+    in_channels : int
+    out_channels : int
+    input_size : tuple
+    kernel_size : tuple
+    stride : tuple
+    padding : tuple
+    dilation : tuple
+    groups : int, default 1
+    padding_mode : str, default 'zeros'
+    transposed : bool, default False
+    output_padding : tuple, default (0, 0, 0)
+        of a transposed convolution
+    unread : tuple, default (0, 0, 0)
+        outputs at the end of each axis that are left out, because nothing reads them
+    """
     in_channels: int
     out_channels: int
     input_size: tuple
@@ -118,7 +178,17 @@ def from_conv(
 )->ConvGeometry:
     """The geometry of `conv` on inputs of size `input_size`.
 
-    Raises `ValueError` if the number of axes differs or the kernel does not fit."""
+    Raises `ValueError` if the number of axes differs or the kernel does not fit.
+
+    Parameters
+    ----------
+    conv : nn.Module
+        one of `CONVOLUTIONS`
+    input_size : tuple
+        spatial size of its input
+    output_size : tuple, default None
+        spatial size of its output, if a transposed convolution is called with one
+    """
     if len(input_size) != len(conv.kernel_size):
         raise ValueError(f'{type(conv).__name__} has {len(conv.kernel_size)} spatial axes, '
                          f'but input_size is {tuple(input_size)}')
@@ -140,13 +210,25 @@ def _axis_tables(g):
 
 @patch(as_prop=True)
 def axes(self:ConvGeometry)->list: # one int64 (outputs, taps) table for each axis
-    "The tables of `axis_sources`, or `transposed_sources`, one for each axis."
+    """The tables of `axis_sources`, or `transposed_sources`, one for each axis.
+
+    Returns
+    -------
+    list
+        one int64 (outputs, taps) table for each axis
+    """
     return [table.clone() for table in _axis_tables(self)]
 
 # %% ../../nbs/ladder/00_geometry.ipynb #fb668e78
 @patch(as_prop=True)
 def source(self:ConvGeometry)->torch.Tensor: # int64 (output positions, taps)
-    "Flat input position that each output position reads through each tap; -1 where it reads nothing."
+    """Flat input position that each output position reads through each tap; -1 where it reads nothing.
+
+    Returns
+    -------
+    torch.Tensor
+        int64 (output positions, taps)
+    """
     joint = torch.zeros(1, 1, dtype=torch.long)
     for size, table in zip(self.input_size, self.axes):
         both = joint[:,None,:,None]*size + table[None,:,None,:]
@@ -157,24 +239,48 @@ def source(self:ConvGeometry)->torch.Tensor: # int64 (output positions, taps)
 # %% ../../nbs/ladder/00_geometry.ipynb #6eb0a6a2
 @patch(as_prop=True)
 def in_shape(self:ConvGeometry)->tuple: # (channels, *size)
-    "Shape of one input."
+    """Shape of one input.
+
+    Returns
+    -------
+    tuple
+        (channels, *size)
+    """
     return (self.in_channels, *self.input_size)
 
 @patch(as_prop=True)
 def out_shape(self:ConvGeometry)->tuple: # (channels, *size)
-    "Shape of one output."
+    """Shape of one output.
+
+    Returns
+    -------
+    tuple
+        (channels, *size)
+    """
     return (self.out_channels, *self.output_size)
 
 @patch(as_prop=True)
 def kernel_shape(self:ConvGeometry)->tuple: # (out channels, in channels of a group, *kernel); transposed: in first
-    "Shape of the convolution's weight."
+    """Shape of the convolution's weight.
+
+    Returns
+    -------
+    tuple
+        (out channels, in channels of a group, *kernel); transposed: in first
+    """
     channels = self.out_channels, self.in_channels
     first, second = reversed(channels) if self.transposed else channels
     return (first, second//self.groups, *self.kernel_size)
 
 @patch(as_prop=True)
 def matrix_shape(self:ConvGeometry)->tuple: # (output units, input units)
-    "Shape of the equivalent matrix."
+    """Shape of the equivalent matrix.
+
+    Returns
+    -------
+    tuple
+        (output units, input units)
+    """
     return (math.prod(self.out_shape), math.prod(self.in_shape))
 
 # %% ../../nbs/ladder/00_geometry.ipynb #bac932fc
@@ -182,7 +288,18 @@ def axis_slots(
     table:torch.Tensor # int64 (outputs, taps), from `axis_sources`
 )->tuple:              # int64 (outputs, slots), and int64 (outputs, taps)
     """The distinct input positions that each output position reads, on one axis, and the slot that each tap belongs to;
-    -1 where there is none."""
+    -1 where there is none.
+
+    Parameters
+    ----------
+    table : torch.Tensor
+        int64 (outputs, taps), from `axis_sources`
+
+    Returns
+    -------
+    tuple
+        int64 (outputs, slots), and int64 (outputs, taps)
+    """
     read = [sorted({p for p in row if p >= 0}) for row in table.tolist()]
     width = max(1, *map(len, read))
     slots = [row + [-1]*(width - len(row)) for row in read]
@@ -192,7 +309,13 @@ def axis_slots(
 # %% ../../nbs/ladder/00_geometry.ipynb #b1696b0c
 @patch(as_prop=True)
 def reads(self:ConvGeometry)->torch.Tensor: # int64 (output positions, slots)
-    "Flat input positions that each output position reads, each once and in ascending order; -1 after the last."
+    """Flat input positions that each output position reads, each once and in ascending order; -1 after the last.
+
+    Returns
+    -------
+    torch.Tensor
+        int64 (output positions, slots)
+    """
     distinct = self.source.sort(1).values
     again = (distinct.diff(dim=1, prepend=distinct.new_full((len(distinct), 1), -1)) == 0) | (distinct < 0)
     slots = math.prod(axis_slots(table)[0].shape[1] for table in self.axes)
@@ -208,14 +331,29 @@ def _local_shape(g):
 
 @patch(as_prop=True)
 def local_shape(self:ConvGeometry)->tuple: # (output positions, out channels, slots, in channels of one group)
-    "Shape of the weights of a locally-connected layer."
+    """Shape of the weights of a locally-connected layer.
+
+    Returns
+    -------
+    tuple
+        (output positions, out channels, slots, in channels of one group)
+    """
     return _local_shape(self)
 
 # %% ../../nbs/ladder/00_geometry.ipynb #da39beb6
 class Run(NamedTuple):
     """Outputs and taps, each (first, count, step), and the positions that they read.
 
-    `sources` holds the first position, the step to the next output's, and the step to the next tap's."""
+    `sources` holds the first position, the step to the next output's, and the step to the next tap's.
+
+    Parameters
+    ----------
+    outputs : tuple
+    taps : tuple
+    sources : tuple
+    reads : int
+        distinct input positions that such an output reads through all taps
+    """
     outputs: tuple
     taps: tuple
     sources: tuple
@@ -241,7 +379,18 @@ def _progressions(points, rises=False):
 def axis_runs(
     table:torch.Tensor # int64 (outputs, taps), -1 where nothing is read
 )->list:               # of `Run`: they cover each entry of the table that is not -1 once
-    "The runs of one axis."
+    """The runs of one axis.
+
+    Parameters
+    ----------
+    table : torch.Tensor
+        int64 (outputs, taps), -1 where nothing is read
+
+    Returns
+    -------
+    list
+        of `Run`: they cover each entry of the table that is not -1 once
+    """
     alike = {}
     for o, row in enumerate(table.tolist()):
         read = [(u, p) for u, p in enumerate(row) if p >= 0]
@@ -256,7 +405,13 @@ def axis_runs(
 # %% ../../nbs/ladder/00_geometry.ipynb #782e3b86
 @patch(as_prop=True)
 def window(self:ConvGeometry)->torch.Tensor: # bool (output positions, input positions)
-    "True where some tap of the output position reads the input position."
+    """True where some tap of the output position reads the input position.
+
+    Returns
+    -------
+    torch.Tensor
+        bool (output positions, input positions)
+    """
     positions, pixels = math.prod(self.output_size), math.prod(self.input_size)
     reached = torch.zeros(positions, pixels + 1, dtype=torch.bool) # the last column takes what falls into the padding
     return reached.scatter_(1, self.source % (pixels + 1), True)[:,:-1]
@@ -264,7 +419,13 @@ def window(self:ConvGeometry)->torch.Tensor: # bool (output positions, input pos
 # %% ../../nbs/ladder/00_geometry.ipynb #dd234af7
 @patch(as_prop=True)
 def mask(self:ConvGeometry)->torch.Tensor: # bool (output units, input units)
-    "True on the local entries of the matrix."
+    """True on the local entries of the matrix.
+
+    Returns
+    -------
+    torch.Tensor
+        bool (output units, input units)
+    """
     group = lambda channels: torch.arange(channels) // (channels//self.groups)
     same = group(self.out_channels)[:,None] == group(self.in_channels)
     return (same[:,None,:,None] & self.window[None,:,None,:]).reshape(self.matrix_shape)

@@ -6,9 +6,10 @@
 __all__ = ['conv_geometries']
 
 # %% ../../nbs/ladder/05_inspection.ipynb #d1432c44
-import contextlib, copy, functools, itertools, math, random, re, sys, types
+import contextlib, copy, functools, itertools, math, operator, random, re, sys, types
 from collections import Counter, deque, OrderedDict
 from dataclasses import is_dataclass, replace
+from inspect import signature
 
 import numpy as np
 import torch
@@ -46,32 +47,55 @@ def _refuse_unfit(chosen):
                          '(for a parametrization: parametrize.remove_parametrizations)')
 
 # %% ../../nbs/ladder/05_inspection.ipynb #1728d7a6
-def _chosen_names(layers, convs):
-    "Those names of the convolutions `convs` (name: module) that `layers`, names or a predicate, chooses."
-    if isinstance(layers, str): layers = [layers]
-    if isinstance(layers, type) or not (callable(layers) or hasattr(layers, '__iter__')):
-        raise ValueError('layers must be names of convolutions or a predicate of name and module '
-                         f'(lambda name, m: ...), not {_kind_name(layers)}')
+def _predicate(layers):
+    "`layers`, a function of a module or of its name and the module, as one of name and module."
+    try: parameters = [*signature(layers).parameters.values()]
+    except (TypeError, ValueError): return layers                     # a builtin that does not tell
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if any(p.kind == p.VAR_POSITIONAL for p in parameters) or len(needed) == 2: return layers
+    if len(needed) == 1: return lambda name, m: layers(m)
+    raise ValueError('layers as a predicate must take a module (lambda m: ...), or its name and the module '
+                     f'(lambda name, m: ...), not {len(needed)} arguments')
+
+def _check_layers(layers):
+    "Raise `ValueError` unless `layers` can be names or a predicate."
+    if callable(layers) and not isinstance(layers, (type, nn.Module)): return
+    if hasattr(layers, '__iter__') and not isinstance(layers, (type, nn.Module, bytes)): return
+    more = "; its name stands for all in it, such as 'layer4'" if isinstance(layers, nn.Module) else ''
+    raise ValueError('layers must be names of convolutions or a predicate of the module (lambda m: ...) or of name and '
+                     f'module (lambda name, m: ...), not {_kind_name(layers)}{more}')
+
+# %% ../../nbs/ladder/05_inspection.ipynb #f97ad004
+def chosen_names(layers, known, kind='convolution'):
+    """The names of those `known` (name: module) that `layers` chooses.
+
+    By names, their own or of modules that hold them, or by a predicate of the module, or of its name and the module.
+    Raises `ValueError` for a name that means none, and if a predicate chooses none."""
+    _check_layers(layers)
     if callable(layers):
-        names = {name for name, m in convs.items() if layers(name, m)}
-        if names: return names
-        raise ValueError('layers chooses no convolution, so there is nothing to release; '
-                         f'the convolutions are {sorted(convs)}')
-    layers = list(layers)
-    unknown = [name for name in layers if not isinstance(name, str) or name not in convs]
-    if unknown: raise ValueError(f'no convolution is called {unknown[0]!r}; the convolutions are {sorted(convs)}')
-    return set(layers)
+        applies = _predicate(layers)
+        chosen = {name for name, m in known.items() if applies(name, m)}
+        if chosen: return chosen
+        raise ValueError(f'layers chooses no {kind}, so there is nothing to do; the {kind}s are {sorted(known)}')
+    chosen = set()
+    for asked in [layers] if isinstance(layers, str) else layers:
+        below = lambda name: name == asked or asked and name.startswith(f'{asked}.')
+        meant = {name for name in known if isinstance(asked, str) and below(name)}
+        if not meant:
+            raise ValueError(f'no {kind} is called {asked!r}, and no module with one; the {kind}s are {sorted(known)}')
+        chosen |= meant
+    return chosen
 
 # %% ../../nbs/ladder/05_inspection.ipynb #a8dfabee
 def chosen_convs(model, layers):
-    "The convolutions of `model` by name that `layers` (None, names, or a predicate of name and module) chooses."
+    "The convolutions of `model` by name that `layers` chooses, as in `chosen_names`; all for None."
     if not isinstance(model, nn.Module):
         raise ValueError(f'model must be a torch.nn.Module with convolutions, not {_kind_name(model)}')
     convs = {name: m for name, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
     if not convs:
         raise ValueError(f'{type(model).__name__} has no convolution (nn.Conv1d to nn.ConvTranspose3d), '
                          'so there is nothing to embed')
-    names = convs if layers is None else _chosen_names(layers, convs)
+    names = convs if layers is None else chosen_names(layers, convs)
     for name, p in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(p):
             raise ValueError(f'{name} has no shape yet, because the model is lazy; let it process one batch first')
@@ -179,7 +203,14 @@ def evaluated(
     model:nn.Module,
     flags_alone=False # set the flags without a call of `train`, which a class may have overridden
 ):
-    "Context in which `model` is in evaluation mode; every module gets its own flag back, whatever happens inside."
+    """Context in which `model` is in evaluation mode; every module gets its own flag back, whatever happens inside.
+
+    Parameters
+    ----------
+    model : nn.Module
+    flags_alone : bool, default False
+        set the flags without a call of `train`, which a class may have overridden
+    """
     if not flags_alone:
         with modes_kept(model): yield model.eval()
         return
@@ -384,6 +415,38 @@ def note(self:Trace, name, m, inputs, out):
     keep = torch.clone if self.keep else lambda t: t.to('meta')       # or shapes alone
     self.calls[name].append((inputs[0], out) if name in self.live else (keep(inputs[0]), keep(out)))
 
+# %% ../../nbs/ladder/05_inspection.ipynb #22852205
+def _axes(model):
+    "How many axes of space the first convolution of `model` has; None without one."
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return next((len(m.kernel_size) for m in modules if isinstance(m, CONVOLUTIONS)), None)
+
+def _refuse_no_shape(given):
+    "Raise `ValueError` for what cannot be taken for the shape of an input."
+    wanted = 'input_shape must be the shape of one input, such as (3, 32, 32), or a tensor, a batch of inputs'
+    nested = given.values() if isinstance(given, dict) else given if isinstance(given, (tuple, list)) else ()
+    if any(isinstance(x, (torch.Tensor, np.ndarray)) and x.ndim for x in nested):
+        raise ValueError(f'{wanted}, not a {type(given).__name__} of them; a network of several inputs must be wrapped '
+                         'in one that takes a single tensor')
+    raise ValueError(f'{wanted}, not {_kind_name(given) if not nested else repr(given)}')
+
+# %% ../../nbs/ladder/05_inspection.ipynb #94900ace
+def as_input_shape(given, model=None):
+    """The tuple (channels, *size) that is `given`, as that or by a batch of inputs of `model`.
+
+    Raises `ValueError` for anything else, and for a single input without a batch axis."""
+    if isinstance(given, (torch.Tensor, np.ndarray)) and given.ndim > 1:
+        if given.ndim - 1 == _axes(model):
+            raise ValueError(f'a {type(given).__name__} of shape {tuple(given.shape)} could be one input or a batch of '
+                             f'inputs without channels; give the batch x[None] of one input, or input_shape as a tuple')
+        return tuple(given.shape[1:])
+    if isinstance(given, (str, bytes, dict, set)) or not hasattr(given, '__iter__'): _refuse_no_shape(given)
+    if getattr(given, 'ndim', 1) != 1: _refuse_no_shape(given)
+    try: shape = tuple(operator.index(size) for size in given)
+    except (TypeError, ValueError, RuntimeError): _refuse_no_shape(given)
+    if not shape: _refuse_no_shape(given)
+    return shape
+
 # %% ../../nbs/ladder/05_inspection.ipynb #c75bdbf3
 def _refuse_images(images, input_shape):
     "Raise `ValueError` unless `images` is None or a batch of inputs."
@@ -435,6 +498,7 @@ def traced_geometries(model, input_shape, layers=None, trim=False, images=None, 
 
     With `keep`, the trace holds all activations at convolutions."""
     chosen = chosen_convs(model, layers)                              # refused convolutions need not survive a copy
+    input_shape = as_input_shape(input_shape, model)
     _refuse_images(images, input_shape)
     trace = _traced(model, input_shape, chosen, images, keep)
     geometries = {name: _geometry_heard(name, m, (trace, *trace.more)) for name, m in chosen.items()}
@@ -444,15 +508,33 @@ def traced_geometries(model, input_shape, layers=None, trim=False, images=None, 
 # %% ../../nbs/ladder/05_inspection.ipynb #3ee47355
 def conv_geometries(
     model:nn.Module,
-    input_shape:tuple, # (channels, *size), without batch axis
-    layers=None,       # names, or a predicate of name and module; None for all
-    trim=False,        # leave out outputs that nothing reads
-    images=None        # (N, *input_shape): what to try the network on, in place of and beside noise
-)->dict:               # name: ConvGeometry
+    input_shape,  # (channels, *size) of one input, without batch axis, or a batch of inputs, whose shape is taken
+    layers=None,  # names, also of modules around them, or a predicate of (name and) module; None for all
+    trim=False,   # leave out outputs that nothing reads
+    images=None   # (N, *input_shape): what to try the network on, in place of and beside noise
+)->dict:          # name: ConvGeometry
     """Geometry of each convolution in `model`.
 
     Raises `ValueError` if there is none, if one is not used, sees two shapes in one pass, or shares its kernel with
-    another geometry."""
+    another geometry.
+
+    Parameters
+    ----------
+    model : nn.Module
+    input_shape
+        (channels, *size) of one input, without batch axis, or a batch of inputs, whose shape is taken
+    layers : default None
+        names, also of modules around them, or a predicate of (name and) module; None for all
+    trim : bool, default False
+        leave out outputs that nothing reads
+    images : default None
+        (N, *input_shape): what to try the network on, in place of and beside noise
+
+    Returns
+    -------
+    dict
+        name: ConvGeometry
+    """
     return traced_geometries(model, input_shape, layers, trim, images, keep=False)[0]
 
 # %% ../../nbs/ladder/05_inspection.ipynb #38f3f1db

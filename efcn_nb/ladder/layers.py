@@ -82,14 +82,30 @@ def padding(self:_Released): # a number for each axis, 'same' or 'valid'
 
 @patch(as_prop=True)
 def output_padding(self:_Released)->tuple: # a number for each axis
-    "`output_padding` of the convolution."
+    """`output_padding` of the convolution.
+
+    Returns
+    -------
+    tuple
+        a number for each axis
+    """
     return self.given.get('output_padding', self.geometry.output_padding[:len(self.geometry.input_size)])
 
 # %% ../../nbs/ladder/01_layers.ipynb #19cfd64f
 class FullyConnected(_Released):
     """A dense layer on images: every output unit sees every input unit.
 
-    `weight` is (output units, input units), `bias` (output units,)."""
+    `weight` is (output units, input units), `bias` (output units,).
+
+    Parameters
+    ----------
+    geometry : ConvGeometry
+        of the convolution it generalises
+    bias : bool, default True
+        one for each output unit
+    device : default None
+    dtype : default None
+    """
     def __init__(self,
         geometry:ConvGeometry, # of the convolution it generalises
         bias:bool=True,        # one for each output unit
@@ -220,7 +236,17 @@ class _InChunks(torch.autograd.Function):
 class LocallyConnected(_Released):
     """A convolution without sharing: own weights at each position.
 
-    `weight` is (positions, out channels, slots, in channels of a group), `bias` (output units,)."""
+    `weight` is (positions, out channels, slots, in channels of a group), `bias` (output units,).
+
+    Parameters
+    ----------
+    geometry : ConvGeometry
+        of the convolution it generalises
+    bias : bool, default True
+        one for each output unit
+    device : default None
+    dtype : default None
+    """
     def __init__(self,
         geometry:ConvGeometry, # of the convolution it generalises
         bias:bool=True,        # one for each output unit

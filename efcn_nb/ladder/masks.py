@@ -32,7 +32,14 @@ def check_fraction(
     name:str, # of the argument
     fraction:float
 ):
-    "Raise `ValueError` unless `fraction` is a number from 0 to below 1."
+    """Raise `ValueError` unless `fraction` is a number from 0 to below 1.
+
+    Parameters
+    ----------
+    name : str
+        of the argument
+    fraction : float
+    """
     good = isinstance(fraction, Real) and not isinstance(fraction, bool)
     if not good or not 0 <= fraction < 1:
         raise ValueError(f'{name} must be a number from 0 to below 1, not {fraction!r}')
@@ -41,7 +48,14 @@ def check_mask(
     mask:torch.Tensor,
     shape:tuple # of the weight
 ):
-    "Raise `ValueError` unless `mask` is a bool tensor of `shape` with a true entry."
+    """Raise `ValueError` unless `mask` is a bool tensor of `shape` with a true entry.
+
+    Parameters
+    ----------
+    mask : torch.Tensor
+    shape : tuple
+        of the weight
+    """
     found = type(mask).__name__
     if torch.is_tensor(mask): found = f'{str(mask.dtype).removeprefix("torch.")} of {tuple(mask.shape)}'
     if found != f'bool of {tuple(shape)}':
@@ -57,6 +71,19 @@ def random_mask(
     """A mask of `density`, at uniformly random places.
 
     Raises `ValueError` for a density outside (0, 1], or one so small that no weight is left.
+
+    Parameters
+    ----------
+    shape : tuple
+        of the weight
+    density : float
+        share of entries that are true; their number is rounded
+    generator : torch.Generator
+
+    Returns
+    -------
+    torch.Tensor
+        bool, of `shape`
     """
     check_density(density)
     size = math.prod(shape)
@@ -73,7 +100,15 @@ def erdos_renyi_density(
     shape:tuple,   # (output units, input units)
     epsilon:float  # connections for each unit of both layers
 )->float:
-    "Density of a layer with `epsilon` (inputs + outputs) connections, at most 1 (Mocanu et al. 2018)."
+    """Density of a layer with `epsilon` (inputs + outputs) connections, at most 1 (Mocanu et al. 2018).
+
+    Parameters
+    ----------
+    shape : tuple
+        (output units, input units)
+    epsilon : float
+        connections for each unit of both layers
+    """
     positive('epsilon', epsilon)
     return min(1., epsilon*sum(shape)/math.prod(shape))
 
@@ -89,7 +124,21 @@ def magnitude_mask(
     weight:torch.Tensor, # of any shape
     count:int            # how many stay
 )->torch.Tensor:         # bool, of that shape
-    "Mask of the `count` entries of `weight` that are largest in magnitude; raises `ValueError` if they are not finite."
+    """Mask of the `count` entries of `weight` that are largest in magnitude; raises `ValueError` if they are not
+    finite.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        of any shape
+    count : int
+        how many stay
+
+    Returns
+    -------
+    torch.Tensor
+        bool, of that shape
+    """
     whole('the number of weights that stay', count, least=1, most=weight.numel())
     if not weight.isfinite().all(): raise ValueError('weights must be finite to be compared by magnitude')
     return _largest(weight.abs(), count)
@@ -104,6 +153,20 @@ def prune_mask(
     """`mask` without the `fraction` of its weights that is smallest in magnitude.
 
     Raises `ValueError` for a fraction outside [0, 1), one that leaves no weight, or a mask that does not fit.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        of any shape
+    mask : torch.Tensor
+        bool, of that shape: what is left of it
+    fraction : float
+        of those, rounded down
+
+    Returns
+    -------
+    torch.Tensor
+        bool, of that shape
     """
     check_fraction('the fraction to prune', fraction)
     check_mask(mask, weight.shape)
@@ -143,6 +206,21 @@ def shuffle_mask(
     """A random mask with what `keep` says in common with `mask`.
 
     Raises `ValueError` for another word, a mask that is no bool matrix, or no round.
+
+    Parameters
+    ----------
+    mask : torch.Tensor
+        bool (output units, input units)
+    keep : str
+        one of `NULLS`: nothing but the density, the degree of each input, of each unit, or both
+    generator : torch.Generator
+    rounds : int, default 50
+        of trades, for both degrees: as many partners for each unit
+
+    Returns
+    -------
+    torch.Tensor
+        bool, same shape
     """
     one_of('keep', keep, NULLS)
     whole('the number of rounds of trades', rounds, least=1)
@@ -156,7 +234,13 @@ def shuffle_mask(
 
 # %% ../../nbs/ladder/03_masks.ipynb #ac7c171a
 class Masked(nn.Module):
-    "Parametrization that leaves of a weight what lies on `mask`."
+    """Parametrization that leaves of a weight what lies on `mask`.
+
+    Parameters
+    ----------
+    mask : torch.Tensor
+        bool, of the shape of the weight
+    """
     def __init__(self,
         mask:torch.Tensor # bool, of the shape of the weight
     ):
@@ -180,7 +264,13 @@ def _modules(model):
 def masks_of(
     model:nn.Module
 )->dict: # name of a layer: bool tensor of the shape of its weight
-    "The masks that layers of `model` are held to."
+    """The masks that layers of `model` are held to.
+
+    Returns
+    -------
+    dict
+        name of a layer: bool tensor of the shape of its weight
+    """
     held = {name: _held(m) for name, m in model.named_modules() if not isinstance(m, parametrize.ParametrizationList)}
     return {name: found.mask for name, found in held.items() if found}
 
@@ -270,6 +360,13 @@ def hold_to_masks(
 
     Raises `ValueError`, before anything is changed, for a name without a weight, a mask that does not fit, a weight
     that is parametrized already, or one shared by layers that are not all given the same mask.
+
+    Parameters
+    ----------
+    model : nn.Module
+        changed in place
+    masks : dict
+        name of a layer: bool tensor of the shape of its weight
     """
     layers = _layers(model)
     for name, mask in masks.items(): _check_layer(layers, name, mask)
@@ -288,7 +385,13 @@ def hold_to_masks(
 def drop_parametrization(
     layer:nn.Module # whose weight is parametrized; changed in place
 ):
-    "Make the weight of a parametrized layer a plain parameter."
+    """Make the weight of a parametrized layer a plain parameter.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        whose weight is parametrized; changed in place
+    """
     shared = type(layer)
     layer.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
     parametrize.remove_parametrizations(layer, 'weight')
@@ -296,7 +399,13 @@ def drop_parametrization(
 def release_masks(
     model:nn.Module # changed in place
 ):
-    "Make the weights of all held layers plain parameters again, zero outside their masks."
+    """Make the weights of all held layers plain parameters again, zero outside their masks.
+
+    Parameters
+    ----------
+    model : nn.Module
+        changed in place
+    """
     places = {m: _place(_own(m)) for m in _modules(model).values() if _held(m)}
     for layer in places: drop_parametrization(layer)
     _reunite(places)
@@ -305,7 +414,13 @@ def release_masks(
 def mask_bytes(
     mask:torch.Tensor # bool, of any shape
 )->bytes:
-    "The entries of `mask`, eight to a byte; the last byte is filled up with zeros."
+    """The entries of `mask`, eight to a byte; the last byte is filled up with zeros.
+
+    Parameters
+    ----------
+    mask : torch.Tensor
+        bool, of any shape
+    """
     return np.packbits(mask.cpu().numpy()).tobytes()
 
 def _mask_from_bytes(content, shape):
@@ -318,7 +433,20 @@ def mask_to_text(
     mask:torch.Tensor, # bool (units, inputs)
     most:int=2**15     # characters of each part
 )->list:               # strings
-    "A mask as text: parts, each an 'x' and up to `most` hexadecimal digits, four entries a digit, row by row."
+    """A mask as text: parts, each an 'x' and up to `most` hexadecimal digits, four entries a digit, row by row.
+
+    Parameters
+    ----------
+    mask : torch.Tensor
+        bool (units, inputs)
+    most : int, default 2 ** 15
+        characters of each part
+
+    Returns
+    -------
+    list
+        strings
+    """
     text = mask_bytes(mask).hex()
     return ['x' + text[i:i+most] for i in range(0, len(text), most)]
 
@@ -326,7 +454,20 @@ def mask_from_text(
     parts,          # as `mask_to_text`
     shape:tuple     # (units, inputs)
 )->torch.Tensor:    # bool, of `shape`
-    "The mask that was stored. Raises `ValueError` for text of another length."
+    """The mask that was stored. Raises `ValueError` for text of another length.
+
+    Parameters
+    ----------
+    parts
+        as `mask_to_text`
+    shape : tuple
+        (units, inputs)
+
+    Returns
+    -------
+    torch.Tensor
+        bool, of `shape`
+    """
     text, digits = ''.join(part[1:] for part in parts), 2*math.ceil(math.prod(shape)/8)
     if len(text) != digits:
         raise ValueError(f'a mask of shape {tuple(shape)} is stored as {digits} digits, not {len(text)}')
@@ -338,7 +479,18 @@ _PIECE = 100_000 # characters
 def masks_to_rows(
     masks:dict # name of a layer: bool matrix
 )->list:       # of dicts: mask (layer and size), part, bits
-    "Masks as rows of a table. Raises `ValueError` for one that is no bool matrix."
+    """Masks as rows of a table. Raises `ValueError` for one that is no bool matrix.
+
+    Parameters
+    ----------
+    masks : dict
+        name of a layer: bool matrix
+
+    Returns
+    -------
+    list
+        of dicts: mask (layer and size), part, bits
+    """
     rows = []
     for name, mask in masks.items():
         if not torch.is_tensor(mask) or mask.dtype != torch.bool or mask.dim() != 2:
@@ -351,7 +503,18 @@ def masks_to_rows(
 def masks_from_rows(
     table:pd.DataFrame # of rows as `masks_to_rows` makes them
 )->dict:               # name of a layer: bool matrix
-    "The masks in a table, in the order of their first rows."
+    """The masks in a table, in the order of their first rows.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of rows as `masks_to_rows` makes them
+
+    Returns
+    -------
+    dict
+        name of a layer: bool matrix
+    """
     masks = {}
     for label, rows in table.groupby('mask', sort=False):
         name, _, size = label.rpartition(' ')
@@ -363,6 +526,17 @@ def masks_from_rows(
 def masks_digest(
     masks:dict # name of a layer: bool tensor
 )->str:        # 16 hexadecimal digits
-    "The same for the same masks of the same layers in the same order."
+    """The same for the same masks of the same layers in the same order.
+
+    Parameters
+    ----------
+    masks : dict
+        name of a layer: bool tensor
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits
+    """
     parts = [f'{name} {tuple(m.shape)} '.encode() + mask_bytes(m) for name, m in masks.items()]
     return hashlib.sha256(b''.join(parts)).hexdigest()[:16]

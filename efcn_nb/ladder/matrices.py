@@ -110,7 +110,19 @@ def matrix_from_kernel(
     kernel:torch.Tensor, # of `g.kernel_shape`
     g:ConvGeometry
 )->torch.Tensor:         # (output units, input units)
-    "The matrix of the convolution with `kernel`."
+    """The matrix of the convolution with `kernel`.
+
+    Parameters
+    ----------
+    kernel : torch.Tensor
+        of `g.kernel_shape`
+    g : ConvGeometry
+
+    Returns
+    -------
+    torch.Tensor
+        (output units, input units)
+    """
     return _copies(aligned(kernel, g).contiguous(), g, g.matrix_shape)
 
 @torch.no_grad()
@@ -118,7 +130,19 @@ def local_from_kernel(
     kernel:torch.Tensor, # of `g.kernel_shape`
     g:ConvGeometry
 )->torch.Tensor:         # (positions, out channels, slots, in channels of a group)
-    "The kernel at every position, as weights of the pixels that it reads there; empty slots are zero."
+    """The kernel at every position, as weights of the pixels that it reads there; empty slots are zero.
+
+    Parameters
+    ----------
+    kernel : torch.Tensor
+        of `g.kernel_shape`
+    g : ConvGeometry
+
+    Returns
+    -------
+    torch.Tensor
+        (positions, out channels, slots, in channels of a group)
+    """
     return _copies(aligned(kernel, g).contiguous(), g, g.local_shape)
 
 # %% ../../nbs/ladder/02_matrices.ipynb #4d64788b
@@ -138,7 +162,19 @@ def matrix_from_local(
     L:torch.Tensor,  # (positions, out channels, slots, in channels of a group)
     g:ConvGeometry
 )->torch.Tensor:     # (output units, input units)
-    "The matrix that computes what local weights `L` compute; empty slots are dropped."
+    """The matrix that computes what local weights `L` compute; empty slots are dropped.
+
+    Parameters
+    ----------
+    L : torch.Tensor
+        (positions, out channels, slots, in channels of a group)
+    g : ConvGeometry
+
+    Returns
+    -------
+    torch.Tensor
+        (output units, input units)
+    """
     W = zeros(g.matrix_shape, L)
     for own, block in _slot_blocks(L.contiguous(), W, g): block.copy_(own)
     return W
@@ -148,7 +184,19 @@ def local_from_matrix(
     W:torch.Tensor,  # (output units, input units)
     g:ConvGeometry
 )->torch.Tensor:     # (positions, out channels, slots, in channels of a group)
-    "The local entries of `W`; empty slots are zero, off-local entries are dropped."
+    """The local entries of `W`; empty slots are zero, off-local entries are dropped.
+
+    Parameters
+    ----------
+    W : torch.Tensor
+        (output units, input units)
+    g : ConvGeometry
+
+    Returns
+    -------
+    torch.Tensor
+        (positions, out channels, slots, in channels of a group)
+    """
     L = zeros(g.local_shape, W)
     for own, block in _slot_blocks(L, W.contiguous(), g): own.copy_(block)
     return L
@@ -206,7 +254,19 @@ def kernel_from_local(
 )->torch.Tensor:    # of `g.kernel_shape`
     """The kernel whose copies are nearest to `L` in the Frobenius norm, the smallest such.
 
-    0 for a tap that never reads a pixel."""
+    0 for a tap that never reads a pixel.
+
+    Parameters
+    ----------
+    L : torch.Tensor
+        (positions, out channels, slots, in channels of a group)
+    g : ConvGeometry
+
+    Returns
+    -------
+    torch.Tensor
+        of `g.kernel_shape`
+    """
     first = _lone_copies(L, g).contiguous()
     apart = _copies(first, g, g.local_shape).neg_().add_(L)
     return aligned((first + _solve_for_taps(_sum_of_copies(apart, g), g)).to(L.dtype), g).contiguous()
@@ -215,7 +275,19 @@ def kernel_from_matrix(
     W:torch.Tensor, # (output units, input units)
     g:ConvGeometry
 )->torch.Tensor:    # of `g.kernel_shape`
-    "The kernel whose matrix is nearest to `W` in the Frobenius norm."
+    """The kernel whose matrix is nearest to `W` in the Frobenius norm.
+
+    Parameters
+    ----------
+    W : torch.Tensor
+        (output units, input units)
+    g : ConvGeometry
+
+    Returns
+    -------
+    torch.Tensor
+        of `g.kernel_shape`
+    """
     return kernel_from_local(local_from_matrix(W, g), g)
 
 # %% ../../nbs/ladder/02_matrices.ipynb #8a6c01e4
@@ -226,7 +298,19 @@ def tied_sum(
 )->torch.Tensor:    # of `g.kernel_shape`
     """For each tap of the kernel, the sum of `W` over its copies.
 
-    The adjoint of `matrix_from_kernel` and `local_from_kernel`."""
+    The adjoint of `matrix_from_kernel` and `local_from_kernel`.
+
+    Parameters
+    ----------
+    W : torch.Tensor
+        (output units, input units), or local weights: most often a gradient
+    g : ConvGeometry
+
+    Returns
+    -------
+    torch.Tensor
+        of `g.kernel_shape`
+    """
     return aligned(_sum_of_copies(W.contiguous(), g).to(W.dtype), g).contiguous()
 
 @torch.no_grad()
@@ -236,7 +320,19 @@ def kernel_from_tied_sum(
 )->torch.Tensor:        # of `g.kernel_shape`
     """The kernel nearest to any matrix whose `tied_sum` is `total`.
 
-    For zero padding, each tap's sum over its number of copies."""
+    For zero padding, each tap's sum over its number of copies.
+
+    Parameters
+    ----------
+    total : torch.Tensor
+        of `g.kernel_shape`
+    g : ConvGeometry
+
+    Returns
+    -------
+    torch.Tensor
+        of `g.kernel_shape`
+    """
     return aligned(_solve_for_taps(aligned(total, g), g), g).contiguous()
 
 # %% ../../nbs/ladder/02_matrices.ipynb #00d63ca8
@@ -268,7 +364,19 @@ def release(
 )->nn.Module:
     """The `FullyConnected` or `LocallyConnected` layer that computes what `conv` computes on inputs of `g.in_shape`.
 
-    A kernel that is a buffer, and so is never trained, stays one."""
+    A kernel that is a buffer, and so is never trained, stays one.
+
+    Parameters
+    ----------
+    conv : nn.Module
+        a convolution
+    g : ConvGeometry
+        its geometry on the inputs it will see
+    to : str, default 'fcn'
+        'fcn' or 'lcn'
+    made : dict, default None
+        tensors made for (id of a convolution's tensor, geometry): tied ones are taken, new ones added
+    """
     kind, made = {'fcn': FullyConnected, 'lcn': LocallyConnected}[to], {} if made is None else made
     layer = kind(g, bias=conv.bias is not None, device='meta', dtype=conv.weight.dtype)
     for name in ('weight', 'bias'):
@@ -295,7 +403,13 @@ def _blank_conv(layer):
 def nearest_conv(
     layer:nn.Module # `FullyConnected` or `LocallyConnected`
 )->nn.Module:
-    "The convolution nearest to `layer`: the nearest kernel, and the mean bias of each channel."
+    """The convolution nearest to `layer`: the nearest kernel, and the mean bias of each channel.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        `FullyConnected` or `LocallyConnected`
+    """
     g, conv = layer.geometry, _blank_conv(layer)
     nearest = kernel_from_matrix if isinstance(layer, FullyConnected) else kernel_from_local
     put_tensor(conv, 'weight', tensor_as_in(layer, 'weight', nearest(layer.weight, g)), layer)

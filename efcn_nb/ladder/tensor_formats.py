@@ -29,8 +29,16 @@ def largest_rank(
     format:str,  # one of `FORMATS`
     shape:tuple  # of the tensor: two axes or more
 )->int:
-    "The rank from which on every tensor of `shape` can be composed. Raises `ValueError` for an unknown format, or "\
-    "fewer axes."
+    """The rank from which on every tensor of `shape` can be composed. Raises `ValueError` for an unknown format, or
+    fewer axes.
+
+    Parameters
+    ----------
+    format : str
+        one of `FORMATS`
+    shape : tuple
+        of the tensor: two axes or more
+    """
     one_of('tensor format', format, FORMATS)
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f'a tensor to compose has two axes or more, none of them empty, not the shape {tuple(shape)}')
@@ -44,7 +52,22 @@ def core_shapes(
     shape:tuple, # of the tensor
     rank:int     # see above
 )->list:         # a shape for each core
-    "Shapes of the cores of a tensor. Raises `ValueError` for a rank below 1 or larger than the tensor allows."
+    """Shapes of the cores of a tensor. Raises `ValueError` for a rank below 1 or larger than the tensor allows.
+
+    Parameters
+    ----------
+    format : str
+        one of `FORMATS`
+    shape : tuple
+        of the tensor
+    rank : int
+        see above
+
+    Returns
+    -------
+    list
+        a shape for each core
+    """
     whole(f'the rank of a {format} of shape {tuple(shape)}', rank, 1, largest_rank(format, shape))
     if format == 'cp': return [(n, rank) for n in shape]
     if format == 'tucker':
@@ -56,7 +79,17 @@ def core_shapes(
 def count_cores(
     format:str, shape:tuple, rank:int # see `core_shapes`
 )->int:
-    "How many numbers the cores hold."
+    """How many numbers the cores hold.
+
+    Parameters
+    ----------
+    format : str
+        see `core_shapes`
+    shape : tuple
+        see `core_shapes`
+    rank : int
+        see `core_shapes`
+    """
     return sum(map(math.prod, core_shapes(format, shape, rank)))
 
 # %% ../../nbs/ladder/04_tensor_formats.ipynb #6ee13e4c
@@ -64,7 +97,15 @@ def compose(
     format:str, # one of `FORMATS`
     cores:list  # tensors, of shapes as `core_shapes` gives
 )->torch.Tensor:
-    "The tensor composed of `cores`."
+    """The tensor composed of `cores`.
+
+    Parameters
+    ----------
+    format : str
+        one of `FORMATS`
+    cores : list
+        tensors, of shapes as `core_shapes` gives
+    """
     if format == 'tucker':
         T, *cores = cores
         for axis, factor in enumerate(cores):
@@ -83,8 +124,18 @@ def fit_rank(
     format:str, shape:tuple, # see `core_shapes`
     ratio:float              # entries of the tensor for each number in the cores
 )->int:
-    "The largest rank that compresses at least `ratio` times. Raises `ValueError` for a ratio below 1, or one that "\
-    "rank 1 does not reach."
+    """The largest rank that compresses at least `ratio` times. Raises `ValueError` for a ratio below 1, or one that
+    rank 1 does not reach.
+
+    Parameters
+    ----------
+    format : str
+        see `core_shapes`
+    shape : tuple
+        see `core_shapes`
+    ratio : float
+        entries of the tensor for each number in the cores
+    """
     if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 1 <= ratio < math.inf:
         raise ValueError(f'a compression ratio must be a number from 1 on, not {ratio!r}')
     size, least = math.prod(shape), count_cores(format, shape, 1)
@@ -120,7 +171,25 @@ def decompose(
     seed:int=0,          # of the start of least squares
     steps:int=100        # of least squares
 )->list:                 # cores, in the type of `tensor`
-    "Cores of an approximation of `tensor`, computed in double precision. Raises `ValueError` for an impossible rank."
+    """Cores of an approximation of `tensor`, computed in double precision. Raises `ValueError` for an impossible rank.
+
+    Parameters
+    ----------
+    format : str
+    tensor : torch.Tensor
+        any number of axes from 2 on
+    rank : int
+        see `core_shapes`
+    seed : int, default 0
+        of the start of least squares
+    steps : int, default 100
+        of least squares
+
+    Returns
+    -------
+    list
+        cores, in the type of `tensor`
+    """
     if not tensor.isfinite().all(): raise ValueError('a tensor to decompose must hold finite numbers')
     shapes, x = core_shapes(format, tensor.shape, rank), tensor.detach().cpu().double().numpy()
     from tensorly import backend_context
@@ -131,7 +200,13 @@ def decompose(
 def tensor_shape(
     conv:nn.Module
 )->tuple: # (out channels, taps, in channels)
-    "Shape of a kernel as a tensor with three axes."
+    """Shape of a kernel as a tensor with three axes.
+
+    Returns
+    -------
+    tuple
+        (out channels, taps, in channels)
+    """
     co, ci, *taps = conv.weight.shape
     return co, math.prod(taps), ci
 
@@ -142,7 +217,21 @@ def entry_order(
     shuffle:str,        # one of `SHUFFLES`
     generator:torch.Generator
 )->torch.Tensor:        # int64: for each entry of the flat kernel, its place in the flat kernel before the shuffle
-    "A random order of the entries of a kernel. Raises `ValueError` for an unknown shuffle."
+    """A random order of the entries of a kernel. Raises `ValueError` for an unknown shuffle.
+
+    Parameters
+    ----------
+    kernel_shape : tuple
+        (out channels, in channels, *taps)
+    shuffle : str
+        one of `SHUFFLES`
+    generator : torch.Generator
+
+    Returns
+    -------
+    torch.Tensor
+        int64: for each entry of the flat kernel, its place in the flat kernel before the shuffle
+    """
     one_of('shuffle', shuffle, SHUFFLES)
     if len(kernel_shape) < 3:
         raise ValueError(f'a kernel has the shape (out channels, in channels, *taps), not {tuple(kernel_shape)}')
@@ -243,8 +332,24 @@ def hold_to_rank(
     seed:int=0,          # of the order, and of the cores
     start:str='random'   # or 'decompose': as near to the kernel that is there as tensorly finds
 ):
-    "Hold the kernel of a convolution to a tensor format. Raises `ValueError` for what is no convolution, a rank that "\
-    "the kernel does not allow, a kernel that another module shares, or unknown words."
+    """Hold the kernel of a convolution to a tensor format. Raises `ValueError` for what is no convolution, a rank that
+    the kernel does not allow, a kernel that another module shares, or unknown words.
+
+    Parameters
+    ----------
+    conv : nn.Module
+        a convolution, changed in place
+    format : str
+        one of `FORMATS`
+    rank : int
+        see `core_shapes`
+    shuffle : str, default 'none'
+        one of `SHUFFLES`
+    seed : int, default 0
+        of the order, and of the cores
+    start : str, default 'random'
+        or 'decompose': as near to the kernel that is there as tensorly finds
+    """
     if start not in ('random', 'decompose'): raise ValueError(f"start must be 'random' or 'decompose', not {start!r}")
     _check_holdable(conv, start)
     generator = torch.Generator().manual_seed(seed)
@@ -258,7 +363,13 @@ def hold_to_rank(
 def release_rank(
     conv:nn.Module # changed in place
 ):
-    "Make the kernel that `hold_to_rank` holds a plain parameter again. Raises `ValueError` if there is none."
+    """Make the kernel that `hold_to_rank` holds a plain parameter again. Raises `ValueError` if there is none.
+
+    Parameters
+    ----------
+    conv : nn.Module
+        changed in place
+    """
     held = parametrize.is_parametrized(conv, 'weight') and conv.parametrizations.weight[0]
     if not isinstance(held, LowRank):
         raise ValueError(f'{type(conv).__name__} has no kernel that is held to a rank')
@@ -268,7 +379,13 @@ def release_rank(
 def held_layers(
     model:nn.Module
 )->dict: # name: convolution
-    "All convolutions but the first. Raises `ValueError` if there is none to hold."
+    """All convolutions but the first. Raises `ValueError` if there is none to hold.
+
+    Returns
+    -------
+    dict
+        name: convolution
+    """
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
     if len(convs) < 2:
         raise ValueError(f'{type(model).__name__} has no convolution to hold: it takes two or more, and the first '
@@ -285,16 +402,35 @@ def kernel_parameters(
 def freeze_kernels(
     model:nn.Module # changed in place
 )->nn.Module:       # the same
-    "Leave the kernels of all convolutions but the first as they are: all other weights go on learning."
+    """Leave the kernels of all convolutions but the first as they are: all other weights go on learning.
+
+    Parameters
+    ----------
+    model : nn.Module
+        changed in place
+
+    Returns
+    -------
+    nn.Module
+        the same
+    """
     for conv in held_layers(model).values():
         for p in kernel_parameters(conv): p.requires_grad_(False)
     return model
 
 # %% ../../nbs/ladder/04_tensor_formats.ipynb #29209054
 def largest_ratio(
-    model:nn.Module, format:str # one of `FORMATS`
+    model:nn.Module,
+    format:str # one of `FORMATS`
 )->float:
-    "The ratio by which all held layers can be compressed: that of rank 1."
+    """The ratio by which all held layers can be compressed: that of rank 1.
+
+    Parameters
+    ----------
+    model : nn.Module
+    format : str
+        one of `FORMATS`
+    """
     shapes = [tensor_shape(conv) for conv in held_layers(model).values()]
     return min(math.prod(shape)/count_cores(format, shape, 1) for shape in shapes)
 
@@ -305,8 +441,27 @@ def compress(
     shuffle:str='none', # one of `SHUFFLES`
     seed:int=0          # of orders and cores: another for each layer
 )->nn.Module:           # the same
-    "Hold all convolutions but the first to a tensor format. Raises `ValueError`, before anything is changed, for a "\
-    "ratio that cannot be reached, unknown words, or a model without convolutions to hold, or with some that are held."
+    """Hold all convolutions but the first to a tensor format. Raises `ValueError`, before anything is changed, for a
+    ratio that cannot be reached, unknown words, or a model without convolutions to hold, or with some that are held.
+
+    Parameters
+    ----------
+    model : nn.Module
+        changed in place
+    format : str
+        one of `FORMATS`
+    ratio : float
+        entries for each number, at least
+    shuffle : str, default 'none'
+        one of `SHUFFLES`
+    seed : int, default 0
+        of orders and cores: another for each layer
+
+    Returns
+    -------
+    nn.Module
+        the same
+    """
     one_of('tensor format', format, FORMATS)
     one_of('shuffle', shuffle, SHUFFLES)
     layers = held_layers(model)

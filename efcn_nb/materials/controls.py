@@ -19,7 +19,19 @@ def pixel_order(
     image_shape:tuple, # (channels, *size)
     seed:int
 )->torch.Tensor:       # int64 (places,): place p shows what was at place order[p]
-    "A random order of the places of an image."
+    """A random order of the places of an image.
+
+    Parameters
+    ----------
+    image_shape : tuple
+        (channels, *size)
+    seed : int
+
+    Returns
+    -------
+    torch.Tensor
+        int64 (places,): place p shows what was at place order[p]
+    """
     return torch.randperm(math.prod(image_shape[1:]), generator=torch.Generator().manual_seed(seed))
 
 # %% ../../nbs/materials/11_controls.ipynb #70a20a6d
@@ -31,6 +43,20 @@ def permute_pixels(
     """Images, or rows of a mask, with their pixels in another order, the same for every channel.
 
     `order.argsort()` undoes it. Raises `ValueError` for other shapes, or what is no order of the pixels.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        (..., channels*places) or (..., channels, *size): images, or masks of them
+    image_shape : tuple
+        (channels, *size)
+    order : torch.Tensor
+        as `pixel_order`
+
+    Returns
+    -------
+    torch.Tensor
+        same shape
     """
     size = math.prod(image_shape[1:])
     images = x.dim() and tuple(x.shape[-len(image_shape):]) == tuple(image_shape)
@@ -73,6 +99,11 @@ def whitened(
     """ZCA-whitened images; mean and covariance are those of the training images.
 
     Raises `ValueError` for no images, images that are all the same, or not finite.
+
+    Parameters
+    ----------
+    data
+        `Data`
     """
     mean, covariance = _moments(_as_numbers(data.train))
     root = _power(covariance, -.5, floor=.01)
@@ -97,6 +128,14 @@ def gaussian(
     """Normally distributed images, with the mean of their class in the training images.
 
     Raises `ValueError` for a class without training images, or images that are not finite.
+
+    Parameters
+    ----------
+    data
+        `Data`
+    by_class : bool
+        whether each class keeps its own covariance, rather than that within all classes
+    seed : int
     """
     x, y, n = _as_numbers(data.train), data.train.y, len(data.train.classes)
     counts = y.bincount(minlength=n)
@@ -120,7 +159,17 @@ def make_variant(
     variant:str, # one of `VARIANTS`
     seed:int     # of the order of pixels, or of the draws
 )->Data:
-    "The images, or a control. Raises `ValueError` for an unknown name."
+    """The images, or a control. Raises `ValueError` for an unknown name.
+
+    Parameters
+    ----------
+    data
+        `Data`
+    variant : str
+        one of `VARIANTS`
+    seed : int
+        of the order of pixels, or of the draws
+    """
     one_of('variant', variant, VARIANTS)
     if variant == 'permuted':
         order = pixel_order(data.train.shape, seed)

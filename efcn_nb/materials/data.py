@@ -58,7 +58,23 @@ def _refuse_misfits(d):
 # %% ../../nbs/materials/10_data.ipynb #1501a662
 @dataclass(eq=False, repr=False)
 class Dataset:
-    "Labelled images as tensors. Raises `ValueError` when the parts do not fit together."
+    """Labelled images as tensors. Raises `ValueError` when the parts do not fit together.
+
+    Parameters
+    ----------
+    x : Tensor
+        uint8, or float32, (N, C, *spatial)
+    y : Tensor
+        int64 (N,), index into `classes`
+    classes : list
+        class names
+    mean : Tensor
+        float32 (C,), on the scale [0, 1] when `x` is uint8
+    std : Tensor
+        float32 (C,), on the same scale
+    name : str
+        as printed beside every accuracy
+    """
     x:Tensor      # uint8, or float32, (N, C, *spatial)
     y:Tensor      # int64 (N,), index into `classes`
     classes:list  # class names
@@ -82,7 +98,18 @@ class Dataset:
 def to(self:Dataset,
     device # as `torch.device` takes it
 )->Dataset: # new `Dataset`, its tensors on `device`
-    "The same data on another device."
+    """The same data on another device.
+
+    Parameters
+    ----------
+    device
+        as `torch.device` takes it
+
+    Returns
+    -------
+    Dataset
+        new `Dataset`, its tensors on `device`
+    """
     return replace(self, **{k: getattr(self, k).to(device) for k in ('x', 'y', 'mean', 'std')})
 
 # %% ../../nbs/materials/10_data.ipynb #3087b2f8
@@ -103,7 +130,18 @@ def _scaled_moments(self:Dataset):
 def batch(self:Dataset,
     index # positions of the samples: tensor of integers or list (n,)
 )->tuple: # float32 (n, C, *spatial), normalised; int64 (n,)
-    "The samples at `index`, normalised on the device."
+    """The samples at `index`, normalised on the device.
+
+    Parameters
+    ----------
+    index
+        positions of the samples: tensor of integers or list (n,)
+
+    Returns
+    -------
+    tuple
+        float32 (n, C, *spatial), normalised; int64 (n,)
+    """
     index, (mean, std) = torch.as_tensor(index, device=self.x.device), self._scaled_moments()
     x = self.x.flatten(1).index_select(0, index).view(-1, *self.shape)
     x = x.float().sub_(mean) if x.device.type == 'cpu' else x - mean # a GPU converts as it subtracts
@@ -115,7 +153,20 @@ def batches(self:Dataset,
     batch_size:int, # samples in a batch; the last one may be smaller
     generator:torch.Generator=None # CPU generator to shuffle with; None keeps the order
 )->Iterator: # of (x, y) as from `Dataset.batch`
-    "One pass over all samples. Raises `ValueError` for a batch size below one."
+    """One pass over all samples. Raises `ValueError` for a batch size below one.
+
+    Parameters
+    ----------
+    batch_size : int
+        samples in a batch; the last one may be smaller
+    generator : torch.Generator, default None
+        CPU generator to shuffle with; None keeps the order
+
+    Returns
+    -------
+    Iterator
+        of (x, y) as from `Dataset.batch`
+    """
     whole('batch_size', batch_size, 1)
     order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
     return (self.batch(index) for index in order.to(self.x.device).split(batch_size))
@@ -125,7 +176,13 @@ def batches(self:Dataset,
 def thinned(self:Dataset,
     n:int # how many samples to keep; all if there are fewer
 )->Dataset:
-    "`n` samples evenly spread over the set. Raises `ValueError` for fewer than one."
+    """`n` samples evenly spread over the set. Raises `ValueError` for fewer than one.
+
+    Parameters
+    ----------
+    n : int
+        how many samples to keep; all if there are fewer
+    """
     whole('n', n, 1)
     index = torch.linspace(0, len(self) - 1, min(n, len(self)), dtype=torch.float64).round().long().to(self.x.device)
     return replace(self, x=self.x[index], y=self.y[index])
@@ -135,7 +192,13 @@ def thinned(self:Dataset,
 def picked(self:Dataset,
     index # positions of the samples: a tensor or list of integers
 )->Dataset:
-    "The samples at `index`."
+    """The samples at `index`.
+
+    Parameters
+    ----------
+    index
+        positions of the samples: a tensor or list of integers
+    """
     index = torch.as_tensor(index, dtype=torch.long, device=self.x.device)
     return replace(self, x=self.x[index], y=self.y[index])
 
@@ -144,7 +207,18 @@ def picked(self:Dataset,
 def class_by_class(self:Dataset,
     seed:int=0 # of the order within a class
 )->Tensor: # positions of all samples (N,)
-    "An order of which each stretch has the classes in the shares of the whole, up to rounding."
+    """An order of which each stretch has the classes in the shares of the whole, up to rounding.
+
+    Parameters
+    ----------
+    seed : int, default 0
+        of the order within a class
+
+    Returns
+    -------
+    Tensor
+        positions of all samples (N,)
+    """
     draw, y = torch.Generator().manual_seed(seed), self.y.cpu()
     place = torch.zeros(len(y), dtype=torch.float64)
     for c in y.unique():
@@ -172,7 +246,13 @@ def fingerprint(self:Dataset)->str:
 def with_classes(self:Dataset,
     classes:list # the same names in another order
 )->Dataset:
-    "The same images, labelled by place in another list of the same classes. Raises `ValueError` if the names differ."
+    """The same images, labelled by place in another list of the same classes. Raises `ValueError` if the names differ.
+
+    Parameters
+    ----------
+    classes : list
+        the same names in another order
+    """
     classes = list(classes)
     if sorted(classes) != sorted(self.classes):
         raise ValueError(f'{self.name} has the classes {list(self.classes)}: {classes} are others')
@@ -253,7 +333,13 @@ def _doubles(data):
 # %% ../../nbs/materials/10_data.ipynb #387b31d2
 @patch
 def describe(self:Data)->str: # lines of text
-    "Name, numbers, shape, classes, images of each class, what the source left out, images that occur twice."
+    """Name, numbers, shape, classes, images of each class, what the source left out, images that occur twice.
+
+    Returns
+    -------
+    str
+        lines of text
+    """
     train, test = self
     names = [*map(str, train.classes)]
     counts = list(zip(*(part.y.bincount(minlength=len(names)).tolist() for part in self)))
@@ -268,7 +354,18 @@ def describe(self:Data)->str: # lines of text
 def channel_stats(
     x:Tensor # uint8 or float32 (N, C, *spatial)
 )->tuple: # mean, std: float32 (C,), on the scale [0, 1] for uint8
-    "Mean and (population) standard deviation of each channel; a constant channel gets standard deviation 1."
+    """Mean and (population) standard deviation of each channel; a constant channel gets standard deviation 1.
+
+    Parameters
+    ----------
+    x : Tensor
+        uint8 or float32 (N, C, *spatial)
+
+    Returns
+    -------
+    tuple
+        mean, std: float32 (C,), on the scale [0, 1] for uint8
+    """
     if x.dtype != torch.uint8:
         x = x.transpose(0, 1).flatten(1).double()
         mean, std = x.mean(1), x.std(1, correction=0)
@@ -289,6 +386,22 @@ def stratified_split(
     """Random split with the same share of every class.
 
     Raises `ValueError` when a class would have no test or no training image.
+
+    Parameters
+    ----------
+    y : Tensor
+        int64 (N,)
+    test_share : float, default 0.2
+        part of each class, rounded, that is held out
+    generator : torch.Generator, default None
+        what draws the samples; None is seed 0
+    classes : list, default None
+        class names for the error message
+
+    Returns
+    -------
+    tuple
+        two sorted index tensors: train, test
     """
     if not 0 < test_share < 1:
         raise ValueError(f'test_share is {test_share}: it must lie between 0 and 1, for example 0.2')
@@ -317,7 +430,24 @@ def load_shifted_digits(
     test_share:float=.2, # part of each class held out for testing
     name:str=None # as printed; None says 'digits', or 'digits (centred)' without the shift
 )->Data: # uint8 (N, 1, 16, 16)
-    "scikit-learn's 8x8 digits, scaled to 0..255, on a 16x16 canvas."
+    """scikit-learn's 8x8 digits, scaled to 0..255, on a 16x16 canvas.
+
+    Parameters
+    ----------
+    shift : bool, default True
+        put each scan at a random place, rather than in the middle
+    seed : int, default 0
+        of the split and of the places
+    test_share : float, default 0.2
+        part of each class held out for testing
+    name : str, default None
+        as printed; None says 'digits', or 'digits (centred)' without the shift
+
+    Returns
+    -------
+    Data
+        uint8 (N, 1, 16, 16)
+    """
     from sklearn.datasets import load_digits
     scans, y = load_digits(return_X_y=True)
     scans = torch.tensor(scans*255/16).round().to(torch.uint8).view(-1, 8, 8)
@@ -341,7 +471,24 @@ def load_collection(
     download:bool=True, # let torchvision download what is missing
     name:str=None # as printed; None is the usual one
 )->Data: # uint8 (N, 3, 32, 32) or (N, 1, 28, 28)
-    "One of torchvision's collections. Raises `FileNotFoundError` when it is neither there nor to be had."
+    """One of torchvision's collections. Raises `FileNotFoundError` when it is neither there nor to be had.
+
+    Parameters
+    ----------
+    source : str
+        'cifar10', 'cifar100', 'mnist' or 'fashion_mnist'
+    root : default None
+        folder that holds, or gets, torchvision's files; None is ~/.cache/efcn_nb
+    download : bool, default True
+        let torchvision download what is missing
+    name : str, default None
+        as printed; None is the usual one
+
+    Returns
+    -------
+    Data
+        uint8 (N, 3, 32, 32) or (N, 1, 28, 28)
+    """
     from torchvision import datasets # here, because it takes as long to load as torch
     kind, label = _collections[source]
     make = getattr(datasets, kind)
@@ -861,6 +1008,26 @@ def load_folder(
     What is left out stands in `notes`, and `describe` says it; a warning names all of it that was not hidden, and
     counts test images that are training images, too.
     Raises `ValueError`, `FileNotFoundError` or `MemoryError`, before any image is decoded if that is possible.
+
+    Parameters
+    ----------
+    folder
+        tree in `ImageFolder` layout
+    size : default None
+        pixels, or (height, width), to resize every image to; None takes the images as they are
+    cache : default None
+        folder for the decoded images; None is FOLDER.cache beside the tree, False keeps nothing
+    seed : int, default 0
+        of the split, when the tree has none
+    test_share : float, default 0.2
+        held-out part of each class, when the tree has no train and test
+    name : str, default None
+        as printed; None is the folder's name
+
+    Returns
+    -------
+    Data
+        uint8 (N, 1 or 3, height, width)
     """
     size, folder = _height_width(size), os.path.expanduser(folder)
     paths, y, classes, n, notes = _read_tree(folder)
@@ -899,8 +1066,35 @@ def load_data(
 )->Data: # train and test `Dataset`, uint8, on the CPU
     """Images from any source. An argument that a source has no use for is ignored, but for `size`.
 
-    Raises `ValueError`, `FileNotFoundError` or `MemoryError`, each with the reason and the remedy, when the source is
+    Raises `ValueError`, `FileNotFoundError` or `MemoryError`, each with the reason and the remedy, when the source
+    is
     unknown, missing, unusable or too large. `describe()` of the result says what there is, and what was left out.
+
+    Parameters
+    ----------
+    source : default 'digits'
+        'digits', 'cifar10', 'cifar100', 'mnist', 'fashion_mnist', or a folder of images
+    root : default None
+        torchvision's sources: folder that holds, or gets, the files; None is ~/.cache/efcn_nb
+    shift : bool, default True
+        digits: each at a random place on the canvas, rather than in the middle
+    seed : int, default 0
+        of the places of the digits, and of the split of a source that has none
+    cache : default None
+        a folder of images: where the decoded images go; None is FOLDER.cache beside it, False nowhere
+    name : str, default None
+        as printed beside every accuracy; None is the source's own
+    size : default None
+        a folder of images: pixels, or (height, width), to resize to
+    test_share : float, default 0.2
+        held-out part of each class of a source without a test set
+    download : bool, default True
+        torchvision's sources: let torchvision download what is missing
+
+    Returns
+    -------
+    Data
+        train and test `Dataset`, uint8, on the CPU
     """
     _check_source(source, size)
     if source == 'digits': return load_shifted_digits(shift, seed, test_share, name)

@@ -75,7 +75,16 @@ def skinny(
     classes:int=10,
     width:int=64                 # channels of each convolution
 )->nn.Sequential:
-    "SkinnyCNN of d'Ascoli et al. 2019; raises `ValueError` for images that are too small."
+    """SkinnyCNN of d'Ascoli et al. 2019; raises `ValueError` for images that are too small.
+
+    Parameters
+    ----------
+    input_shape : tuple, default (3, 32, 32)
+        (channels, height, width)
+    classes : int, default 10
+    width : int, default 64
+        channels of each convolution
+    """
     body = nn.Sequential(*_block(input_shape[0], width, 4, stride=2, padding=2), *_block(width, width, 5, padding=2),
                          *_block(width, width, 3, padding=1), nn.Flatten())
     return body.append(nn.Linear(_features(body, input_shape), classes))
@@ -86,7 +95,16 @@ def alexnet(
     classes:int=10,
     width:int=64                 # channels of the first convolution; the others are 3, 6, 4 and 4 times as wide
 )->nn.Sequential:
-    "AlexNet adapted to CIFAR, as d'Ascoli et al. 2019 use it; raises `ValueError` for images that are too small."
+    """AlexNet adapted to CIFAR, as d'Ascoli et al. 2019 use it; raises `ValueError` for images that are too small.
+
+    Parameters
+    ----------
+    input_shape : tuple, default (3, 32, 32)
+        (channels, height, width)
+    classes : int, default 10
+    width : int, default 64
+        channels of the first convolution; the others are 3, 6, 4 and 4 times as wide
+    """
     body = nn.Sequential(*_block(input_shape[0], width, 4, stride=2, padding=2), *_block(width, 3*width, 5, padding=2),
                          nn.Conv2d(3*width, 6*width, 3, padding=1), nn.ReLU(),
                          nn.Conv2d(6*width, 4*width, 3, padding=1), nn.ReLU(),
@@ -101,7 +119,16 @@ def small(
     classes:int=10,
     width:int=8                  # channels of each convolution
 )->nn.Sequential:
-    "Two small convolutions with pooling; raises `ValueError` for images that are too small."
+    """Two small convolutions with pooling; raises `ValueError` for images that are too small.
+
+    Parameters
+    ----------
+    input_shape : tuple, default (1, 16, 16)
+        (channels, height, width)
+    classes : int, default 10
+    width : int, default 8
+        channels of each convolution
+    """
     body = nn.Sequential(*_block(input_shape[0], width, 5, pool=(4,4), padding=2),
                          *_block(width, width, 3, pool=(2,2), padding=1), nn.Flatten())
     return body.append(nn.Linear(_features(body, input_shape), classes))
@@ -112,8 +139,17 @@ def strided(
     classes:int=10,
     width:int=24                 # channels of each convolution
 )->nn.Sequential:
-    "Two convolutions, the first of stride 2, so that its eFCN is small; raises `ValueError` for images that are too "\
-    "small."
+    """Two convolutions, the first of stride 2, so that its eFCN is small; raises `ValueError` for images that are too
+    small.
+
+    Parameters
+    ----------
+    input_shape : tuple, default (3, 16, 16)
+        (channels, height, width)
+    classes : int, default 10
+    width : int, default 24
+        channels of each convolution
+    """
     body = nn.Sequential(*_block(input_shape[0], width, 4, pool=(2,2), stride=2, padding=1),
                          *_block(width, width, 3, pool=(2,2), padding=1), nn.Flatten())
     return body.append(nn.Linear(_features(body, input_shape), classes))
@@ -128,8 +164,21 @@ def make_dense(
     seed:int=0,         # of the initial weights
     init:str='default'  # or 'glorot': normal weights, biases of zero
 )->nn.Sequential:
-    "Hidden layers with ReLU, and batch normalisation before every layer, after Pellegrini & Biroli 2021. Raises "\
-    "`ValueError` for impossible widths or an unknown `init`."
+    """Hidden layers with ReLU, and batch normalisation before every layer, after Pellegrini & Biroli 2021. Raises
+    `ValueError` for impossible widths or an unknown `init`.
+
+    Parameters
+    ----------
+    input_shape : tuple
+        of one image
+    classes : int
+    widths : default (192, 192)
+        units of the hidden layers
+    seed : int, default 0
+        of the initial weights
+    init : str, default 'default'
+        or 'glorot': normal weights, biases of zero
+    """
     one_of('init', init, INITS)
     for width in widths: whole('each of widths', width, 1)
     sizes, layers = [math.prod(input_shape), *widths, classes], [nn.Flatten()]
@@ -152,7 +201,20 @@ def make_model(
     seed:int=0,        # of the initial weights
     width:int=None     # None for the model's own
 )->nn.Sequential:
-    "The network called `name` with PyTorch's default initial weights; the global random state is left alone."
+    """The network called `name` with PyTorch's default initial weights; the global random state is left alone.
+
+    Parameters
+    ----------
+    name : str
+        a key of `MODELS`
+    input_shape : tuple
+        (channels, height, width)
+    classes : int
+    seed : int, default 0
+        of the initial weights
+    width : int, default None
+        None for the model's own
+    """
     one_of('model', name, MODELS)
     options = {} if width is None else {'width': whole('width', width, 1, 100_000)}
     with torch.random.fork_rng():
@@ -172,7 +234,17 @@ def fit_width(
     budget:int, # weights at most
     most:int=2**20
 )->int:
-    "The largest width, up to `most`, whose network has at most `budget` weights; raises `ValueError` if there is none."
+    """The largest width, up to `most`, whose network has at most `budget` weights; raises `ValueError` if there is
+    none.
+
+    Parameters
+    ----------
+    make
+        a function of a width (1, 2, ...) that makes a network, the larger the wider
+    budget : int
+        weights at most
+    most : int, default 2 ** 20
+    """
     def count(width):
         with torch.device('meta'): return count_weights(make(width))
     if count(1) > budget:

@@ -29,7 +29,18 @@ def file_digest(path, length=12):
 def run_id(
     config:dict # what determines the result: numbers, strings, lists, None
 )->str:         # 12 hexadecimal digits
-    "Name of the run with `config`; the order of keys does not matter."
+    """Name of the run with `config`; the order of keys does not matter.
+
+    Parameters
+    ----------
+    config : dict
+        what determines the result: numbers, strings, lists, None
+
+    Returns
+    -------
+    str
+        12 hexadecimal digits
+    """
     return digest(json.dumps(config, sort_keys=True).encode())
 
 # %% ../../nbs/service/90_files.ipynb #01c260e6
@@ -42,6 +53,14 @@ def publish(
     sees a part of it.
 
     Raises `OSError` with one sentence if it cannot be written.
+
+    Parameters
+    ----------
+    path : Path
+    write
+        a function that fills the file whose path it gets
+    name : default None
+        a function that tells, from the path of the full file, how it shall be called; None for `path`
     """
     path = Path(path)
     beside = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part')
@@ -60,7 +79,14 @@ def write_atomic(
     path:Path,
     content # bytes or str
 ):
-    "Write `content` to `path`, whole or not at all. Raises `OSError` with one sentence if it cannot be written."
+    """Write `content` to `path`, whole or not at all. Raises `OSError` with one sentence if it cannot be written.
+
+    Parameters
+    ----------
+    path : Path
+    content
+        bytes or str
+    """
     content = content.encode() if isinstance(content, str) else content
     publish(path, lambda beside: beside.write_bytes(content))
 
@@ -87,6 +113,12 @@ def held(
 ):
     """Context in which no other process holds `folder`, which is made if need be; raises `Busy` if one does already,
     `OSError` if nothing can be written there.
+
+    Parameters
+    ----------
+    folder : Path
+    wait : bool, default False
+        until another process that holds it lets go
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,17 @@ def require_memory(
     device='cpu', # where
     slack:float=1 # how many times what is free they may be; more than 1 before trimming, which takes rows away
 ):
-    "Raise `MemoryError` if `need` bytes for an embedded network are more than `slack` times what is free."
+    """Raise `MemoryError` if `need` bytes for an embedded network are more than `slack` times what is free.
+
+    Parameters
+    ----------
+    need : int
+        bytes
+    device : default 'cpu'
+        where
+    slack : float, default 1
+        how many times what is free they may be; more than 1 before trimming, which takes rows away
+    """
     free = free_memory(device)
     if need > slack*free:
         raise MemoryError(f'the embedded network needs {need/1e9:,.1f} GB on {device}, where {free/1e9:,.1f} GB are '

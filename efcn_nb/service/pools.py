@@ -21,7 +21,15 @@ def check_executor(
     executor,    # what a user gave as an executor; None for none
     workers:int  # and as the number of processes
 ):
-    "Raise `ValueError` unless there is an executor, or a number of workers, or neither."
+    """Raise `ValueError` unless there is an executor, or a number of workers, or neither.
+
+    Parameters
+    ----------
+    executor
+        what a user gave as an executor; None for none
+    workers : int
+        and as the number of processes
+    """
     if executor is None: return
     if workers > 1: raise ValueError('give either workers= or executor=, which has its own number of workers')
     if not hasattr(executor, 'submit'):
@@ -32,7 +40,14 @@ def worker_count(
     executor,
     most:int # the answer for an executor that does not tell
 )->int:
-    "How many jobs `executor` does at a time."
+    """How many jobs `executor` does at a time.
+
+    Parameters
+    ----------
+    executor
+    most : int
+        the answer for an executor that does not tell
+    """
     client = getattr(executor, '_client', None)                       # Dask's
     return getattr(executor, '_max_workers', None) or (len(client.nthreads()) if client else most)
 
@@ -51,7 +66,13 @@ if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_note_for
 def refuse_fork(
     parent:int # process id of the one that asked for work
 ):
-    "In a worker: raise `ValueError` if this process is a fork of `parent`."
+    """In a worker: raise `ValueError` if this process is a fork of `parent`.
+
+    Parameters
+    ----------
+    parent : int
+        process id of the one that asked for work
+    """
     if _FORKED_FROM == parent: raise ValueError(_NO_FORK)
 
 def _start_method(executor):
@@ -78,8 +99,20 @@ def packed(
     executor=None, # that shall receive them; None for a pool that is still to be made
     workers:int=1  # its number of processes
 )->bytes:
-    "The pickled `things`, or None if there is no pool of Python's own. Raises `ValueError` if they cannot travel, "\
-    "or if the pool forks."
+    """The pickled `things`, or None if there is no pool of Python's own. Raises `ValueError` if they cannot travel, or
+    if the pool forks.
+
+    Parameters
+    ----------
+    things
+        to be sent to the workers
+    name : str
+        of the part that may not be able to travel, in messages
+    executor : default None
+        that shall receive them; None for a pool that is still to be made
+    workers : int, default 1
+        its number of processes
+    """
     method = _start_method(executor)
     if not method and workers == 1: return None
     if method == 'fork': raise ValueError(_NO_FORK)
@@ -122,7 +155,26 @@ def try_out(
     here:dict=None,   # what `look` returns in this process
     threads:int=1     # of PyTorch, in each worker
 ):
-    "Raise `ValueError` if processes do not start, cannot unpickle `content`, or see something else in it."
+    """Raise `ValueError` if processes do not start, cannot unpickle `content`, or see something else in it.
+
+    Parameters
+    ----------
+    executor
+    count : int
+        processes that are to start
+    content : bytes
+        as `packed` returns it
+    name : str
+        of the function in it, in messages
+    kind : str, default 'value'
+        of what the function makes, in messages
+    look : default None
+        function of the unpickled content that returns {part: tensor, text or None}; None for no look
+    here : dict, default None
+        what `look` returns in this process
+    threads : int, default 1
+        of PyTorch, in each worker
+    """
     futures = [executor.submit(_arrives, content, look, here, kind, threads) for _ in range(count)]
     try: whys = [why for future in futures if (why := future.result())]
     except BrokenExecutor:

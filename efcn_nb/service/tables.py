@@ -115,6 +115,13 @@ def read_table(
     """The table that was written, with every digit: text is text, numbers are numbers, nothing is NaN.
 
     Without marks, types are guessed.
+
+    Parameters
+    ----------
+    text : str
+        as `table_text` writes it, or `DataFrame.to_csv(index=False)`
+    words : default ()
+        columns whose cells are text without any marks
     """
     if '"' not in text.split('\n', 1)[0]: return _read_plain(text, words)
     names, *rows = _raw_rows(text)
@@ -137,12 +144,24 @@ def _plain(value):
 def make_plain(
     settings # a dataclass, frozen or not; changed in place
 ):
-    "Give all fields of `settings` Python's own numbers, and tuples for lists."
+    """Give all fields of `settings` Python's own numbers, and tuples for lists.
+
+    Parameters
+    ----------
+    settings
+        a dataclass, frozen or not; changed in place
+    """
     for field in fields(settings): object.__setattr__(settings, field.name, _plain(getattr(settings, field.name)))
 
 # %% ../../nbs/service/93_tables.ipynb #2ca1ffef
 def settings_table(
     settings # a dataclass
 )->pd.DataFrame:
-    "The fields of `settings` and their values."
+    """The fields of `settings` and their values.
+
+    Parameters
+    ----------
+    settings
+        a dataclass
+    """
     return pd.DataFrame([(f.name, getattr(settings, f.name)) for f in fields(settings)], columns=['setting', 'value'])

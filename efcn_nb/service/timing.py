@@ -27,7 +27,15 @@ def timed(
     job,         # a function without arguments
     device='cpu' # on which it computes
 )->float:
-    "Seconds until `job` is done."
+    """Seconds until `job` is done.
+
+    Parameters
+    ----------
+    job
+        a function without arguments
+    device : default 'cpu'
+        on which it computes
+    """
     wait = torch.cuda.synchronize if torch.device(device).type == 'cuda' else lambda: None
     wait()
     start = time.perf_counter()
@@ -43,7 +51,21 @@ def take_turns(
     repeat:int=5, # turns that count
     device='cpu'
 )->dict:          # name: median seconds
-    "Median time of each job, measured in turns after one that does not count."
+    """Median time of each job, measured in turns after one that does not count.
+
+    Parameters
+    ----------
+    jobs : dict
+        name: function without arguments
+    repeat : int, default 5
+        turns that count
+    device : default 'cpu'
+
+    Returns
+    -------
+    dict
+        name: median seconds
+    """
     times = {name: [] for name in jobs}
     for _ in range(repeat + 1):
         for name, job in jobs.items(): times[name].append(timed(job, device))
@@ -59,7 +81,20 @@ def peak_memory(
     job,         # a function without arguments
     device='cpu' # of which the memory counts
 )->float:        # bytes
-    "Bytes that `job` needs at its peak beyond those in use before it; NaN where the system does not tell them."
+    """Bytes that `job` needs at its peak beyond those in use before it; NaN where the system does not tell them.
+
+    Parameters
+    ----------
+    job
+        a function without arguments
+    device : default 'cpu'
+        of which the memory counts
+
+    Returns
+    -------
+    float
+        bytes
+    """
     if torch.device(device).type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

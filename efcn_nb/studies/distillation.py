@@ -32,7 +32,40 @@ from ..service.tables import make_plain
 # %% ../../nbs/studies/61_distillation.ipynb #e956362a
 @dataclass(frozen=True)
 class DistillationSettings:
-    "Settings of the study. Raises `ValueError` for impossible ones."
+    """Settings of the study. Raises `ValueError` for impossible ones.
+
+    Parameters
+    ----------
+    transfer : dict, default field(default_factory=dict)
+        of `transfer_set`
+    teacher : dict, default field(default_factory=dict)
+        of `teach`; batch size and precision are those below unless given
+    students : tuple, default tuple(STUDENTS)
+    budgets : tuple, default (3160, 10000, 31600)
+        weights at most
+    larger_mlps : tuple, default ()
+        further budgets, for the MLPs alone
+    label_budgets : tuple, default (10000,)
+        budgets at which all students are trained on labels, too
+    embedded : str, default 'conv2'
+        the convolutional student that is embedded; None for none
+    embedded_budget : int, default 3160
+        its weights; the embedded networks have far more
+    relax_times : tuple, default None
+        epochs after which it is embedded, beside 0; None for `epochs`
+    networks : tuple, default STUDENT_NETWORKS
+        that are compared with it
+    seeds : tuple, default (0, 1, 2)
+    lrs : tuple, default (0.001, 0.003, 0.01)
+        of which each cell chooses
+    epochs : int, default 30
+        of all students
+    search_epochs : int, default 10
+        of those that only choose a learning rate
+    batch_size : int, default 100
+    precision : str, default 'fp32'
+        of the products
+    """
     transfer:dict = field(default_factory=dict) # of `transfer_set`
     teacher:dict = field(default_factory=dict)  # of `teach`; batch size and precision are those below unless given
     students:tuple = tuple(STUDENTS)
@@ -79,7 +112,16 @@ def split_validation(
     data:Data,
     share:float=.2, seed:int=0 # see `validation_split`
 )->Splits:
-    "Split a validation set off the training images. Raises `ValueError` if a class is left without images."
+    """Split a validation set off the training images. Raises `ValueError` if a class is left without images.
+
+    Parameters
+    ----------
+    data : Data
+    share : float, default 0.2
+        see `validation_split`
+    seed : int, default 0
+        see `validation_split`
+    """
     training = validation_split(data, share, seed)
     return Splits(training.train, standardised(training.test), standardised(data.test))
 
@@ -137,7 +179,24 @@ def distillation_grid(
     settings:DistillationSettings=DistillationSettings(),
     folder=None, progress:bool=None # see `sweep`
 )->pd.DataFrame: # student, budget, target, convs, hidden, width, weights, seed, lr, at_edge, validation, accuracy
-    "Every student, at every budget, by teacher and labels. Raises `ValueError` before any work for impossible ones."
+    """Every student, at every budget, by teacher and labels. Raises `ValueError` before any work for impossible ones.
+
+    Parameters
+    ----------
+    splits : Splits
+    transfer : TransferSet
+        taught
+    settings : DistillationSettings, default DistillationSettings()
+    folder : default None
+        see `sweep`
+    progress : bool, default None
+        see `sweep`
+
+    Returns
+    -------
+    pd.DataFrame
+        student, budget, target, convs, hidden, width, weights, seed, lr, at_edge, validation, accuracy
+    """
     _check_sizes(settings, splits)
     def run(budget, target, lr, seed, epochs, parts, batch_size, precision, **cell):
         kind = find_student(cell['student'])
@@ -173,7 +232,24 @@ def embedded_students(
     settings:DistillationSettings=DistillationSettings(),
     folder=None, progress:bool=None # see `sweep`
 )->pd.DataFrame: # network, relax, weights, start (test accuracy before), seed, lr, at_edge, validation, accuracy
-    "Teach a convolutional student and its embeddings. Raises `ValueError` before any work if something does not fit."
+    """Teach a convolutional student and its embeddings. Raises `ValueError` before any work if something does not fit.
+
+    Parameters
+    ----------
+    splits : Splits
+    transfer : TransferSet
+        taught
+    settings : DistillationSettings, default DistillationSettings()
+    folder : default None
+        see `sweep`
+    progress : bool, default None
+        see `sweep`
+
+    Returns
+    -------
+    pd.DataFrame
+        network, relax, weights, start (test accuracy before), seed, lr, at_edge, validation, accuracy
+    """
     _check_sizes(settings, splits)
     common = _common(splits, transfer, settings) | dict(name=settings.embedded, budget=int(settings.embedded_budget))
     times = sorted({0, *map(int, [settings.epochs] if settings.relax_times is None else settings.relax_times)})
@@ -191,7 +267,18 @@ def embedded_students(
 def start_or_architecture(
     table:pd.DataFrame # as `embedded_students` returns it
 )->pd.DataFrame:       # space, relax, part, gap (mean over seeds), spread, n, share of the whole gap
-    "The gap between a convolutional student and its matrices freshly drawn, in parts, over seeds that have all three."
+    """The gap between a convolutional student and its matrices freshly drawn, in parts, over seeds that have all three.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `embedded_students` returns it
+
+    Returns
+    -------
+    pd.DataFrame
+        space, relax, part, gap (mean over seeds), spread, n, share of the whole gap
+    """
     accuracy, rows = table.pivot(index='seed', columns=['network', 'relax'], values='accuracy'), []
     for fresh, embedded in [('fcn', 'efcn'), ('lcn', 'elcn')]:
         if (fresh, 0) not in accuracy: continue
@@ -223,7 +310,18 @@ def _chosen(names, budget, validation):
 def gaps(
     table:pd.DataFrame # as `distillation_grid` returns it
 )->pd.DataFrame:       # gap, budget, better, worse (students), seed, difference of their test accuracies
-    "The convolutional gaps and both depth gaps at every budget, seed by seed, for students of the teacher."
+    """The convolutional gaps and both depth gaps at every budget, seed by seed, for students of the teacher.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `distillation_grid` returns it
+
+    Returns
+    -------
+    pd.DataFrame
+        gap, budget, better, worse (students), seed, difference of their test accuracies
+    """
     (accuracy, validation), rows = _accuracies(table), []
     for name, budget in product(GAPS, sorted(accuracy.columns.unique('budget'))):
         better, worse = (_chosen(side, budget, validation) for side in GAPS[name])
@@ -272,7 +370,18 @@ def _teaching_helps(claim, table, every):
 def distillation_claims(
     table:pd.DataFrame # as `distillation_grid` returns it
 )->pd.DataFrame:       # claim, effect, spread over seeds, half width of the 95 % interval (points), n, verdict
-    "The paper's claims, judged on test accuracies."
+    """The paper's claims, judged on test accuracies.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `distillation_grid` returns it
+
+    Returns
+    -------
+    pd.DataFrame
+        claim, effect, spread over seeds, half width of the 95 % interval (points), n, verdict
+    """
     found = gaps(table)
     return pd.DataFrame([
         _at_every_budget('1a  a convolutional gap at every budget', 'convolutional', found),
@@ -291,7 +400,24 @@ def distillation_study(
     settings:DistillationSettings=DistillationSettings(),
     device='cpu', progress:bool=None # see `sweep`
 )->dict:             # tables by name: teachers, grid, gaps, claims, embedded, parts
-    "Teachers, grid, embedded students and claims. Raises what its parts raise; sizes are checked before any work."
+    """Teachers, grid, embedded students and claims. Raises what its parts raise; sizes are checked before any work.
+
+    Parameters
+    ----------
+    data : Data
+    out
+        folder for what is kept and for the tables
+    settings : DistillationSettings, default DistillationSettings()
+    device : default 'cpu'
+        see `sweep`
+    progress : bool, default None
+        see `sweep`
+
+    Returns
+    -------
+    dict
+        tables by name: teachers, grid, gaps, claims, embedded, parts
+    """
     splits, device = split_validation(data), find_device(device)
     check_precision(settings.precision, device)
     _check_sizes(settings, splits)

@@ -31,7 +31,28 @@ _SEARCH_SEED = 1_000 # of networks that only choose a learning rate
 
 @dataclass(frozen=True)
 class LowRankSettings:
-    "What all networks of a study have in common. Raises `ValueError` for settings that nobody can train with."
+    """What all networks of a study have in common. Raises `ValueError` for settings that nobody can train with.
+
+    Parameters
+    ----------
+    width : int, default 52
+        channels of each convolution
+    kernel : int, default 5
+        taps across the kernels of the second and third, odd
+    epochs : int, default 3
+    search_epochs : int, default 2
+        of networks that choose a learning rate
+    lrs : tuple, default (0.005, 0.01, 0.02)
+        to choose from, for each arm
+    batch_size : int, default 100
+    precision : str, default 'fp32'
+        of the products
+    seeds : tuple, default (0, 1, 2)
+    steps : int, default 50
+        of least squares, in approximations of trained kernels
+    measured : int, default 2000
+        training images for BatchNorm's statistics after an approximation
+    """
     width:int=52               # channels of each convolution
     kernel:int=5               # taps across the kernels of the second and third, odd
     epochs:int=3
@@ -60,7 +81,17 @@ def held_network(
     settings:LowRankSettings=LowRankSettings(),
     seed:int=0
 )->nn.Sequential:
-    "Three convolutions, all dense so far; the global random state is left alone. Raises `ValueError` for small images."
+    """Three convolutions, all dense so far; the global random state is left alone. Raises `ValueError` for small
+    images.
+
+    Parameters
+    ----------
+    input_shape : tuple
+        (channels, height, width), at least 8 x 8 pixels
+    classes : int
+    settings : LowRankSettings, default LowRankSettings()
+    seed : int, default 0
+    """
     if len(input_shape) != 3 or min(input_shape[1:]) < 8:
         raise ValueError(f'images must be (channels, height, width) of at least 8 x 8 pixels, not {tuple(input_shape)}')
     width, kernel = settings.width, settings.kernel
@@ -81,7 +112,25 @@ def train_held(
     settings:LowRankSettings=LowRankSettings(),
     seed:int=0          # of the order of images
 )->torch.Tensor:        # the loss at each step
-    "Train what is not frozen. Raises `ValueError` for an impossible rate, `Diverged` if the loss stops being finite."
+    """Train what is not frozen. Raises `ValueError` for an impossible rate, `Diverged` if the loss stops being finite.
+
+    Parameters
+    ----------
+    model : nn.Module
+        trained in place
+    data
+        a `Dataset`
+    lr : float
+        the largest rate of Adam
+    settings : LowRankSettings, default LowRankSettings()
+    seed : int, default 0
+        of the order of images
+
+    Returns
+    -------
+    torch.Tensor
+        the loss at each step
+    """
     positive('the learning rate', lr)
     steps, rise = settings.epochs*math.ceil(len(data)/settings.batch_size), .2
     def share(step): return min((step + 1)/(rise*steps + 1), (1 - step/steps)/(1 - rise))
@@ -121,7 +170,30 @@ def learn_held(
     seed:int=0,                      # of weights, cores, orders, the order of images
     lr:float=.01, settings:LowRankSettings=LowRankSettings()
 )->dict: # true (ratio), numbers, accuracy, loss (on data.test), ranks at the end; start_effective: rank at the start
-    "One network, trained and measured; accuracy is missing if it diverged. Raises `ValueError` for what cannot be."
+    """One network, trained and measured; accuracy is missing if it diverged. Raises `ValueError` for what cannot be.
+
+    Parameters
+    ----------
+    data : Data
+    format : str
+        the arm
+    shuffled : str, default 'none'
+        the arm
+    ratio : float, default 1.0
+        asked for
+    trained : bool, default True
+        False: held kernels stay as they were drawn
+    seed : int, default 0
+        of weights, cores, orders, the order of images
+    lr : float, default 0.01
+    settings : LowRankSettings, default LowRankSettings()
+
+    Returns
+    -------
+    dict
+        true (ratio), numbers, accuracy, loss (on data.test), ranks at the end; start_effective: rank at the
+        start
+    """
     _check_arm('the arm', (format, shuffled))
     model = held_network(data.train.shape, len(data.train.classes), settings, seed)
     if format != 'dense': compress(model, format, ratio, 'none' if shuffled == 'pixels' else shuffled, seed)
@@ -170,10 +242,32 @@ def low_rank_grid(
     data:Data,
     arms,              # pairs: 'dense' or one of `FORMATS`, one of `SHUFFLED`
     ratios,            # asked for, 1 or more
-    settings:LowRankSettings=LowRankSettings(), trained:bool=True, # False: held kernels stay as they were drawn
+    settings:LowRankSettings=LowRankSettings(),
+    trained:bool=True, # False: held kernels stay as they were drawn
     folder=None, progress:bool=None                  # see `sweep`
 )->pd.DataFrame: # a row for each arm, ratio and seed: what `learn_held` measures, lr, and in `note` why it is empty
-    "Choose a learning rate for each arm, then train all. Raises `ValueError` before any work for what cannot be done."
+    """Choose a learning rate for each arm, then train all. Raises `ValueError` before any work for what cannot be done.
+
+    Parameters
+    ----------
+    data : Data
+    arms
+        pairs: 'dense' or one of `FORMATS`, one of `SHUFFLED`
+    ratios
+        asked for, 1 or more
+    settings : LowRankSettings, default LowRankSettings()
+    trained : bool, default True
+        False: held kernels stay as they were drawn
+    folder : default None
+        see `sweep`
+    progress : bool, default None
+        see `sweep`
+
+    Returns
+    -------
+    pd.DataFrame
+        a row for each arm, ratio and seed: what `learn_held` measures, lr, and in `note` why it is empty
+    """
     arms = distinct('arms', [tuple(arm) if isinstance(arm, list) else arm for arm in arms], _check_arm)
     ratios, trained = sorted(map(float, distinct('ratios', ratios, real, least=1))), bool(trained)
     check_precision(settings.precision, data.train.x.device)
@@ -195,8 +289,22 @@ def by_ratio(
     table:pd.DataFrame, # as `low_rank_grid` returns it
     format:str, shuffled:str='none', trained:bool=True
 )->pd.DataFrame:        # index: seed; columns: ratio asked for; accuracy
-    "Accuracies of an arm at the ratios that it reached; where several led to one rank, that network counts once, at "\
-    "the largest. Raises `ValueError` if there is none, or if a seed is there twice."
+    """Accuracies of an arm at the ratios that it reached; where several led to one rank, that network counts once, at
+    the largest. Raises `ValueError` if there is none, or if a seed is there twice.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `low_rank_grid` returns it
+    format : str
+    shuffled : str, default 'none'
+    trained : bool, default True
+
+    Returns
+    -------
+    pd.DataFrame
+        index: seed; columns: ratio asked for; accuracy
+    """
     rows = table[(table.format == format) & (table.shuffled == shuffled) & (table.trained.astype(bool) == trained)]
     rows, arm = rows[rows.true.notna()], f'format {format!r} and {shuffled!r} shuffled'
     if not len(rows):
@@ -210,7 +318,18 @@ def by_ratio(
 def steadiness(
     A:pd.DataFrame # accuracies of an arm, as `by_ratio` returns them
 )->pd.DataFrame:   # index: seed; columns: fall, spread, kept (shares of one)
-    "How much accuracy depends on the ratio."
+    """How much accuracy depends on the ratio.
+
+    Parameters
+    ----------
+    A : pd.DataFrame
+        accuracies of an arm, as `by_ratio` returns them
+
+    Returns
+    -------
+    pd.DataFrame
+        index: seed; columns: fall, spread, kept (shares of one)
+    """
     first, last = A.iloc[:,0], A.iloc[:,-1]
     return pd.DataFrame(dict(fall=first - last, spread=A.std(axis=1, skipna=False), kept=last/first))
 
@@ -258,7 +377,20 @@ def low_rank_claims(
     table:pd.DataFrame, # as `low_rank_grid` returns it, one below the other
     margin:float=.01    # that counts as no worse
 )->pd.DataFrame:        # claim, effect, spread over seeds, half width of the 95 % interval (points), n, verdict
-    "What the abstract of Li et al. says, and what else the study asks, judged on test accuracies."
+    """What the abstract of Li et al. says, and what else the study asks, judged on test accuracies.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `low_rank_grid` returns it, one below the other
+    margin : float, default 0.01
+        that counts as no worse
+
+    Returns
+    -------
+    pd.DataFrame
+        claim, effect, spread over seeds, half width of the 95 % interval (points), n, verdict
+    """
     rows = []
     for format in [f for f in FORMATS if (table.format == f).any()]:
         plain, shuffled = (format, 'none'), (format, 'everything')
@@ -283,7 +415,26 @@ def post_hoc(
     formats=CUTS, shuffles=('none', 'everything'),
     seed:int=0, lr:float=.01
 )->list: # dicts, see `cut_accuracies`
-    "Train a dense network, then replace its kernels by approximations. Raises `ValueError` for unknown words."
+    """Train a dense network, then replace its kernels by approximations. Raises `ValueError` for unknown words.
+
+    Parameters
+    ----------
+    data : Data
+    ratios
+        of approximations
+    settings : LowRankSettings, default LowRankSettings()
+    pixels : bool, default False
+        permute the pixels of all images before anything is learned
+    formats : default CUTS
+    shuffles : default ('none', 'everything')
+    seed : int, default 0
+    lr : float, default 0.01
+
+    Returns
+    -------
+    list
+        dicts, see `cut_accuracies`
+    """
     check_cuts(ratios, formats, shuffles)
     if pixels: data = make_variant(data, 'permuted', seed)
     model = held_network(data.train.shape, len(data.train.classes), settings, seed)
@@ -297,7 +448,26 @@ def post_hoc_study(
     pixels=(False, True), formats=CUTS, shuffles=('none', 'everything'), lr:float=.01, # see `post_hoc`
     folder=None, progress:bool=None                                                    # see `sweep`
 )->pd.DataFrame:
-    "`post_hoc` for all seeds, pixels in place and permuted. Raises `ValueError` before any work for what cannot be."
+    """`post_hoc` for all seeds, pixels in place and permuted. Raises `ValueError` before any work for what cannot be.
+
+    Parameters
+    ----------
+    data : Data
+    ratios
+    settings : LowRankSettings, default LowRankSettings()
+    pixels : default (False, True)
+        see `post_hoc`
+    formats : default CUTS
+        see `post_hoc`
+    shuffles : default ('none', 'everything')
+        see `post_hoc`
+    lr : float, default 0.01
+        see `post_hoc`
+    folder : default None
+        see `sweep`
+    progress : bool, default None
+        see `sweep`
+    """
     check_cuts(ratios, formats, shuffles)
     for one in distinct('pixels', pixels): one_of('pixels', str(one), ('False', 'True'))
     positive('the learning rate', lr)

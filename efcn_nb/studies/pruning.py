@@ -51,7 +51,40 @@ def _check_settings(s):
 # %% ../../nbs/studies/63_pruning.ipynb #c81fb26a
 @dataclass(frozen=True)
 class PruningSettings:
-    "How networks are trained and pruned. Raises `ValueError` for impossible settings."
+    """How networks are trained and pruned. Raises `ValueError` for impossible settings.
+
+    Parameters
+    ----------
+    variant : str, default 'images'
+        of the data, one of `VARIANTS`
+    start : str, default 'fcn'
+        'fcn': a dense network; 'efcn': a trained and embedded CNN; 'noisy efcn'
+    method : str, default 'iterative'
+        or 'one-shot', or 'untrained'
+    fraction : float, default 0.3
+        of the remaining weights, pruned after each round
+    steps : int, default 600
+        at which a round ends
+    rewind : int, default 60
+        step to which weights are rewound
+    lr : float, default 0.1
+        of SGD
+    batch_size : int, default 100
+    last : bool, default False
+        whether the last layer is pruned as well
+    widths : tuple, default (192, 192)
+        hidden units of the dense network
+    init : str, default 'default'
+        initial weights of the dense network: PyTorch's, or 'glorot'
+    channels : int, default 4
+        of the CNN
+    relax : int, default 600
+        training steps of the CNN
+    seeds : tuple, default (0, 1, 2)
+        of weights, batches, orders of pixels and draws
+    rounds : int, default 11
+        of pruning, after round 0 with all weights
+    """
     variant:str = 'images'     # of the data, one of `VARIANTS`
     start:str = 'fcn'          # 'fcn': a dense network; 'efcn': a trained and embedded CNN; 'noisy efcn'
     method:str = 'iterative'   # or 'one-shot', or 'untrained'
@@ -207,8 +240,26 @@ def prune_rounds(
     settings:PruningSettings=PruningSettings(),
     folder=None, progress:bool=None # see `sweep`
 )->pd.DataFrame: # case, variant, seed, round, layer, units, inputs, kept (see `mask_to_text`), test accuracy and loss
-    "Prune, rewind and train again, in rounds. Raises `ValueError` before any work if something is impossible, "\
-    "`Diverged` if a loss is not finite."
+    """Prune, rewind and train again, in rounds. Raises `ValueError` before any work if something is impossible,
+    `Diverged` if a loss is not finite.
+
+    Parameters
+    ----------
+    data
+        `Data`, on the CPU
+    cases : default ('fcn',)
+        names in `CASES`, or a dict: name and the settings in which it differs
+    settings : PruningSettings, default PruningSettings()
+    folder : default None
+        see `sweep`
+    progress : bool, default None
+        see `sweep`
+
+    Returns
+    -------
+    pd.DataFrame
+        case, variant, seed, round, layer, units, inputs, kept (see `mask_to_text`), test accuracy and loss
+    """
     by_case, tables = _by_case(cases, settings), []
     _check_fits(data, by_case)
     for case, s in by_case.items():
@@ -244,7 +295,24 @@ def interaction_table(
     settings:PruningSettings=PruningSettings(),
     folder=None, progress:bool=None # see `sweep`; rounds of pruning that are stored there are read
 )->pd.DataFrame:             # network, seed, distance, strength, null, ratio, accuracy (on test images)
-    "`interaction_profile` of trained networks. Raises `ValueError` before any work if something is impossible."
+    """`interaction_profile` of trained networks. Raises `ValueError` before any work if something is impossible.
+
+    Parameters
+    ----------
+    data
+        `Data`
+    networks : default tuple(PRUNING_NETWORKS)
+    settings : PruningSettings, default PruningSettings()
+    folder : default None
+        see `sweep`; rounds of pruning that are stored there are read
+    progress : bool, default None
+        see `sweep`; rounds of pruning that are stored there are read
+
+    Returns
+    -------
+    pd.DataFrame
+        network, seed, distance, strength, null, ratio, accuracy (on test images)
+    """
     by_network, configs = _by_network(networks, settings), []
     _check_fits(data, by_network)
     for name, s in by_network.items():
@@ -306,7 +374,20 @@ def pruning_claims(
     rounds:pd.DataFrame, # as `locality_table` returns it
     last:int=3           # number of last rounds that claim 1 is about
 )->pd.DataFrame:         # claim, effect, spread over seeds, half width of the 95 % interval (points), n, verdict
-    "The findings of pruning, judged. Raises `ValueError` for fewer rounds than `last`."
+    """The findings of pruning, judged. Raises `ValueError` for fewer rounds than `last`.
+
+    Parameters
+    ----------
+    rounds : pd.DataFrame
+        as `locality_table` returns it
+    last : int, default 3
+        number of last rounds that claim 1 is about
+
+    Returns
+    -------
+    pd.DataFrame
+        claim, effect, spread over seeds, half width of the 95 % interval (points), n, verdict
+    """
     end = int(rounds['round'].max())
     ends = range(end + 1 - whole('last', last, 1, end), end + 1)
     near, accuracy = _over_seeds(rounds, 'near', 1), _over_seeds(rounds, 'accuracy', 0) # excesses, shares
@@ -334,8 +415,30 @@ def pruning_study(
     units:int=12,        # of the first layer, whose masks are kept as images, of the first seed
     progress:bool=None   # see `sweep`
 )->dict:                 # tables by name: rounds, profiles (of the last round), units, claims, interactions
-    "Prune all cases, measure and judge; tables are written to `out` as csv files. Raises `ValueError` before any "\
-    "work if something is impossible."
+    """Prune all cases, measure and judge; tables are written to `out` as csv files. Raises `ValueError` before any work
+    if something is impossible.
+
+    Parameters
+    ----------
+    data
+        `Data`
+    out
+        folder for stored runs and tables
+    cases : default tuple(CASES)
+        as for `prune_rounds`
+    settings : PruningSettings, default PruningSettings()
+    networks : default tuple(PRUNING_NETWORKS)
+        whose interactions are measured; None to leave them out
+    units : int, default 12
+        of the first layer, whose masks are kept as images, of the first seed
+    progress : bool, default None
+        see `sweep`
+
+    Returns
+    -------
+    dict
+        tables by name: rounds, profiles (of the last round), units, claims, interactions
+    """
     shape, seeds = data.train.shape, settings.seeds
     _check_fits(data, _by_case(cases, settings), units)
     if networks: _check_fits(data, _by_network(networks, settings))

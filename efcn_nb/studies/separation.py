@@ -57,7 +57,28 @@ def make_local_net(
     seed:int=0,   # of the initial weights
     order=None    # positions in the order in which they are read; None for their own
 )->nn.Sequential: # signs (N, 1, n) to scores (N, 1)
-    "One hidden layer and a readout for each unit, zero at first. Raises `ValueError` for what does not fit."
+    """One hidden layer and a readout for each unit, zero at first. Raises `ValueError` for what does not fit.
+
+    Parameters
+    ----------
+    kind : str
+        a key of `PATTERN_KINDS`
+    n : int
+        signs of an input
+    k : int
+        width of the window
+    width : int, default 16
+        hidden units at each of the n-k+1 places
+    seed : int, default 0
+        of the initial weights
+    order : default None
+        positions in the order in which they are read; None for their own
+
+    Returns
+    -------
+    nn.Sequential
+        signs (N, 1, n) to scores (N, 1)
+    """
     one_of('architecture', kind, PATTERN_KINDS)
     whole('k', k, 1, n)
     whole('width', width, 1)
@@ -77,7 +98,17 @@ def width_within(
     n:int, k:int,
     budget:int  # weights and biases at most
 )->int:
-    "The largest width with which `make_local_net` stays within `budget`. Raises `ValueError` if none does."
+    """The largest width with which `make_local_net` stays within `budget`. Raises `ValueError` if none does.
+
+    Parameters
+    ----------
+    kind : str
+        a key of `PATTERN_KINDS`
+    n : int
+    k : int
+    budget : int
+        weights and biases at most
+    """
     each = count_weights(make_local_net(kind, n, k, 1)) - 1 # all but the readout's bias grows with the width
     if budget <= each:
         raise ValueError(f'no width meets a budget of {budget:,} weights: the narrowest {kind} has {each+1:,}')
@@ -101,7 +132,31 @@ def follow(
     first:int=0,     # steps that are over already
     stop:bool=True   # when all of `test` is right twice in a row
 )->list:             # dicts: step, loss (mean since the last), accuracy
-    "Train with the hinge loss, and measure on the way. Raises `Diverged` if the loss stops being finite."
+    """Train with the hinge loss, and measure on the way. Raises `Diverged` if the loss stops being finite.
+
+    Parameters
+    ----------
+    model : nn.Module
+        trained in place
+    batches
+        an iterator of inputs and labels
+    test : tuple
+        inputs and labels to measure on
+    lr : float
+    optimizer : str, default 'adam'
+        'adam', or plain 'sgd'; starts anew
+    every : int, default 50
+        steps between measurements
+    first : int, default 0
+        steps that are over already
+    stop : bool, default True
+        when all of `test` is right twice in a row
+
+    Returns
+    -------
+    list
+        dicts: step, loss (mean since the last), accuracy
+    """
     optimizer = _OPTIMIZERS[one_of('optimizer', optimizer, _OPTIMIZERS)](model.parameters(), lr)
     batches, rows, step = iter(batches), [], first
     while len(losses := _steps(model, optimizer, islice(batches, every), step)):
@@ -113,7 +168,31 @@ def follow(
 # %% ../../nbs/studies/60_separation.ipynb #1863da09
 @dataclass(frozen=True)
 class SeparationSettings:
-    "What both tasks of the study have in common. Raises `ValueError` for settings that cannot be."
+    """What both tasks of the study have in common. Raises `ValueError` for settings that cannot be.
+
+    Parameters
+    ----------
+    kind : str
+        a key of `PATTERN_KINDS`
+    n : int
+        signs, or digits, of an input
+    bits : str, default 'consecutive'
+        where those that matter are
+    width : int, default 16
+        hidden units a place
+    seed : int, default 0
+        of weights and inputs
+    relax : int, default 0
+        steps as a CNN, of `steps`, before 'elcn' or 'efcn' is embedded
+    steps : int, default 1000
+    batch : int, default 128
+        fresh inputs in each step
+    lr : float, default 0.006
+    optimizer : str, default 'adam'
+        see `follow`
+    every : int, default 50
+        steps between measurements
+    """
     kind:str                # a key of `PATTERN_KINDS`
     n:int                   # signs, or digits, of an input
     bits:str='consecutive'  # where those that matter are
@@ -154,7 +233,16 @@ TEST_INPUTS = 4096
 
 @dataclass(frozen=True)
 class PatternSettings(SeparationSettings):
-    "A run on a k-pattern."
+    """A run on a k-pattern.
+
+    Parameters
+    ----------
+    k : int, default 5
+    reorder : bool, default False
+        whether the network reads the positions in a random order, drawn with `seed`
+    table : list, default None
+        2^k labels; None for the parity
+    """
     k:int=5
     reorder:bool=False # whether the network reads the positions in a random order, drawn with `seed`
     table:list=None    # 2^k labels; None for the parity
@@ -164,7 +252,33 @@ def learn_pattern(
     bits:str='consecutive', width:int=16, seed:int=0, relax:int=0, steps:int=1000, batch:int=128, lr:float=.006,
     optimizer:str='adam', every:int=50, reorder:bool=False, table:list=None
 )->list: # dicts: step, loss, accuracy, and off_local in the last
-    "Train one network on fresh samples of a k-pattern, measure on 4,096 others; to be swept over."
+    """Train one network on fresh samples of a k-pattern, measure on 4,096 others; to be swept over.
+
+    Parameters
+    ----------
+    kind : str
+        these and the others: see `PatternSettings`
+    n : int
+        these and the others: see `PatternSettings`
+    k : int, default 5
+        these and the others: see `PatternSettings`
+    bits : str, default 'consecutive'
+    width : int, default 16
+    seed : int, default 0
+    relax : int, default 0
+    steps : int, default 1000
+    batch : int, default 128
+    lr : float, default 0.006
+    optimizer : str, default 'adam'
+    every : int, default 50
+    reorder : bool, default False
+    table : list, default None
+
+    Returns
+    -------
+    list
+        dicts: step, loss, accuracy, and off_local in the last
+    """
     run = PatternSettings(kind, n, bits, width, seed, relax, steps, batch, lr, optimizer, every, k, reorder, table)
     order = pixel_order((1, n), run.seed).tolist() if run.reorder else None
     pattern = make_pattern(n, k, run.bits, order, run.table, run.seed)
@@ -177,7 +291,18 @@ def learn_pattern(
 def digit_scans(
     seed:int=0 # of the split
 )->tuple:      # train and test: scans float32 (N, 8, 8), normalised, and digits int64 (N,)
-    "scikit-learn's scans of digits, 8 x 8 pixels, a fifth of each class held out."
+    """scikit-learn's scans of digits, 8 x 8 pixels, a fifth of each class held out.
+
+    Parameters
+    ----------
+    seed : int, default 0
+        of the split
+
+    Returns
+    -------
+    tuple
+        train and test: scans float32 (N, 8, 8), normalised, and digits int64 (N,)
+    """
     data = load_data('digits', shift=False, seed=seed)
     parts = [part.batch(torch.arange(len(part))) for part in (data.train, data.test)]
     return tuple((x[:,0,4:12,4:12].contiguous(), y) for x, y in parts)                # without the canvas's margins
@@ -186,7 +311,15 @@ def digit_slots(
     n:int,             # digits in a row
     bits='consecutive' # or 'scattered'
 )->tuple:
-    "Positions of the three digits that matter: in the middle, or in the middle and at both ends."
+    """Positions of the three digits that matter: in the middle, or in the middle and at both ends.
+
+    Parameters
+    ----------
+    n : int
+        digits in a row
+    bits : default 'consecutive'
+        or 'scattered'
+    """
     one_of('bits', bits, BITS[:2])
     whole('n', n, 5 if bits == 'scattered' else 3) # three scattered digits are no neighbours
     if n % 2 == 0: raise ValueError(f'a row needs an odd number of digits, to have three in the middle, not {n}')
@@ -198,7 +331,22 @@ def digit_rows(
     n:int, slots:tuple,
     batch:int, steps:int, seed:int
 ):               # iterator of rows float32 (batch, 1, 8, 8n) and labels float32 (batch,)
-    "Fresh rows of `n` scans drawn with replacement; +1 where the sum of the digits at `slots` is even."
+    """Fresh rows of `n` scans drawn with replacement; +1 where the sum of the digits at `slots` is even.
+
+    Parameters
+    ----------
+    scans : tuple
+        scans (N, 8, 8) and digits (N,)
+    n : int
+    slots : tuple
+    batch : int
+    steps : int
+    seed : int
+
+    Returns
+    -------
+        iterator of rows float32 (batch, 1, 8, 8n) and labels float32 (batch,)
+    """
     draw = torch.Generator().manual_seed(seed)
     x, y = scans
     for _ in range(steps):
@@ -216,7 +364,25 @@ def make_digit_net(
     hidden:int=64, # units of the second hidden layer
     seed:int=0
 )->nn.Sequential:  # rows (N, 1, 8, 8n) to scores (N, 1)
-    "Windows of three digits, a hidden layer, and a readout. Raises `ValueError` for what does not fit."
+    """Windows of three digits, a hidden layer, and a readout. Raises `ValueError` for what does not fit.
+
+    Parameters
+    ----------
+    kind : str
+        one of `DIGIT_KINDS`
+    n : int
+        digits in a row
+    width : int, default 32
+        hidden units at each of the n-2 places
+    hidden : int, default 64
+        units of the second hidden layer
+    seed : int, default 0
+
+    Returns
+    -------
+    nn.Sequential
+        rows (N, 1, 8, 8n) to scores (N, 1)
+    """
     one_of('architecture', kind, DIGIT_KINDS)
     digit_slots(n)
     for name, value in dict(width=width, hidden=hidden).items(): whole(name, value, 1)
@@ -229,7 +395,16 @@ def make_digit_net(
 # %% ../../nbs/studies/60_separation.ipynb #d879137f
 @dataclass(frozen=True)
 class DigitSettings(SeparationSettings):
-    "A run on rows of digits."
+    """A run on rows of digits.
+
+    Parameters
+    ----------
+    width : int, default 32
+    lr : float, default 0.001
+    every : int, default 100
+    hidden : int, default 64
+        units of the second hidden layer
+    """
     width:int=32
     lr:float=.001
     every:int=100
@@ -240,7 +415,31 @@ def learn_digits(
     width:int=32, seed:int=0, relax:int=0, steps:int=1000, batch:int=128, lr:float=.001, optimizer:str='adam',
     every:int=100, hidden:int=64
 )->list: # dicts: step, loss, accuracy, and off_local in the last
-    "Train one network on fresh rows of training scans, measure on 4,096 rows of held-out scans; to be swept over."
+    """Train one network on fresh rows of training scans, measure on 4,096 rows of held-out scans; to be swept over.
+
+    Parameters
+    ----------
+    kind : str
+        these and the others: see `DigitSettings`
+    n : int
+        these and the others: see `DigitSettings`
+    bits : str, default 'consecutive'
+        these and the others: see `DigitSettings`
+    width : int, default 32
+    seed : int, default 0
+    relax : int, default 0
+    steps : int, default 1000
+    batch : int, default 128
+    lr : float, default 0.001
+    optimizer : str, default 'adam'
+    every : int, default 100
+    hidden : int, default 64
+
+    Returns
+    -------
+    list
+        dicts: step, loss, accuracy, and off_local in the last
+    """
     run = DigitSettings(kind, n, bits, width, seed, relax, steps, batch, lr, optimizer, every, hidden)
     slots, scans = digit_slots(n, bits), digit_scans(run.seed)
     make = functools.partial(make_digit_net, n=n, width=run.width, hidden=run.hidden, seed=run.seed)
@@ -252,7 +451,14 @@ def learn_digits(
 def final_rows(
     table:pd.DataFrame # as `sweep` returns it for `learn_pattern` or `learn_digits`
 )->pd.DataFrame:
-    "The last row of each run. Raises `ValueError` for runs that nothing tells apart (lists are no columns of a sweep)."
+    """The last row of each run. Raises `ValueError` for runs that nothing tells apart (lists are no columns of a
+    sweep).
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as `sweep` returns it for `learn_pattern` or `learn_digits`
+    """
     run = [column for column in table if column not in ('step', 'loss', 'accuracy', 'off_local')]
     if table.duplicated([*run, 'step']).any():
         raise ValueError('several runs have the same settings; give each a column of its own, or take them one by one')
@@ -267,7 +473,18 @@ def _growth_claim(claim, cases, say):
 def sample_complexity_claims(
     needed:pd.DataFrame # as `samples_needed` returns it, with cnn and fcn, and lcn if there is one
 )->pd.DataFrame:        # claim, effect, spread, interval, n, verdict
-    "The claims of Li et al. 2020, judged on these numbers. Raises `ValueError` without CNN or FCN."
+    """The claims of Li et al. 2020, judged on these numbers. Raises `ValueError` without CNN or FCN.
+
+    Parameters
+    ----------
+    needed : pd.DataFrame
+        as `samples_needed` returns it, with cnn and fcn, and lcn if there is one
+
+    Returns
+    -------
+    pd.DataFrame
+        claim, effect, spread, interval, n, verdict
+    """
     if not {'cnn', 'fcn'} <= {*needed.architecture}:
         raise ValueError('the claims compare cnn with fcn: both must be in the table')
     by_size = needed.pivot(index='seed', columns=['architecture', 'size'], values='samples')

@@ -39,7 +39,35 @@ TOPOLOGY_KINDS = ('cnn', 'dense', 'static random', 'SET random', 'static local',
 # %% ../../nbs/studies/62_topology.ipynb #2c8533d9
 @dataclass(frozen=True)
 class TopologySettings:
-    "What is trained and compared. Raises `ValueError` for impossible settings."
+    """What is trained and compared. Raises `ValueError` for impossible settings.
+
+    Parameters
+    ----------
+    kinds : tuple, default TOPOLOGY_KINDS
+        of networks
+    seeds : tuple, default (0, 1, 2)
+        of weights, of the order of images, of random masks, of what grows
+    lrs : tuple, default (0.003, 0.01)
+        learning rates, of which each kind takes the best on validation images
+    epochs : int, default 30
+    search_epochs : int, default 10
+        of networks that only choose a learning rate
+    searches : int, default 3
+        how many of those for each kind and learning rate
+    batch_size : int, default 50
+    channels : int, default 4
+        of `local_cnn`
+    zeta : float, default 0.3
+        share of the connections that a step of SET replaces
+    every : int, default 1
+        epochs from one step of SET to the next
+    rounds : int, default 4
+        of pruning, over `epochs` more
+    keep : tuple, default (0, 1, 3, 10, 30)
+        epochs whose masks are kept; the first and the last always are
+    draws : int, default 3
+        of each null
+    """
     kinds:tuple = TOPOLOGY_KINDS               # of networks
     seeds:tuple = (0, 1, 2)           # of weights, of the order of images, of random masks, of what grows
     lrs:tuple = (.003, .01)           # learning rates, of which each kind takes the best on validation images
@@ -131,7 +159,27 @@ def train_kind(
     lr:float=.01,
     keep=()                    # epochs after which masks of `SET` are kept, beside 0
 )->list:                       # dicts: epoch, accuracy and loss (on `data.test`); and rows of masks
-    "Train one network. Raises `ValueError` for an unknown kind, `Diverged` if the loss stops being finite."
+    """Train one network. Raises `ValueError` for an unknown kind, `Diverged` if the loss stops being finite.
+
+    Parameters
+    ----------
+    kind : str
+        one of `TOPOLOGY_KINDS`
+    data : Data
+    settings : TopologySettings
+    seed : int, default 0
+        of initial weights, of the order of images, of what grows
+    start : int, default 0
+        of the random mask
+    lr : float, default 0.01
+    keep : default ()
+        epochs after which masks of `SET` are kept, beside 0
+
+    Returns
+    -------
+    list
+        dicts: epoch, accuracy and loss (on `data.test`); and rows of masks
+    """
     way, _, what = one_of('kind', kind, TOPOLOGY_KINDS).partition(' ')
     shape, training = data.train.shape, _Training(data, settings, seed, lr)
     cnn = local_cnn(shape, len(data.train.classes), settings.channels, seed)
@@ -148,7 +196,17 @@ def train_kind(
 
 # %% ../../nbs/studies/62_topology.ipynb #a7845779
 class SparseRuns(NamedTuple):
-    "What was trained."
+    """What was trained.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        kind, seed, start, lr, epoch, accuracy, loss
+    masks : dict
+        (kind, seed, start, epoch): masks by layer
+    local : dict
+        the CNN's masks
+    """
     table: pd.DataFrame # kind, seed, start, lr, epoch, accuracy, loss
     masks: dict         # (kind, seed, start, epoch): masks by layer
     local: dict         # the CNN's masks
@@ -188,7 +246,17 @@ def sparse_runs(
     settings:TopologySettings=TopologySettings(),
     folder=None, progress:bool=None # see `sweep`
 )->SparseRuns:
-    "Train networks of all kinds. Raises `Diverged` if all learning rates of a kind diverge."
+    """Train networks of all kinds. Raises `Diverged` if all learning rates of a kind diverge.
+
+    Parameters
+    ----------
+    data : Data
+    settings : TopologySettings, default TopologySettings()
+    folder : default None
+        see `sweep`
+    progress : bool, default None
+        see `sweep`
+    """
     splits, seeds = validation_split(data), reported_seeds(settings.seeds, settings.searches)
     cnn = local_cnn(data.train.shape, len(data.train.classes), settings.channels)
     local = local_masks(embed(cnn, data.train.shape))
@@ -230,7 +298,23 @@ def topology_distances(
     draws:int=3,                    # of each null
     folder=None, progress:bool=None # see `sweep`
 )->pd.DataFrame: # comparison, kind, seed, epoch, layer (or 'all'), distance; each null, its spread, the share of it
-    "Distances between trained topologies, beside those of chance."
+    """Distances between trained topologies, beside those of chance.
+
+    Parameters
+    ----------
+    runs : SparseRuns
+    draws : int, default 3
+        of each null
+    folder : default None
+        see `sweep`
+    progress : bool, default None
+        see `sweep`
+
+    Returns
+    -------
+    pd.DataFrame
+        comparison, kind, seed, epoch, layer (or 'all'), distance; each null, its spread, the share of it
+    """
     whole('draws', draws, least=1)
     known, configs = {}, []
     last = {kind: epoch for kind, _, _, epoch in sorted(runs.masks, key=lambda key: key[3])}
@@ -250,7 +334,19 @@ def start_shares(
     runs:SparseRuns,
     settings:TopologySettings # of the runs
 )->pd.DataFrame:              # kind, seed, epoch, layer, share; blind: what replacing at random would leave
-    "The share of connections of SET that lie where it began: in the CNN's mask, or in a random one of its own."
+    """The share of connections of SET that lie where it began: in the CNN's mask, or in a random one of its own.
+
+    Parameters
+    ----------
+    runs : SparseRuns
+    settings : TopologySettings
+        of the runs
+
+    Returns
+    -------
+    pd.DataFrame
+        kind, seed, epoch, layer, share; blind: what replacing at random would leave
+    """
     zeta, every, rows = settings.zeta, settings.every, []
     for (kind, seed, start, epoch), masks in runs.masks.items():
         if not kind.startswith('SET') or start != seed: continue
@@ -313,7 +409,22 @@ def topology_claims(
     distances:pd.DataFrame, # as `topology_distances` returns them
     shares:pd.DataFrame     # as `start_shares` returns them
 )->pd.DataFrame:            # claim, effect, spread over seeds, half width of the 95 % interval (points), n, verdict
-    "The claims, judged."
+    """The claims, judged.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of `SparseRuns`
+    distances : pd.DataFrame
+        as `topology_distances` returns them
+    shares : pd.DataFrame
+        as `start_shares` returns them
+
+    Returns
+    -------
+    pd.DataFrame
+        claim, effect, spread over seeds, half width of the 95 % interval (points), n, verdict
+    """
     last = table[table.start == table.seed].sort_values('epoch').groupby(['seed', 'kind']).accuracy.last().unstack()
     better, closer, stays = partial(_better, last), partial(_closer, distances), partial(_stays, shares)
     ends_closer = partial(_ends_closer, distances)
@@ -342,7 +453,22 @@ def topology_study(
     settings:TopologySettings=TopologySettings(),
     progress:bool=None # see `sweep`
 )->dict:               # tables by name: accuracy, distances, shares, claims
-    "Train, compare and judge; the tables are written to `out` as csv files. Raises what its parts raise."
+    """Train, compare and judge; the tables are written to `out` as csv files. Raises what its parts raise.
+
+    Parameters
+    ----------
+    data : Data
+    out
+        folder for what is kept and for the tables
+    settings : TopologySettings, default TopologySettings()
+    progress : bool, default None
+        see `sweep`
+
+    Returns
+    -------
+    dict
+        tables by name: accuracy, distances, shares, claims
+    """
     if not isinstance(out, (str, Path)): raise ValueError(f'out must be the path of a folder, not {out!r}')
     runs = sparse_runs(data, settings, out, progress)
     distances, shares = topology_distances(runs, settings.draws, out, progress), start_shares(runs, settings)

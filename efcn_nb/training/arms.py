@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..ladder.embedding import embed
-from ..ladder.inspection import conv_geometries, copy_model
+from ..ladder.inspection import as_input_shape, conv_geometries, copy_model
 from ..ladder.layers import FullyConnected
 from ..ladder.matrices import kernel_from_matrix, kernel_from_tied_sum, matrix_from_kernel, release
 from ..service.checks import one_of, positive
@@ -23,13 +23,28 @@ from ..service.checks import one_of, positive
 # %% ../../nbs/training/26_arms.ipynb #281b8c0b
 def slow_down(
     cnn:nn.Module,      # its convolutions get hooks
-    input_shape:tuple,  # (channels, *size)
+    input_shape,        # (channels, *size), or a batch of inputs
     trim:bool=True      # outputs that nothing reads do not count
 )->nn.Module:           # `cnn`
     """Let SGD move each convolution as slowly as its embedding.
 
     The gradient of a kernel entry is divided by the number of its copies (for padding that adds copies up, solved
-    for), that of a bias by the number of positions."""
+    for), that of a bias by the number of positions.
+
+    Parameters
+    ----------
+    cnn : nn.Module
+        its convolutions get hooks
+    input_shape
+        (channels, *size), or a batch of inputs
+    trim : bool, default True
+        outputs that nothing reads do not count
+
+    Returns
+    -------
+    nn.Module
+        `cnn`
+    """
     hooked = set()
     for name, g in conv_geometries(cnn, input_shape, trim=trim).items():
         for kind, p in cnn.get_submodule(name).named_parameters(recurse=False):
@@ -51,7 +66,18 @@ def _mean_by_channel(grad, g):
 def tie(
     efcn:nn.Module # as `embed` makes it; its `FullyConnected` layers get hooks
 )->nn.Module:      # `efcn`
-    "Let SGD move an eFCN within the CNN subspace alone."
+    """Let SGD move an eFCN within the CNN subspace alone.
+
+    Parameters
+    ----------
+    efcn : nn.Module
+        as `embed` makes it; its `FullyConnected` layers get hooks
+
+    Returns
+    -------
+    nn.Module
+        `efcn`
+    """
     for layer in efcn.modules():
         if not isinstance(layer, FullyConnected): continue
         for p, project in (layer.weight, _projected), (layer.bias, _mean_by_channel):
@@ -81,18 +107,35 @@ def _freeze(model):
 
 def add_off_local(
     cnn:nn.Module,      # left as it is
-    input_shape:tuple,  # (channels, *size)
+    input_shape,        # (channels, *size), or a batch of inputs
     frozen:bool=False,  # whether all that is in the CNN stays as it is
     trim:bool=True      # leave out outputs that nothing reads, as `embed` does
 )->nn.Module:           # a copy whose convolutions are `WithOffLocal`
     """The CNN with weights outside its windows, all zero.
 
-    In training, `held_masks` says which of them must stay zero. Those of a frozen convolution are frozen, too."""
+    In training, `held_masks` says which of them must stay zero. Those of a frozen convolution are frozen, too.
+
+    Parameters
+    ----------
+    cnn : nn.Module
+        left as it is
+    input_shape
+        (channels, *size), or a batch of inputs
+    frozen : bool, default False
+        whether all that is in the CNN stays as it is
+    trim : bool, default True
+        leave out outputs that nothing reads, as `embed` does
+
+    Returns
+    -------
+    nn.Module
+        a copy whose convolutions are `WithOffLocal`
+    """
     geometries, model = conv_geometries(cnn, input_shape, trim=trim), copy_model(cnn)
     convs, memo = {name: model.get_submodule(name) for name in geometries}, {}
     for name, g in geometries.items():
         made = memo[id(convs[name])] = WithOffLocal(convs[name], g)
-        made.beyond.image_shape = tuple(input_shape)
+        made.beyond.image_shape = as_input_shape(input_shape, cnn)
         memo |= {id(t): t for t in (*convs[name].parameters(), *convs[name].buffers())}  # what is shared stays so
     if frozen: _freeze(model)
     return copy_model(model, memo)
@@ -101,7 +144,13 @@ def add_off_local(
 def held_masks(
     model:nn.Module
 )->dict: # name of a parameter: bool of its shape, True where it keeps its value
-    "The entries within the windows of all `WithOffLocal` layers of `model`."
+    """The entries within the windows of all `WithOffLocal` layers of `model`.
+
+    Returns
+    -------
+    dict
+        name of a parameter: bool of its shape, True where it keeps its value
+    """
     return {f'{name}.beyond.weight'.lstrip('.'): m.beyond.geometry.mask.to(m.beyond.weight.device)
             for name, m in model.named_modules() if isinstance(m, WithOffLocal)}
 
@@ -110,7 +159,13 @@ def held_masks(
 def merge_off_local(
     model:nn.Module # as `add_off_local` makes it; left as it is
 )->nn.Module:
-    "The eFCN that computes the same."
+    """The eFCN that computes the same.
+
+    Parameters
+    ----------
+    model : nn.Module
+        as `add_off_local` makes it; left as it is
+    """
     merged = {}
     for m in model.modules():
         if not isinstance(m, WithOffLocal): continue
@@ -125,7 +180,13 @@ def off_local_noise(
     norm:float,
     generator:torch.Generator
 )->torch.Tensor: # of the shape of its weight
-    "Independent normal numbers outside the windows of `layer`, scaled to this norm; zeros if nothing is outside."
+    """Independent normal numbers outside the windows of `layer`, scaled to this norm; zeros if nothing is outside.
+
+    Returns
+    -------
+    torch.Tensor
+        of the shape of its weight
+    """
     inside = layer.geometry.mask.to(layer.weight.device)
     noise = torch.randn(layer.weight.shape, generator=generator).to(layer.weight).masked_fill_(inside, 0)
     return noise*(norm/noise.norm()) if noise.any() else noise
@@ -138,8 +199,23 @@ def add_off_local_noise(
 )->nn.Module:        # `efcn`
     """Add independent normal numbers outside the windows of every layer.
 
-    A layer that is frozen, or whose windows hold the whole input, stays as it is. Raises `ValueError` for a ratio that
-    is not positive."""
+    A layer that is frozen, or whose windows hold the whole input, stays as it is. Raises `ValueError` for a ratio
+    that
+    is not positive.
+
+    Parameters
+    ----------
+    efcn : nn.Module
+        as `embed` makes it; its `FullyConnected` layers change
+    ratio : float, default 1.0
+        norm of the noise in units of the norm of a layer's weights
+    seed : int, default 0
+
+    Returns
+    -------
+    nn.Module
+        `efcn`
+    """
     positive('ratio', ratio)
     draw, done = torch.Generator().manual_seed(seed), set()
     for layer in efcn.modules():
@@ -165,7 +241,16 @@ def check_arms(
     cnn:nn.Module,
     geometries:dict # of its convolutions, as `conv_geometries` returns it
 ):
-    "Raise `ValueError` for an unknown arm, and for one that `cnn` cannot become."
+    """Raise `ValueError` for an unknown arm, and for one that `cnn` cannot become.
+
+    Parameters
+    ----------
+    arms
+        names in `ARMS`
+    cnn : nn.Module
+    geometries : dict
+        of its convolutions, as `conv_geometries` returns it
+    """
     for arm in arms: one_of('arm', arm, ARMS)
     free = [name for name in geometries if cnn.get_submodule(name).weight.requires_grad]
     if 'off_local' in arms and not free:
@@ -182,7 +267,21 @@ def make_arm(
 )->nn.Module:
     """The network with which the arm `name` begins; without noise, it computes what `cnn` computes in evaluation mode.
 
-    Raises `ValueError` for an unknown name, and for a network that cannot become this arm."""
+    Raises `ValueError` for an unknown name, and for a network that cannot become this arm.
+
+    Parameters
+    ----------
+    name : str
+        one of `ARMS`
+    cnn : nn.Module
+        may be changed, or become the network
+    input_shape : tuple
+        (channels, *size)
+    trim : bool, default True
+        as `embed` takes it
+    seed : int, default 0
+        of the noise
+    """
     check_arms([name], cnn, conv_geometries(cnn, input_shape))
     if name == 'slowed': return slow_down(cnn, input_shape, trim)
     if name == 'tied': return tie(embed(cnn, input_shape, trim=trim))
@@ -198,5 +297,17 @@ def moving_average(
 )->AveragedModel:   # `update_parameters(model)` is to be called after every step; `module` is the average
     r"""The exponential moving average of weights and buffers of `model`: $a_1 = w_1$, $a_t = d\,a_{t-1} + (1-d)\,w_t$.
 
-    $w_t$ are those after step $t$; before the first step, it is `model` as it is. Whole numbers are rounded down."""
+    $w_t$ are those after step $t$; before the first step, it is `model` as it is. Whole numbers are rounded down.
+
+    Parameters
+    ----------
+    model : nn.Module
+    decay : float, default 0.99
+        share of the average that stays at a step
+
+    Returns
+    -------
+    AveragedModel
+        `update_parameters(model)` is to be called after every step; `module` is the average
+    """
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

@@ -258,7 +258,14 @@ def check_cohort(
     model:nn.Module,
     input_shape:tuple # of one image
 ):
-    "Raise `ValueError` if a cohort of copies of `model` does not compute what they compute alone."
+    """Raise `ValueError` if a cohort of copies of `model` does not compute what they compute alone.
+
+    Parameters
+    ----------
+    model : nn.Module
+    input_shape : tuple
+        of one image
+    """
     if not any(p.requires_grad for p in model.parameters()): raise ValueError('the network has nothing to train')
     try: alone, joint, states = _alone_and_joint(model, input_shape)
     except Exception as e:
@@ -275,7 +282,21 @@ class Cohort:
     """Networks of one architecture, trained together, each with its own weights, order of images, rate and optimiser.
 
     `models`, trained in place, are those that are left; `optimizers` are theirs. Raises `ValueError` for networks
-    that cannot be trained together."""
+    that cannot be trained together.
+
+    Parameters
+    ----------
+    models
+        networks of one architecture
+    input_shape : tuple
+        of one image
+    lr : default 0.1
+        one learning rate, or one for each network
+    momentum : float, default 0.0
+    weight_decay : float, default 0.0
+    check : bool, default True
+        try, on noise, whether together they compute what they compute alone
+    """
     def __init__(self,
         models,              # networks of one architecture
         input_shape:tuple,   # of one image
@@ -314,7 +335,13 @@ def __len__(self:Cohort): return len(self.models)
 def leave(self:Cohort,
     members # numbers of the networks that are no longer trained
 ):
-    "Go on without `members`, which keep their weights."
+    """Go on without `members`, which keep their weights.
+
+    Parameters
+    ----------
+    members
+        numbers of the networks that are no longer trained
+    """
     for k in members: self.optimizers[k].close()
     stay = [k for k in range(len(self)) if k not in set(members)]
     for name in ('models', 'optimizers', 'held'): setattr(self, name, [getattr(self, name)[k] for k in stay])
@@ -341,7 +368,17 @@ def hold(self:Cohort,
     name:str,       # of one of its parameters
     mask            # bool, of the parameter's shape: True where it keeps its value
 ):
-    "Keep entries of a parameter where they are; raises `ValueError` if the mask does not fit."
+    """Keep entries of a parameter where they are; raises `ValueError` if the mask does not fit.
+
+    Parameters
+    ----------
+    member : int
+        number of a network
+    name : str
+        of one of its parameters
+    mask
+        bool, of the parameter's shape: True where it keeps its value
+    """
     parameters = dict(self.models[member].named_parameters())
     if name not in parameters: raise ValueError(f'there is no parameter {name!r}; there are {", ".join(parameters)}')
     parameter = parameters[name]
@@ -431,7 +468,25 @@ def train_epoch(self:Cohort,
     precision:str='fp32',
     after_step=None       # called without arguments
 )->list:                  # for each member its running mean accuracy and loss, or the `Diverged` that alone it raises
-    "One epoch of all members; each does what `train_epoch` does with it alone."
+    """One epoch of all members; each does what `train_epoch` does with it alone.
+
+    Parameters
+    ----------
+    data
+        a `Dataset`, or a list of one for each member, all of one size
+    batch_size : int
+    seeds
+        of order and dropout, one for each member
+    shuffle : bool, default True
+    precision : str, default 'fp32'
+    after_step : default None
+        called without arguments
+
+    Returns
+    -------
+    list
+        for each member its running mean accuracy and loss, or the `Diverged` that alone it raises
+    """
     whole('batch_size', batch_size, 1)
     if len(seeds) != len(self): raise ValueError(f'there must be one seed for each of {len(self)} networks')
     for generator, seed in zip(self.generators, seeds): generator.manual_seed(seed)
@@ -483,7 +538,31 @@ def train(self:Cohort,
     after_epoch=None,    # called with member, epoch, step and a dict of (split, metric): value, or a `Diverged`
     after_step=None      # called without arguments, once for all members
 )->list:                 # for each member what was measured after its last epoch, or the `Diverged` of its end
-    "Train every member from its first to its last epoch. Raises `ValueError` for impossible settings."
+    """Train every member from its first to its last epoch. Raises `ValueError` for impossible settings.
+
+    Parameters
+    ----------
+    data
+        `Data`, train and test; or a list of one for each member, with as many training images
+    last
+        the last epoch to train, one number or one for each member
+    batch_size : int, default 250
+    seeds : default 0
+        of order and dropout; likewise
+    first : default 0
+        epochs that are over already; likewise
+    shuffle : bool, default True
+    precision : str, default 'fp32'
+    after_epoch : default None
+        called with member, epoch, step and a dict of (split, metric): value, or a `Diverged`
+    after_step : default None
+        called without arguments, once for all members
+
+    Returns
+    -------
+    list
+        for each member what was measured after its last epoch, or the `Diverged` of its end
+    """
     last, first, seeds = (_each(values, len(self)) for values in (last, first, seeds))
     data = _of_each(data, len(self), lambda own: own.train)
     lr = min(o.param_groups[0]['lr'] for o in self.optimizers)

@@ -283,7 +283,19 @@ def add_product(
     x:torch.Tensor,    # bf16 (N, input units)
     beta:float, alpha:float
 ):
-    "`W = beta*W + alpha * grad.T @ x`, summed in fp32, where `adds_in_fp32`."
+    """`W = beta*W + alpha * grad.T @ x`, summed in fp32, where `adds_in_fp32`.
+
+    Parameters
+    ----------
+    W : torch.Tensor
+        fp32 (output units, input units), changed in place
+    grad : torch.Tensor
+        bf16 (N, output units)
+    x : torch.Tensor
+        bf16 (N, input units)
+    beta : float
+    alpha : float
+    """
     torch.addmm(W, grad.t(), x, out_dtype=torch.float32, beta=beta, alpha=alpha, out=W)
 
 # %% ../../nbs/training/20_fused.ipynb #9e85527e

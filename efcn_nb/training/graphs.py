@@ -27,7 +27,22 @@ def normalised(
     data,               # a `Dataset`: its mean and deviation by channel count
     dtype=torch.float32 # of the result
 )->torch.Tensor:        # (n, C, *spatial)
-    "Images less the mean, over the deviation, of their channel."
+    """Images less the mean, over the deviation, of their channel.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        images of `data`: uint8 or float32 (n, C, *spatial)
+    data
+        a `Dataset`: its mean and deviation by channel count
+    dtype : default torch.float32
+        of the result
+
+    Returns
+    -------
+    torch.Tensor
+        (n, C, *spatial)
+    """
     channels = (-1,) + (1,)*(x.dim() - 2)
     x = x.float()/255 if x.dtype == torch.uint8 else x
     return ((x - data.mean.view(channels))/data.std.view(channels)).to(dtype)
@@ -37,7 +52,22 @@ def gathered(
     rows:torch.Tensor,  # int64 (n,), on its device
     dtype=torch.float32 # of the images
 )->tuple:               # images (n, C, *spatial), labels int64 (n,)
-    "A batch, normalised."
+    """A batch, normalised.
+
+    Parameters
+    ----------
+    data
+        a `Dataset`
+    rows : torch.Tensor
+        int64 (n,), on its device
+    dtype : default torch.float32
+        of the images
+
+    Returns
+    -------
+    tuple
+        images (n, C, *spatial), labels int64 (n,)
+    """
     return normalised(data.x.index_select(0, rows), data, dtype), data.y.index_select(0, rows)
 
 # %% ../../nbs/training/25_graphs.ipynb #20e087b8
@@ -65,6 +95,14 @@ class BatchMajor(nn.Module):
 
     `weight` and `bias` are those of the layer, `low` is the copy of the weights that the products take; it is the
     weights themselves if the products have their type. The bias is a parameter like others.
+
+    Parameters
+    ----------
+    layer : FullyConnected
+        with a bias; shares its tensors
+    lr : float
+    dtype : default torch.bfloat16
+        of the products
     """
     def __init__(self,
         layer:FullyConnected, # with a bias; shares its tensors
@@ -92,7 +130,15 @@ def descend(self:BatchMajor,
     grad:torch.Tensor, # (N, output units)
     x:torch.Tensor     # (N, input units)
 ):
-    "Move the weights by `-lr * grad.T @ x`, and refresh their copy."
+    """Move the weights by `-lr * grad.T @ x`, and refresh their copy.
+
+    Parameters
+    ----------
+    grad : torch.Tensor
+        (N, output units)
+    x : torch.Tensor
+        (N, input units)
+    """
     W = self.weight
     if x.dtype == W.dtype: W.addmm_(grad.t(), x, alpha=-self.lr)
     elif adds_in_fp32(x.device): add_product(W, grad, x, 1., -self.lr)
@@ -119,6 +165,23 @@ class Trainer:
 
     Plain SGD on images in the order of `loop.train` with the same seed. Dropout draws from the device's generator.
     Raises `ValueError` for impossible settings.
+
+    Parameters
+    ----------
+    model : nn.Module
+        trained in place; released layers are exchanged until `close`
+    data
+        the `Dataset` to train on, on the device
+    lr : float
+    batch_size : int, default 250
+    seed : int, default 0
+        of the order of images
+    precision : str, default 'bf16'
+        of the products, one of `loop.PRECISIONS`
+    slow : dict, default None
+        name of a parameter: number, or tensor of its shape, that divides its steps
+    held_out : dict, default None
+        name: `Dataset` on which `measured` evaluates
     """
     def __init__(self,
         model:nn.Module,      # trained in place; released layers are exchanged until `close`
@@ -241,7 +304,19 @@ def right_answers(self:Trainer,
     data,               # a `Dataset`
     at_a_time:int=5000
 )->torch.Tensor:        # a number on the device
-    "How many images of `data` the network classifies as they are labelled, in evaluation mode."
+    """How many images of `data` the network classifies as they are labelled, in evaluation mode.
+
+    Parameters
+    ----------
+    data
+        a `Dataset`
+    at_a_time : int, default 5000
+
+    Returns
+    -------
+    torch.Tensor
+        a number on the device
+    """
     right = torch.zeros((), device=self.device)
     with evaluated(self.model), self._products():
         for a in range(0, len(data), at_a_time):
@@ -251,7 +326,13 @@ def right_answers(self:Trainer,
 
 @patch
 def numbers(self:Trainer)->torch.Tensor: # float64, on the device
-    "The sum of the losses of the epoch, its hits, and the right answers on the images held out."
+    """The sum of the losses of the epoch, its hits, and the right answers on the images held out.
+
+    Returns
+    -------
+    torch.Tensor
+        float64, on the device
+    """
     found = [self.loss, self.hits, *map(self.right_answers, self.held_out.values())]
     return torch.stack([f.double() for f in found])
 
@@ -260,7 +341,18 @@ def numbers(self:Trainer)->torch.Tensor: # float64, on the device
 def measures(self:Trainer,
     numbers:list # as read from `numbers`
 )->dict:         # train_loss (nats), train (accuracy), and the accuracy for each name held out
-    "What the `numbers` of an epoch say; loss and accuracy in training are running means over it."
+    """What the `numbers` of an epoch say; loss and accuracy in training are running means over it.
+
+    Parameters
+    ----------
+    numbers : list
+        as read from `numbers`
+
+    Returns
+    -------
+    dict
+        train_loss (nats), train (accuracy), and the accuracy for each name held out
+    """
     loss, hits, *right = numbers
     batches = len(self.data)/self.batch_size
     found = {name: n/len(data) for n, (name, data) in zip(right, self.held_out.items())}
@@ -273,7 +365,19 @@ def captured(
     warm_ups:list, # a function for each branch
     branches:list  # functions that do work on the GPU, with the same addresses each time
 ):                 # a function without arguments that does the work of all branches
-    "Capture `branches` as parallel branches of one CUDA graph. Raises `RuntimeError` where that is impossible."
+    """Capture `branches` as parallel branches of one CUDA graph. Raises `RuntimeError` where that is impossible.
+
+    Parameters
+    ----------
+    warm_ups : list
+        a function for each branch
+    branches : list
+        functions that do work on the GPU, with the same addresses each time
+
+    Returns
+    -------
+        a function without arguments that does the work of all branches
+    """
     while len(_streams) <= len(branches): _streams.append(torch.cuda.Stream())
     main, *streams = _streams[:len(branches) + 1]
     torch.cuda.synchronize()
@@ -295,6 +399,15 @@ class Group:
 
     `how` says whether they do, and why not. Raises `ValueError` unless the trainers make equally many steps on one
     device, or for a graph without a GPU.
+
+    Parameters
+    ----------
+    trainers : list
+        of `Trainer`
+    graph : bool, default None
+        True: capture or raise; False: step by step; None: capture where possible, or say why not
+    capture : default captured
+        what makes a replay of warm-ups and branches
     """
     def __init__(self,
         trainers:list,    # of `Trainer`
@@ -348,7 +461,13 @@ def epoch(self:Group,
 
 @patch
 def measured(self:Group)->list: # a dict for each trainer
-    "What the last epoch gave, with evaluations; the device is read once."
+    """What the last epoch gave, with evaluations; the device is read once.
+
+    Returns
+    -------
+    list
+        a dict for each trainer
+    """
     found = torch.cat([t.numbers() for t in self.trainers]).tolist()
     sizes = [2 + len(t.held_out) for t in self.trainers]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]

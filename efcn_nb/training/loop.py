@@ -22,7 +22,13 @@ from .fused import FusedSGD
 def find_device(
     name:str=None  # 'cpu', 'cuda', 'cuda:1', 'mps'; None for a GPU if there is one
 )->torch.device:
-    "The device called `name`; raises `ValueError` if this machine does not have it."
+    """The device called `name`; raises `ValueError` if this machine does not have it.
+
+    Parameters
+    ----------
+    name : str, default None
+        'cpu', 'cuda', 'cuda:1', 'mps'; None for a GPU if there is one
+    """
     gpu = 'cuda' if torch.cuda.is_available() else None
     device = name or gpu or 'cpu'
     try:
@@ -65,7 +71,15 @@ def products(
     precision:str, # one of `PRECISIONS`
     device         # where
 ):
-    "Context in which products of a forward pass have `precision` on `device`."
+    """Context in which products of a forward pass have `precision` on `device`.
+
+    Parameters
+    ----------
+    precision : str
+        one of `PRECISIONS`
+    device
+        where
+    """
     lower = dict(enabled=precision == 'bf16', cache_enabled=False)    # a cache would copy all weights at once
     with _switched(precision, device), torch.autocast(torch.device(device).type, torch.bfloat16, **lower): yield
 
@@ -73,7 +87,18 @@ def products(
 def start_training(
     model:torch.nn.Module # changed in place
 )->torch.nn.Module:       # `model`
-    "Training mode; modules in evaluation mode within a network that is in training mode are frozen, and stay so."
+    """Training mode; modules in evaluation mode within a network that is in training mode are frozen, and stay so.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        changed in place
+
+    Returns
+    -------
+    torch.nn.Module
+        `model`
+    """
     return model if model.training else model.train()
 
 # %% ../../nbs/training/22_loop.ipynb #d9ae2795
@@ -86,7 +111,17 @@ def evaluate(
 )->dict:
     """Accuracy (share of right answers) and loss (mean cross-entropy in nats) on `data`, in evaluation mode.
 
-    Every module gets its own mode back."""
+    Every module gets its own mode back.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    data
+        a `Dataset`
+    batch_size : int, default 250
+        images at a time; on a GPU 2,500 or more, which keep it busy
+    precision : str, default 'fp32'
+    """
     loss, right = 0., 0
     if data.x.device.type == 'cuda': batch_size = max(batch_size, 2500)
     with evaluated(model):
@@ -108,7 +143,20 @@ def recount_batchnorm(
     model:torch.nn.Module, # its running statistics change in place
     inputs                 # an iterable of batches, which count alike
 )->torch.nn.Module:        # `model`
-    "Running statistics of BatchNorm as averages over `inputs`; modes and momenta stay."
+    """Running statistics of BatchNorm as averages over `inputs`; modes and momenta stay.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        its running statistics change in place
+    inputs
+        an iterable of batches, which count alike
+
+    Returns
+    -------
+    torch.nn.Module
+        `model`
+    """
     norms = batchnorms(model)
     momenta = [norm.momentum for norm in norms]
     try:
@@ -141,7 +189,26 @@ def train_steps(
     precision:str='fp32',
     after_step=None          # called without arguments
 )->torch.Tensor:             # the loss at each step
-    "A step on each of `batches`. Raises `Diverged` with the step at which the loss ceased to be finite."
+    """A step on each of `batches`. Raises `Diverged` with the step at which the loss ceased to be finite.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        trained in place
+    optimizer
+    batches
+        an iterable of inputs and targets
+    loss : default F.cross_entropy
+        of outputs and targets: their mean
+    precision : str, default 'fp32'
+    after_step : default None
+        called without arguments
+
+    Returns
+    -------
+    torch.Tensor
+        the loss at each step
+    """
     losses = []
     with _switched(precision, next(model.parameters()).device):
         for x, y in batches:
@@ -166,7 +233,29 @@ def fit(
     clip:float=None,       # largest norm of the gradient of all that the optimizer moves; None for no bound
     schedule=None          # makes a scheduler (`torch.optim.lr_scheduler`) of the optimizer, stepped after each step
 )->torch.Tensor:           # the loss at each step
-    "`train_steps` with a bound on the gradient and a schedule. Raises `Diverged` as it does."
+    """`train_steps` with a bound on the gradient and a schedule. Raises `Diverged` as it does.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        trained in place, in training mode
+    batches
+        an iterable of inputs and targets
+    optimizer
+        any of `torch.optim`
+    loss : default F.cross_entropy
+        of outputs and targets: their mean
+    precision : str, default 'fp32'
+    clip : float, default None
+        largest norm of the gradient of all that the optimizer moves; None for no bound
+    schedule : default None
+        makes a scheduler (`torch.optim.lr_scheduler`) of the optimizer, stepped after each step
+
+    Returns
+    -------
+    torch.Tensor
+        the loss at each step
+    """
     moved = [p for group in optimizer.param_groups for p in group['params']]
     def bound(*_): torch.nn.utils.clip_grad_norm_(moved, clip)
     hook = optimizer.register_step_pre_hook(bound) if clip is not None else None
@@ -188,7 +277,23 @@ def train_epoch(
 )->dict:
     """One epoch; returns its running mean accuracy and loss.
 
-    Raises `Diverged` with the step at which the loss ceased to be finite."""
+    Raises `Diverged` with the step at which the loss ceased to be finite.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        trained in place
+    optimizer
+    data
+        a `Dataset`
+    batch_size : int
+    seed : int
+        of the order of images and of dropout
+    shuffle : bool, default True
+    precision : str, default 'fp32'
+    after_step : default None
+        called without arguments
+    """
     sizes, right, device = [], [], data.x.device
     def loss(logits, y):
         sizes.append(len(y))
@@ -205,12 +310,34 @@ def train_epoch(
 def measure_epoch(
     model:torch.nn.Module,
     running,            # what `train_epoch` has returned, or the `Diverged` that it has raised
-    data, epoch:int,    # the epoch that is over
+    data,
+    epoch:int,          # the epoch that is over
     steps:int,          # in an epoch
     batch_size:int, precision:str,
     lr:float            # for the sentence
 )->dict:                # (split, metric): value
-    "What was measured in `epoch` and on the test set after it; raises `Diverged` with a sentence."
+    """What was measured in `epoch` and on the test set after it; raises `Diverged` with a sentence.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    running
+        what `train_epoch` has returned, or the `Diverged` that it has raised
+    data
+    epoch : int
+        the epoch that is over
+    steps : int
+        in an epoch
+    batch_size : int
+    precision : str
+    lr : float
+        for the sentence
+
+    Returns
+    -------
+    dict
+        (split, metric): value
+    """
     blame = f'(epoch {epoch}); try a smaller learning rate than {lr}'
     if isinstance(running, Diverged):
         raise Diverged(f'the loss was not finite at step {(epoch-1)*steps + running.args[0]} {blame}')
@@ -253,7 +380,37 @@ def train(
 )->dict:                     # what was measured after the last epoch
     """Train from epoch `first` to `epochs`; of a network in training mode, modules in evaluation mode stay so.
 
-    Raises `ValueError` for impossible settings, `Diverged` if the loss stops being finite."""
+    Raises `ValueError` for impossible settings, `Diverged` if the loss stops being finite.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        trained in place
+    data
+        `Data`: train and test
+    epochs : int
+        the last epoch to train
+    lr : float, default 0.1
+    batch_size : int, default 250
+    seed : int, default 0
+        of the order of images and of dropout
+    first : int, default 0
+        epochs that are over already
+    shuffle : bool, default True
+    precision : str, default 'fp32'
+        of the products: 'fp32', 'tf32' or 'bf16'
+    optimizer : default None
+        any of `torch.optim` on the model's parameters; None for `FusedSGD` with `lr`
+    after_epoch : default None
+        called with epoch, step and a dict of (split, metric): value
+    after_step : default None
+        called without arguments, for a progress bar
+
+    Returns
+    -------
+    dict
+        what was measured after the last epoch
+    """
     check_training(data, epochs, lr, batch_size, precision)
     steps, measured, own = math.ceil(len(data.train)/batch_size), {}, optimizer is None
     if own: optimizer = FusedSGD(model, lr)

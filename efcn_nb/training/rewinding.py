@@ -20,7 +20,14 @@ def prunable(
     model:nn.Module,
     last:bool=False # whether the last of them is pruned as well
 )->list:
-    "Names of the dense layers of `model` that are pruned, first to last."
+    """Names of the dense layers of `model` that are pruned, first to last.
+
+    Parameters
+    ----------
+    model : nn.Module
+    last : bool, default False
+        whether the last of them is pruned as well
+    """
     names = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, FullyConnected))]
     return names if last else names[:-1]
 
@@ -30,7 +37,21 @@ def survivors(
     fraction:float, # of the remaining weights, pruned after every round
     rounds:int
 )->list:            # rounds + 1 numbers
-    "How many weights remain in rounds 0 to `rounds`. Raises `ValueError` if a round would prune all of them, or none."
+    """How many weights remain in rounds 0 to `rounds`. Raises `ValueError` if a round would prune all of them, or none.
+
+    Parameters
+    ----------
+    size : int
+        weights of a layer
+    fraction : float
+        of the remaining weights, pruned after every round
+    rounds : int
+
+    Returns
+    -------
+    list
+        rounds + 1 numbers
+    """
     left = [size]
     for r in range(rounds):
         cut = math.floor(fraction*left[-1] + 1e-9)
@@ -47,7 +68,16 @@ def pruned_masks(
     masks:dict,     # name of a layer: its mask
     fraction:float  # of the remaining weights of each layer
 )->dict:
-    "Smaller masks: without the smallest weights of each layer."
+    """Smaller masks: without the smallest weights of each layer.
+
+    Parameters
+    ----------
+    model : nn.Module
+    masks : dict
+        name of a layer: its mask
+    fraction : float
+        of the remaining weights of each layer
+    """
     return {name: prune_mask(model.get_submodule(name).weight, mask, fraction) for name, mask in masks.items()}
 
 def one_shot_masks(
@@ -56,7 +86,22 @@ def one_shot_masks(
     fraction:float,
     rounds:int      # whose numbers of weights remain, see `survivors`
 )->dict:            # name of a layer: its mask
-    "Masks of the largest weights of each layer, as many as `rounds` of iterative pruning leave."
+    """Masks of the largest weights of each layer, as many as `rounds` of iterative pruning leave.
+
+    Parameters
+    ----------
+    model : nn.Module
+    names : list
+        of layers
+    fraction : float
+    rounds : int
+        whose numbers of weights remain, see `survivors`
+
+    Returns
+    -------
+    dict
+        name of a layer: its mask
+    """
     weights = {name: model.get_submodule(name).weight for name in names}
     return {name: magnitude_mask(w, survivors(w.numel(), fraction, rounds)[-1]) for name, w in weights.items()}
 
@@ -68,7 +113,25 @@ def step_batches(
     end:int,        # the last step
     seed:int        # of the order of images
 ):                  # iterator of inputs and targets
-    "Batches of the steps after `first` up to `end`, of an endless sequence of shuffled passes."
+    """Batches of the steps after `first` up to `end`, of an endless sequence of shuffled passes.
+
+    Parameters
+    ----------
+    data
+        a `Dataset`
+    batch_size : int
+        images per step; a pass leaves out those that do not fill a batch
+    first : int
+        steps that are over
+    end : int
+        the last step
+    seed : int
+        of the order of images
+
+    Returns
+    -------
+        iterator of inputs and targets
+    """
     draw, in_pass = torch.Generator().manual_seed(seed), len(data)//batch_size
     for step in range(end):
         if step % in_pass == 0: order = torch.randperm(len(data), generator=draw)
@@ -81,7 +144,19 @@ def train_rewound(
     batches,         # of the steps after the rewind step
     lr:float         # of SGD
 )->nn.Module:
-    "A copy of `early`, trained while its weights are held to `masks`. Raises `Diverged` as `fit`."
+    """A copy of `early`, trained while its weights are held to `masks`. Raises `Diverged` as `fit`.
+
+    Parameters
+    ----------
+    early : nn.Module
+        the network at the rewind step, which is left alone
+    masks : dict
+        name of a layer: its mask
+    batches
+        of the steps after the rewind step
+    lr : float
+        of SGD
+    """
     model = copy.deepcopy(early)
     hold_to_masks(model, masks)
     fit(model, batches, torch.optim.SGD(model.parameters(), lr))

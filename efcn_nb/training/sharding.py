@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import distribute_tensor, DTensor, Partial, Replicate, Shard
 
+from ..ladder.inspection import chosen_names
 from ..ladder.layers import LocallyConnected, position_product, RELEASED
 
 # %% ../../nbs/training/21_sharding.ipynb #8a750b1d
@@ -44,12 +45,11 @@ class _Sharded:
 
 # %% ../../nbs/training/21_sharding.ipynb #45222d02
 def _chosen(model, layers):
-    "The released layers of `model`, by name, that `layers` names (None for all)."
+    "The released layers of `model`, by name, that `layers` chooses (None for all)."
     found = {name: m for name, m in model.named_modules() if isinstance(m, RELEASED)}
     if not found: raise ValueError(f'{type(model).__name__} has no released layer to spread; embed a CNN first')
-    unknown = sorted(set(layers or []) - set(found))
-    if unknown: raise ValueError(f'no released layer is called {unknown[0]!r}; they are {sorted(found)}')
-    return {name: m for name, m in found.items() if layers is None or name in layers}
+    names = found if layers is None else chosen_names(layers, found, 'released layer')
+    return {name: m for name, m in found.items() if name in names}
 
 def _refuse_uncuttable(layers, by):
     "Raise `ValueError` if one of `layers` (by name) cannot be cut, or is computed elsewhere."
@@ -67,11 +67,23 @@ def shard(
     model:nn.Module, # the same on every process; changed in place
     mesh,            # a `DeviceMesh` of one dimension
     by:str='rows',   # 'rows' (output units; positions of a locally-connected layer) or 'columns' (input units)
-    layers=None      # names of layers; None for all released ones
+    layers=None      # which released layers, as the convolutions of `embed` are chosen; None for all
 )->nn.Module:
     """Spread the weights of released layers over the processes of `mesh`; biases and other layers stay whole.
 
-    Raises `ValueError` for what cannot be cut so."""
+    Raises `ValueError` for what cannot be cut so.
+
+    Parameters
+    ----------
+    model : nn.Module
+        the same on every process; changed in place
+    mesh
+        a `DeviceMesh` of one dimension
+    by : str, default 'rows'
+        'rows' (output units; positions of a locally-connected layer) or 'columns' (input units)
+    layers : default None
+        which released layers, as the convolutions of `embed` are chosen; None for all
+    """
     if by not in ('rows', 'columns'): raise ValueError(f"by must be 'rows' or 'columns', not {by!r}")
     if getattr(mesh, 'ndim', None) != 1:
         raise ValueError("mesh must be a DeviceMesh of one dimension, such as init_device_mesh('cuda', (4,)) makes "
@@ -92,7 +104,13 @@ def shard(
 def gather(
     model:nn.Module # changed in place
 )->nn.Module:
-    "Undo `shard`: every process has all weights again."
+    """Undo `shard`: every process has all weights again.
+
+    Parameters
+    ----------
+    model : nn.Module
+        changed in place
+    """
     made = {}
     for layer in model.modules():
         if not isinstance(layer, RELEASED) or not isinstance(layer.weight, DTensor): continue
