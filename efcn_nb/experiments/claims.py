@@ -10,7 +10,7 @@ __all__ = ['LAST', 'RIVALS', 'check_table', 'diverged_runs', 'protocol_epochs', 
 import math, os
 from typing import Callable, NamedTuple
 
-import pandas as pd
+import numpy as np, pandas as pd
 
 from .effects import above, claim_row, holm, interval, judge, not_judged
 from ..service.checks import one_of, whole
@@ -100,8 +100,9 @@ def _lost_rows(table):
 
 def _is_lost(rows, table):
     "For each of `rows`, whether it belongs to a run that diverged."
-    key = _key(table)
-    return rows[key].merge(_lost_rows(table)[key], how='left', indicator='lost').lost.eq('both').values
+    key, lost = _key(table), _lost_rows(table)
+    if lost.empty: return np.zeros(len(rows), dtype=bool)
+    return rows[key].merge(lost[key], how='left', indicator='lost').lost.eq('both').values
 
 def protocol_epochs(
     table              # as `relax` returns it, or a `Study`
@@ -304,20 +305,32 @@ def choose_rates(
     return table.merge(chosen, on=['network', 'relax', 'seed', 'lr'])
 
 # %% ../../nbs/experiments/56_claims.ipynb #2070813b
-def _cnn_after(table, epochs, chance):
-    "Outcomes of the CNNs after each of `epochs`, by seed and epoch."
-    until = [table[(table.network == 'cnn') & (table.epoch <= epoch)].assign(at=epoch) for epoch in epochs]
-    found = pd.concat([final_values(t.assign(protocol_epochs=t['at']), chance=chance) for t in until])
-    return found[found.network == 'cnn'].drop_duplicates(['seed', 'epoch']).set_index(['seed', 'epoch']).value
+class _Finals:
+    "Outcomes of the runs in one table, each kind of them found once."
+    def __init__(self, table, chance): self.table, self.chance, self.known = table, chance, {}
 
-def _gains(table, over, chance, network='efcn'):
+    def __call__(self, metric='accuracy', split='test'):
+        if (metric, split) not in self.known:
+            self.known[metric, split] = final_values(self.table, metric, split, chance=self.chance)
+        return self.known[metric, split]
+
+    def of_cnn(self, epoch):
+        "Test accuracies of the CNNs after `epoch` epochs."
+        if epoch not in self.known:
+            t = self.table[(self.table.network == 'cnn') & (self.table.epoch <= epoch)]
+            tested = t[(t.metric == 'accuracy') & (t.split == 'test')]
+            self.known[epoch] = _with_guessing(_outcomes(tested, _key(t), LAST), t, 'accuracy', self.chance)
+        return self.known[epoch]
+
+def _gains(finals, over, network='efcn'):
     "Outcome of each eFCN (or other `network`) less that of network `over`, a row for each seed, a column for each "\
     "relax time; over 'cnn+': less the CNN's after as many epochs; over an arm: less the arm's of that time."
-    f = final_values(table, chance=chance)
+    f = finals()
     relaxed = f[f.network == network]
     if over == 'cnn+':
         at = pd.MultiIndex.from_frame(relaxed[['seed', 'epoch']])
-        reference = _cnn_after(table, relaxed.epoch.unique(), chance).reindex(at).values
+        cnn = pd.concat([finals.of_cnn(epoch) for epoch in relaxed.epoch.unique()]).drop_duplicates(['seed', 'epoch'])
+        reference = cnn.set_index(['seed', 'epoch']).value.reindex(at).values
     elif f[f.network == over].relax.notna().any():
         at = pd.MultiIndex.from_frame(relaxed[['seed', 'relax']])
         reference = f[f.network == over].set_index(['seed', 'relax']).value.reindex(at).values
@@ -350,13 +363,14 @@ def gains(
         network, relax, mean, low, high (ends of the 95 % interval), n
     """
     table = check_table(table)
-    one_of('over', over, [*final_values(table).network.unique()])
+    finals = _Finals(table, chance)
+    one_of('over', over, [*finals().network.unique()])
     if 'lr' in table and (table.groupby(['network', 'relax', 'seed'], dropna=False).lr.nunique() > 1).any():
         raise ValueError('the table has several rates for one network; choose one of them with choose_rates')
     rows, starts = [], table[table.relax.notna()].network.unique()
     for network in starts:
         if network == over: continue
-        for relax_time, d in _gains(table, over, chance, network).items():
+        for relax_time, d in _gains(finals, over, network).items():
             found = interval(d)
             rows.append((network, relax_time, found.mean, found.low, found.high, d.count()))
     return pd.DataFrame(rows, columns=['network', 'relax', 'mean', 'low', 'high', 'n'])
@@ -378,14 +392,14 @@ _OVER = {'2a  some eFCN ends above the CNN': 'cnn', '2b  ... above the CNN after
          '2c  ... above the CNN annealed at that time': 'annealed',
          '2d  ... above the CNN slowed at that time': 'slowed'}
 
-def _gains_over_cnn(table, chance):
+def _gains_over_cnn(finals):
     "Claims 2a to 2d."
-    E, there, claims = protocol_epochs(table), {*table.network}, []
+    E, there, claims = protocol_epochs(finals.table), {*finals.table.network}, []
     for claim, over in _OVER.items():
         if over in ('annealed', 'slowed') and over not in there:
             claims.append(_Claim(claim, None, False, None, f'not in these numbers; needs the arm {over}'))
             continue
-        gains = _gains(table, over, chance)
+        gains = _gains(finals, over)
         claims.append(_Claim(claim, gains[[t for t in gains if 0 < t <= E]], False, _points_at))
     return claims
 
@@ -431,9 +445,11 @@ def chosen_outcomes(
     pd.DataFrame
         index: seed; columns: value (accuracy on the test set), case
     """
-    table = check_table(table)
-    tested, validated = (_by_case(final_values(table, metric, split, chance=chance), networks)
-                         for split in ('test', 'validation'))
+    return _chosen(_Finals(check_table(table), chance), networks, metric)
+
+def _chosen(finals, networks, metric):
+    "`chosen_outcomes` of `_Finals`."
+    tested, validated = (_by_case(finals(metric, split), networks) for split in ('test', 'validation'))
     if tested.empty: raise ValueError(f'the table has no outcome of {", ".join(networks)}')
     if len(tested.columns) == 1: cases = pd.Series(tested.columns[0], tested.index)
     elif validated.empty: raise ValueError('no images were held out to choose on; run the study with validation=')
@@ -444,26 +460,27 @@ def chosen_outcomes(
 _PRIMARY = 'P  relaxing pays: the eFCN ends above the best CNN'
 _BEST = 'Pb ... each taken at its best epoch on validation'
 
-def _primary(table, chance, claim=_PRIMARY, metric='accuracy'):
+def _primary(finals, claim=_PRIMARY, metric='accuracy'):
     "The primary claim; or, of another `metric`, the same with another outcome."
+    table = finals.table
     lacks = [arm for arm in ('annealed', 'slowed') if arm not in {*table.network}]
     if lacks: return _Claim(claim, None, True, None, f'not in these numbers; needs the arm {lacks[0]}')
     if not (table.split == 'validation').any():
         return _Claim(claim, None, True, None, 'not in these numbers; needs images held out to choose on')
-    efcn, cnn = (chosen_outcomes(table, networks, metric, chance) for networks in (['efcn'], RIVALS))
+    efcn, cnn = (_chosen(finals, networks, metric) for networks in (['efcn'], RIVALS))
     def say(found):
         return f'{100*found.mean:+.1f} points ({efcn.case.mode()[0]}, over {cnn.case.mode()[0]})'
     return _Claim(claim, pd.DataFrame({0: efcn.value - cnn.value}), True, say)
 
 # %% ../../nbs/experiments/56_claims.ipynb #b9b75e60
-def _ends_at(table, metric, network='efcn'):
+def _ends_at(finals, metric, network='efcn'):
     "Final `metric` of the weights of eFCNs (or another `network`), a row for each seed, a column for each relax time."
-    f = final_values(table, metric, 'weights')
+    f = finals(metric, 'weights')
     return f[f.network == network].pivot(index='seed', columns='relax', values='value')
 
-def _stays_near(table, small=.1):
+def _stays_near(finals, small=.1):
     "Claim 3: are all off-local shares under `small`?"
-    off, unshared = _ends_at(table, 'off_local'), _ends_at(table, 'unshared')
+    off, unshared = _ends_at(finals, 'off_local'), _ends_at(finals, 'unshared')
     def say(found):
         share = small - found.mean
         return (f'off-local share {100*share:.1f} % at relax time {found.case:g} ({100*share**.5:.0f} % of the norm), '
@@ -535,19 +552,19 @@ class _Far(NamedTuple):
     network: str
     gains: pd.Series # over the FCN, by seed
 
-def _furthest(table, chance):
+def _furthest(finals):
     "Of all eFCNs, also those with noise, the one with the largest off-local share at its end; None without an FCN."
     found = []
-    for network in [name for name in _FAR_NAMES if (table.network == name).any()]:
-        gains, shares = _gains(table, 'fcn', chance, network), _ends_at(table, 'off_local', network).mean()
+    for network in [name for name in _FAR_NAMES if (finals.table.network == name).any()]:
+        gains, shares = _gains(finals, 'fcn', network), _ends_at(finals, 'off_local', network).mean()
         found += [_Far(shares.get(t, math.nan), t, network, gains[t]) for t in gains]
     found = [far for far in found if far.share == far.share]
     return max(found, key=lambda far: far.share, default=None)
 
 # %% ../../nbs/experiments/56_claims.ipynb #621d0d01
-def _far_is_fcn(table, chance, margin=.02):
+def _far_is_fcn(finals, margin=.02):
     "The row of claim 5: is the eFCN that went furthest less than `margin` above the FCN?"
-    far = _furthest(table, chance)
+    far = _furthest(finals)
     if far is None: return not_judged(_FAR, _NO_FCN) | dict(p=math.nan)
     share, relax_time, network, gains = far
     found = interval(gains)
@@ -578,19 +595,20 @@ def _at_one_rate(measured, chosen):
 
 # %% ../../nbs/experiments/56_claims.ipynb #33e73041
 def _all_claims(table, ablation, displacement, chance):
-    "All claims but the fifth, on `table` with all rates and on that with one rate for each network; raises "\
-    "`ValueError` if the table has not the networks that they compare."
+    "All claims but the fifth, on `table` with all rates and on that with one rate for each network, and the "\
+    "outcomes of that; raises `ValueError` if the table has not the networks that they compare."
     _check_comparable(table)
-    chosen, over_fcn = choose_rates(table, chance), None
-    ablation, displacement = (_at_one_rate(measured, chosen) for measured in (ablation, displacement))
+    every, rated, over_fcn = _Finals(table, chance), choose_rates(table, chance), None
+    chosen = every if rated is table else _Finals(rated, chance)
+    ablation, displacement = (_at_one_rate(measured, rated) for measured in (ablation, displacement))
     if (table.network == 'fcn').any():
-        over_fcn = _gains(chosen, 'fcn', chance)
+        over_fcn = _gains(chosen, 'fcn')
         if not len(over_fcn.columns):
             raise ValueError('no seed has both an FCN and a relaxed network, so there is nothing to compare')
     first = _Claim('1  every eFCN ends above the FCN', over_fcn, True, _points_at, _NO_FCN)
     return chosen, [
-        _primary(table, chance), _primary(table, chance, _BEST, 'best_accuracy'), first,
-        *_gains_over_cnn(chosen, chance), _stays_near(chosen), _moves_less(displacement), _templates_help(ablation),
+        _primary(every), _primary(every, _BEST, 'best_accuracy'), first,
+        *_gains_over_cnn(chosen), _stays_near(chosen), _moves_less(displacement), _templates_help(ablation),
         _only_together(ablation)]
 
 def _row(c):
@@ -632,10 +650,12 @@ def claims(
     pd.DataFrame
         claim, effect, spread over seeds, half width of the interval (points), n, verdict, p
     """
-    table = check_table(table)
-    chosen, asked = _all_claims(table, ablation, displacement, chance)
-    rows = pd.DataFrame([*map(_row, asked), _far_is_fcn(chosen, chance)])
-    return _without_diverged(_with_holm(rows), chosen)
+    return _judged(*_all_claims(check_table(table), ablation, displacement, chance))
+
+def _judged(chosen, asked):
+    "The table of claims, from what `_all_claims` returns."
+    rows = pd.DataFrame([*map(_row, asked), _far_is_fcn(chosen)])
+    return _without_diverged(_with_holm(rows), chosen.table)
 
 # %% ../../nbs/experiments/56_claims.ipynb #b8fd70d4
 def _without_diverged(rows, table):
@@ -703,15 +723,14 @@ def claim_intervals(
     pd.DataFrame
         claim, relax (the time that decides), mean, low, high (the ends of the interval), n, verdict
     """
-    table = check_table(table)
-    verdicts, rows = claims(table, ablation, displacement, chance).set_index('claim').verdict, []
-    chosen, asked = _all_claims(table, ablation, displacement, chance)
+    chosen, asked = _all_claims(check_table(table), ablation, displacement, chance)
+    verdicts, rows = _judged(chosen, asked).set_index('claim').verdict, []
     for c in asked:
         if verdicts[c.claim] == 'not judged': continue
         found = judge(c.cases, c.every)
         relax_time = math.nan if c.claim in (_PRIMARY, _BEST) else found.case
         rows.append((c.claim, relax_time, found.mean, found.half, c.cases[found.case].count()))
-    far = _furthest(chosen, chance)
+    far = _furthest(chosen)
     if far:
         found = interval(far.gains)
         rows.append((_FAR, far.relax, found.mean, found.half, far.gains.count()))
