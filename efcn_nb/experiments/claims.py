@@ -104,6 +104,7 @@ def _is_lost(rows, table):
     if lost.empty: return np.zeros(len(rows), dtype=bool)
     return rows[key].merge(lost[key], how='left', indicator='lost').lost.eq('both').values
 
+# %% ../../nbs/experiments/56_claims.ipynb #3cae6388
 def protocol_epochs(
     table              # as `relax` returns it, or a `Study`
 )->float:
@@ -322,6 +323,7 @@ class _Finals:
             self.known[epoch] = _with_guessing(_outcomes(tested, _key(t), LAST), t, 'accuracy', self.chance)
         return self.known[epoch]
 
+# %% ../../nbs/experiments/56_claims.ipynb #11d10f33
 def _gains(finals, over, network='efcn'):
     "Outcome of each eFCN (or other `network`) less that of network `over`, a row for each seed, a column for each "\
     "relax time; over 'cnn+': less the CNN's after as many epochs; over an arm: less the arm's of that time."

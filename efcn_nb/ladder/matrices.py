@@ -157,6 +157,7 @@ def _slot_blocks(L, W, g):
     "Pairs of views of local weights `L` and of matrix `W` at the same entries."
     for own, there in _slot_layouts(g): yield _block(L, own), _block(W, there)
 
+# %% ../../nbs/ladder/02_matrices.ipynb #f39c5d54
 @torch.no_grad()
 def matrix_from_local(
     L:torch.Tensor,  # (positions, out channels, slots, in channels of a group)
