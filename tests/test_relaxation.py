@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import itertools
 import math
 import os
@@ -1050,3 +1051,22 @@ def test_a_layer_under_two_names(tmp_path):
 def test_protocols_can_be_run():
     for protocol in PROTOCOLS.values():
         assert max([*protocol["relax_times"], *protocol["elcn_times"]]) <= protocol["epochs"]
+
+
+# Names of settings
+
+@pytest.mark.parametrize("function, wrong, says", [
+    (Study, dict(relax_time=[0]), "Study has no parameter relax_time; the nearest is relax_times"),
+    (relax, dict(epoch=3), "relax has no parameter epoch; the nearest is epochs"),
+    (relax, dict(worker=3), "relax has no parameter worker; the nearest is workers"),
+    (relax, dict(q=3), "relax has no parameter q; known are data, model, progress, executor, workers, relax_times, ")])
+def test_a_wrong_name_is_answered_with_the_nearest(function, wrong, says):
+    with pytest.raises(TypeError) as error: function(**wrong)
+    assert str(error.value).startswith(says) and len(str(error.value).splitlines()) == 1
+
+
+def test_relax_shows_the_settings_of_a_study_with_their_defaults():
+    study, shown = inspect.signature(Study).parameters, inspect.signature(relax).parameters
+    assert [*shown][:5] == ["data", "model", "progress", "executor", "workers"]
+    assert all(shown[name].default is p.default for name, p in study.items())
+    assert not [p for p in shown.values() if p.kind == p.VAR_KEYWORD]
