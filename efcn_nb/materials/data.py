@@ -952,7 +952,8 @@ def _one_image(image, size, where):
         image = _upright(image)
         image = image.convert('F') if image.mode[0] in 'IF' else _opaque(image)
         if size and image.size != size[::-1]: image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-        return _channels_first(np.asarray(image), 0)
+        a = np.asarray(image)
+        return a[None] if a.ndim == 2 else a.transpose(2, 0, 1)
     try: a = _numbers(image)
     except Exception: a = np.empty(())
     if a.ndim not in (2, 3) or not a.size:
@@ -1099,7 +1100,7 @@ def _is_pair(part):
 def _is_dataset(part):
     "Whether `part` is a data set whose items are images with labels."
     if isinstance(part, list): return bool(part) and isinstance(part[0], (tuple, list, Mapping))
-    if isinstance(part, (str, os.PathLike, tuple, Mapping, Dataset)) or hasattr(part, 'ndim'): return False
+    if isinstance(part, (str, bytes, os.PathLike, tuple, Mapping, Dataset)) or hasattr(part, 'ndim'): return False
     return hasattr(part, '__getitem__') and hasattr(part, '__len__')
 
 def _are_two(source):
@@ -1125,8 +1126,8 @@ def _parts(source):
     if isinstance(source, Mapping): found = _named_parts(source)
     elif not _is_pair(source) and _are_two(source): found = *source, []
     else: found = source, None, []
-    for part in found[:2]:
-        if part is not None and not _is_pair(part) and not _is_dataset(part): _refuse_part(part)
+    for part in found[:1] if found[1] is None else found[:2]:
+        if not _is_pair(part) and not _is_dataset(part): _refuse_part(part)
     return found
 
 # %% ../../nbs/materials/10_data.ipynb #45f1b8c7
@@ -1137,7 +1138,7 @@ def _refuse_part(part):
     elif hasattr(part, '__iter__') and not hasattr(part, '__len__'):
         what = f'a {kind}, which has no length: collect its items first, as in list(itertools.islice(data, 10_000))'
     elif pair and len(part) in (3, 4): what = f'{len(part)} things: say ((x_train, y_train), (x_test, y_test))'
-    elif pair and len(part) == 2:
+    elif pair and len(part) == 2 and all(hasattr(p, '__len__') for p in part):
         kinds = ' and '.join(f'{type(p).__name__} {tuple(getattr(p, "shape", ())) or ""}'.strip() for p in part)
         what = f'a pair of {kinds}: the second must be labels, a whole number or class name for each image of the first'
     elif hasattr(part, 'ndim'): what = f'one {kind}: give labels, too, as in (x, y)'
@@ -1181,7 +1182,7 @@ def _name_of(part):
 
 def _of_two(read, labels, classes, name, notes):
     "`Data` of two parts. Raises `ValueError` if their pixels are of two kinds."
-    kinds = [str(part.x.dtype).removeprefix('torch.') for part in read]
+    kinds = [f'{part.x.dtype} {tuple(part.x.shape[1:])}'.removeprefix('torch.') for part in read]
     if kinds[0] != kinds[1]:
         raise ValueError(f'training images are {kinds[0]} and test images {kinds[1]}: make them the same, on one scale')
     found = _as_data(*((part.x, y) for part, y in zip(read, labels)), classes, name, notes=notes)
