@@ -17,7 +17,7 @@ from . import __version__
 from .materials.models import MODELS
 from .training.arms import ARMS
 from .training.loop import check_precision, Diverged, find_device, PRECISIONS
-from .service.files import clear_away, held, publish, write_atomic
+from .service.files import clear_away, held, make_folder, publish, write_atomic
 
 # %% ../nbs/99_cli.ipynb #625e7168
 def _integers(text):
@@ -114,8 +114,8 @@ def _add_training(a):
 # %% ../nbs/99_cli.ipynb #50303d2e
 def _add_results(a):
     "Flags that say what is kept."
-    a('--out', help='folder for everything that is written; default one in efcn_runs named after data, model and '
-      'settings')
+    a('--out', help='folder for everything that is written; default: figure and tables in one named after data, model '
+      'and settings in efcn_results in the working folder, runs in the cache folder of the user')
     a('--keep_weights', action='store_true', help='keep the final weights of all networks, not of the CNNs alone')
     a('--measure', nargs='?', type=_measures, const=[*_MEASURES], default=[], metavar='NAME,NAME',
       help=f'measure the networks afterwards, a table for each of {", ".join(_MEASURES)} (all, unless some are named), '
@@ -127,7 +127,7 @@ def _parser():
         description='Train a CNN, turn it into the fully-connected network that computes the same (eFCN) at several '
             'moments of its training, train on without the constraint, and compare with the CNN and with a '
             'fully-connected network trained from scratch (FCN).',
-        epilog='If interrupted, rerun the same command with the same --out; it resumes. Without flags: the digits, '
+        epilog='If interrupted, rerun the same command: it resumes. Without flags: the digits, '
             'twelve seeds, with two rivals of the relaxed networks, in two to three minutes.')
     for add in _add_data, _add_protocol, _add_training, _add_results: add(p.add_argument)
     return p
@@ -137,16 +137,15 @@ def _write_rows(rows, path):
     "Write what `first_rows` has found."
     with open(path, 'wb') as f: np.savez_compressed(f, **rows)
 
-def _measure(study, names, new):
-    "Tables of the measures that are asked for, and why others could not be made; the rows as images go to the "\
-    "study's folder."
+def _measure(study, names, new, out):
+    "Tables of the measures that are asked for, and why others could not be made; the rows as images go to `out`."
     from efcn_nb.experiments.measures import first_rows, measured
     found, failed = {}, {}
     for name in names:
         try: found[name] = measured(study, name)
         except (ValueError, RuntimeError) as e: failed[name] = e
-    if names and (new or not (study.out/'rows.npz').exists()):
-        try: publish(study.out/'rows.npz', lambda beside: _write_rows(first_rows(study), beside))
+    if names and (new or not (out/'rows.npz').exists()):
+        try: publish(out/'rows.npz', lambda beside: _write_rows(first_rows(study), beside))
         except ValueError as e: failed['rows as images'] = e
     return found, failed
 
@@ -190,37 +189,45 @@ def _judged(study, table, found, failed):
     return tables
 
 # %% ../nbs/99_cli.ipynb #7521482b
+def _results_folder(args, study):
+    "The folder of figure and tables, which is there afterwards: that of the study, if one was named for it."
+    if args.out: return study.out
+    make_folder(folder := Path('efcn_results')/study.out.name, 'work in another folder, or name one by --out')
+    return folder
+
 def _relax(args, command):
     "Run the study that `args` describe, print its tables, and write them with the figure."
+    from efcn_nb.service.tables import table_text
     study = _study(args)
     print(study.data.describe())
-    room = study.disk_needed(args.workers)/1e6
-    print(f'everything is written to {study.out}, at most {room:,.0f} MB at a time', flush=True)
+    out, room = _results_folder(args, study), f'at most {study.disk_needed(args.workers)/1e6:,.0f} MB at a time'
+    if out == study.out: print(f'everything is written to {out}, {room}', flush=True)
+    else: print(f'figure and tables are written to {out}, runs are kept in {study.out}, {room}', flush=True)
     new = bool(study.unfinished())
     table = study.run(workers=args.workers)
-    found, failed = _measure(study, args.measure, new)
+    found, failed = _measure(study, args.measure, new, out)
     tables = _judged(study, table, found, failed)
     where = '\n'.join(study.environments())
     texts = {f'{name}.csv': t.to_csv(index=False) for name, t in (found | tables).items()}
-    if new: texts['command.txt'] = f'{command}\n{where}\n'
-    _write(study, table, texts, new)
-    _report(tables, study, where)
+    if out != study.out: texts['metrics.csv'] = table_text(table)
+    if new or out != study.out and not (out/'command.txt').exists(): texts['command.txt'] = f'{command}\n{where}\n'
+    _write(study, table, texts, new, out)
+    _report(tables, study, where, out)
     for name, why in failed.items(): print(f'not measured: {name}: {why}')
 
 # %% ../nbs/99_cli.ipynb #2d6e3941
-def _write(study, table, texts, new):
-    "Write `texts` (name: content) and the figure to the study's folder; a folder without a `new` run may hold all "\
-    "of it."
+def _write(study, table, texts, new, out):
+    "Write `texts` (name: content) and the figure to `out`, which may hold all of it if there is no `new` run."
     import matplotlib.pyplot as plt
     from efcn_nb.experiments.plots import plot_study
-    there = lambda name, text: (study.out/name).exists() and (study.out/name).read_bytes() == text.encode()
-    if not new and (study.out/'figure.png').exists() and all(there(*item) for item in texts.items()): return
+    there = lambda name, text: (out/name).exists() and (out/name).read_bytes() == text.encode()
+    if not new and (out/'figure.png').exists() and all(there(*item) for item in texts.items()): return
     with held(study.out, wait=True):
-        clear_away(study.out)
-        for name, text in texts.items(): write_atomic(study.out/name, text)
+        clear_away(out)
+        for name, text in texts.items(): write_atomic(out/name, text)
         figure = plot_study(table, title=f'{study.config["data"]}, {study.model_name}')
         draw = lambda beside: figure.savefig(beside, format='png', metadata={'Software': None})
-        publish(study.out/'figure.png', draw)
+        publish(out/'figure.png', draw)
         plt.close(figure)
 
 # %% ../nbs/99_cli.ipynb #c4ee5a12
@@ -229,7 +236,7 @@ def _can_judge(summary):
     ended = summary.query('n > 0').network
     return {'efcn', *summary.network[summary.network == 'fcn']} <= set(ended)
 
-def _report(tables, study, where):
+def _report(tables, study, where, out):
     "Print tables as text, with n, spread, hardware and versions."
     show = lambda t, **kw: print(t.to_string(index=False, na_rep='', **kw))
     digits = dict(relax='{:g}'.format, accuracy='{:.3f}'.format, off_local='{:.4f}'.format,
@@ -246,7 +253,9 @@ def _report(tables, study, where):
         show(tables['claims'], formatters=dict(p='{:.2g}'.format))
     for label, why in study.diverged().items(): print(f'\ndiverged: {label}: {why}', end='')
     names = ', '.join(f'{name}.csv' for name in tables)
-    print(f'\n{where}, {study.precision}\nTables, figure and runs: {study.out}/ (figure.png, {names}, metrics.csv)')
+    print(f'\n{where}, {study.precision}\nTables{", figure and runs" if out == study.out else " and figure"}: '
+          f'{out}/ (figure.png, {names}, metrics.csv)')
+    if out != study.out: print(f'Runs: {study.out}/')
 
 # %% ../nbs/99_cli.ipynb #e9e66bae
 def efcn_relax(

@@ -1,6 +1,6 @@
 """The gate runs in this order: what is cheap and explains later failures comes first. Each test runs as though it
 were alone: it draws from a seed of its own, and what it changes in the process is put back."""
-import gc, os, random, sys, zlib
+import atexit, gc, itertools, os, random, shutil, sys, tempfile, zlib
 
 import matplotlib
 import numpy as np
@@ -19,6 +19,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that share t
     torch.set_num_threads(1)
 
 os.environ["TQDM_DISABLE"] = "1"  # before the first child process starts
+RUNS = tempfile.mkdtemp(prefix="efcn_nb-runs-")  # no test writes into the user's cache
+atexit.register(shutil.rmtree, RUNS, ignore_errors=True)
+os.environ["EFCN_NB_RUNS"] = RUNS
 os.chdir(keep.ROOT)  # nbdev reads the settings.ini that it finds from here
 
 
@@ -156,12 +159,15 @@ SWITCHES = [
     (style, set_style),
     (figures, set_figures)]
 
+TESTS = itertools.count()
+
 
 @pytest.fixture(autouse=True)
 def alone(request):
     "Each test draws from a seed that its name determines, and its switches are put back."
     seed(request.config, request.node.path.name, request.node.name)
     before = [look() for look, _ in SWITCHES]
+    os.environ["EFCN_NB_RUNS"] = f"{RUNS}/{next(TESTS)}"  # nothing that another test has kept
     yield
     for (look, put), state in zip(SWITCHES, before):
         if look() != state: put(state)

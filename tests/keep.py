@@ -33,6 +33,7 @@ PACKAGE = "efcn_nb"
 STAMP = "fresh"  # the notebook metadata key that holds the stamp
 NEVER_RUN = {"notest", "cuda", "data"}
 IMAGES = "nbs/images"  # where the README's figures lie
+KEPT = "nbs/gallery/efcn_runs"  # results of long computations, which git ignores
 
 
 # Which notebooks there are, and what they import
@@ -174,6 +175,7 @@ def is_run(cell):
 def execute(path, root=ROOT):
     "Run the notebook at `path` from top to bottom at full size; return its cleaned, stamped text."
     os.environ.pop("EFCN_NB_QUICK", None)
+    os.environ["EFCN_NB_RUNS"] = str(root / KEPT)
     sys.path.insert(0, str(root))
     os.chdir(path.parent)
     nb = read_nb(path)

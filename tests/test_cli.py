@@ -69,11 +69,38 @@ def test_a_second_pass_changes_nothing(console, done):
     assert out.splitlines()[1:] == done[1].splitlines()[1:]
 
 
-def test_the_default_folder(console, done, tmp_path):
-    assert console(*tiny.FLAGS, cwd=tmp_path)[0] == 0
-    folder, = (tmp_path/"efcn_runs").iterdir()
-    assert folder.name.startswith("digits-small2-")
-    assert (folder/"metrics.csv").read_bytes() == (done[0]/"metrics.csv").read_bytes()
+def test_the_default_folders(console, done, tmp_path):
+    "Results where the command is given, runs in the cache folder, from where any folder gets its results."
+    for folder in tmp_path/"here", tmp_path/"there":
+        folder.mkdir()
+        code, out, _ = console(*tiny.FLAGS, cwd=folder)
+        results, = (folder/"efcn_results").iterdir()
+        runs = Path(out.splitlines()[-1].removeprefix("Runs: "))
+        assert code == 0 and results.name == runs.name and results.name.startswith("digits-small2-")
+        assert f"figure and tables are written to efcn_results/{results.name}, runs are kept in {runs}, at most" in out
+        assert [*folder.iterdir()] == [folder/"efcn_results"]
+        assert {p.name for p in results.iterdir()} == REPORTS - {"study.json", "lock"}
+        assert "efcn_results" not in str(runs) and len([p for p in runs.iterdir() if p.is_dir()]) == 5
+        for name in "metrics.csv", "summary.csv", "claims.csv":
+            assert (results/name).read_bytes() == (done[0]/name).read_bytes()
+    before = tiny.files(tmp_path)
+    assert console(*tiny.FLAGS, cwd=tmp_path/"there")[:2] == (0, out) and tiny.files(tmp_path) == before
+
+
+def test_a_folder_without_room_for_results_is_one_line(console, tmp_path):
+    (tmp_path/"efcn_results").write_text("a file")
+    code, out, err = console(*tiny.FLAGS, cwd=tmp_path)
+    assert one_line(code, err) and "work in another folder, or name one by --out" in err
+
+
+@pytest.mark.parametrize("inside", ["", "/below"])
+def test_a_cache_folder_that_is_a_file_is_one_line(tmp_path, monkeypatch, inside):
+    (tmp_path/"file").write_text("a file")
+    monkeypatch.setenv("EFCN_NB_RUNS", f"{tmp_path}/file{inside}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="cannot be made a folder.*--out|cannot be made a folder.*EFCN_NB_RUNS") as end:
+        efcn_relax(tiny.FLAGS)
+    assert len(str(end.value).splitlines()) == 1 and not (tmp_path/"efcn_results").exists()
 
 
 @pytest.fixture(scope="module")

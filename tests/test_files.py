@@ -1,9 +1,11 @@
 "Files are whole or not there, and folders are held by one process."
 import os
+from pathlib import Path
 
+import platformdirs
 import pytest
 
-from efcn_nb.service.files import held, write_atomic
+from efcn_nb.service.files import cache_folder, held, make_folder, write_atomic
 
 
 @pytest.mark.parametrize("failing", ["replace", "fsync"])
@@ -30,3 +32,25 @@ def test_a_folder_that_cannot_be_held_is_one_sentence(tmp_path, spoil):
     with pytest.raises(OSError, match="nothing can be written to .*choose another folder") as error:
         with held(tmp_path/"s"): pass
     assert len(str(error.value).splitlines()) == 1
+
+
+# The cache folder
+
+def test_the_cache_folder(monkeypatch, tmp_path):
+    for named, found in {tmp_path: tmp_path, "~/runs": Path.home()/"runs", "runs": Path.cwd()/"runs"}.items():
+        monkeypatch.setenv("EFCN_NB_RUNS", str(named))
+        assert cache_folder() == found
+    assert not (tmp_path/"runs").exists()
+    for unset in (lambda: monkeypatch.setenv("EFCN_NB_RUNS", "")), (lambda: monkeypatch.delenv("EFCN_NB_RUNS")):
+        unset()
+        assert cache_folder() == Path(platformdirs.user_cache_dir("efcn_nb"))/"runs"
+
+
+def test_no_test_sees_the_cache_of_the_user():
+    assert Path(platformdirs.user_cache_dir("efcn_nb")) not in cache_folder().parents
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path/"file").write_text("")
+    for path in tmp_path/"file", tmp_path/"file"/"below":
+        with pytest.raises(OSError, match="cannot be made a folder .*: choose another one$"): make_folder(path)

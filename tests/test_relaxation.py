@@ -191,11 +191,26 @@ def test_the_same_seed_twice_is_not_two_seeds(tmp_path):
 
 
 def test_three_lines(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFCN_NB_RUNS", str(tmp_path/"runs"))
     monkeypatch.chdir(tmp_path)
     table = relax(tiny.DATA, width=2, epochs=1, seeds=1, relax_times=[0], elcn_times=[])
     assert list(table.columns) == COLUMNS
-    assert [p.name[:14] for p in (tmp_path/"efcn_runs").iterdir()] == ["digits-small2-"]
+    assert [p.name[:14] for p in (tmp_path/"runs").iterdir()] == ["digits-small2-"]
+    assert [*tmp_path.iterdir()] == [tmp_path/"runs"], "nothing beside the notebook"
+    monkeypatch.chdir(tmp_path/"runs")
     assert table.equals(relax(tiny.DATA, width=2, epochs=1, seeds=1, relax_times=[0], elcn_times=[]))
+
+
+def test_runs_in_the_folder_of_former_versions_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = tiny.study(None).out.name
+    tiny.study(f"efcn_runs/{name}")
+    monkeypatch.setenv("EFCN_NB_RUNS", str(tmp_path/"new"))
+    with pytest.warns(UserWarning, match=f"efcn_runs in this folder .*say out='efcn_runs/{name}' to go on"):
+        assert tiny.study(None).out == tmp_path/"new"/name
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        tiny.study(None)
 
 
 # Interrupted

@@ -18,7 +18,6 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #43b0bab1
 from ..ladder.inspection import process_blank
@@ -34,10 +33,11 @@ from ..instruments.subspaces import shares
 from .runs import resume_optimizer, Run, run_id
 from .acceptance import check_function, check_made, check_network, content_digest, try_model
 from ..service.checks import distinct, first_line, known_keywords, one_of, positive, whole
-from ..service.files import clear_away, held, is_watched, publish, write_atomic
+from ..service.files import cache_folder, clear_away, held, make_folder, publish, write_atomic
 from ..service.memory import give_back_memory, use_little_memory
 from ..service.pools import (
     check_executor, is_lost_worker, packed, refuse_fork, spawned, try_out, worker_count, WorkerLost)
+from ..service.progress import progress_bar
 from ..service.tables import read_table, table_text
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #c4ba58d5
@@ -149,12 +149,6 @@ def _drawing():
     "Context in which no other thread draws from PyTorch's random numbers, which belong to the process."
     with _DRAWING: yield
 
-def _as_data(data):
-    "`Data` from `data` as `Study` takes them; raises `ValueError` for anything else."
-    if isinstance(data, Data): return data
-    pair = isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Dataset) for part in data)
-    return Data(*data) if pair else load_data(data)
-
 def _seed_list(seeds):
     "A list of seeds from a list, or from how many; raises `ValueError` for anything else."
     if not hasattr(seeds, '__iter__'): return list(range(whole('seeds', seeds, 1)))
@@ -167,7 +161,7 @@ class Study:
     Parameters
     ----------
     data : default 'digits'
-        `Data`, a pair of `Dataset`, or what `load_data` takes: a name, a folder of images
+        what `load_data` takes: a name, a folder of images, arrays (x, y), a dataset, `Data`
     model : default 'small'
         a name in `MODELS`, or a function of input shape and number of classes
     relax_times : default None
@@ -191,7 +185,7 @@ class Study:
     width : default None
         channels of a model that is known by name; None for its own
     out : default None
-        folder of the runs; None for one in efcn_runs named after data, model and settings
+        folder of the runs; None for one in `cache_folder()` of this study's own
     keep_weights : bool, default False
         keep the final weights of relaxed networks, rivals and baselines too
     momentum, weight_decay : default 0.0
@@ -216,7 +210,7 @@ class Study:
     @known_keywords
     @_in_single_precision()
     def __init__(self,
-        data='digits',        # `Data`, a pair of `Dataset`, or what `load_data` takes: a name, a folder of images
+        data='digits',        # what `load_data` takes: a name, a folder of images, arrays (x, y), a dataset, `Data`
         model='small',        # a name in `MODELS`, or a function of input shape and number of classes
         relax_times=None,     # epochs at which the CNN becomes an eFCN; None for the model's protocol
         elcn_times=None,      # epochs at which it becomes an eLCN; None as above
@@ -228,7 +222,7 @@ class Study:
         shuffle=True,         # draw the order of the images anew in each epoch
         fan_in='folded',      # inputs counted by the FCN's first weights: real ones, or 'padded' for the padding's too
         width=None,           # channels of a model that is known by name; None for its own
-        out=None,             # folder of the runs; None for one in efcn_runs named after data, model and settings
+        out=None,             # folder of the runs; None for one in `cache_folder()` of this study's own
         keep_weights=False,   # keep the final weights of relaxed networks, rivals and baselines too
         momentum=0., weight_decay=0., # of SGD; the memory of momentum starts empty in each network
         trim=True,            # leave out rows of matrices that make outputs which nothing reads
@@ -308,7 +302,7 @@ def _disjoint_sets(train, images, seeds):
 @patch
 def _take_data(self:Study, data):
     "Have `data` and the configuration; raises `ValueError` or `MemoryError` if the model cannot be trained on them."
-    self._source = _as_data(data)
+    self._source = load_data(data)
     self.data, self.validation = _held_out(self._source.to(self.device), self.settings['validation'])
     self._sets = _disjoint_sets(self.data.train, self.images, self.seeds)
     identity = try_model(self)
@@ -398,18 +392,26 @@ def _is_foreign(folder):
     return not folder.is_dir() or any(not p.name.startswith('.study.json.') for p in folder.iterdir())
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #d5db1ba4
+def _note_old(name):
+    "Warn of runs of this study where versions before 0.1.0 kept them: in the working folder."
+    old = Path('efcn_runs')
+    if not (old/name/'study.json').exists() or old.absolute() == cache_folder(): return
+    warnings.warn(f'efcn_runs in this folder holds runs of this study, which are not used: results are now kept in '
+                  f'{cache_folder()}; say out={str(old/name)!r} to go on with them')
+
 @patch
 def _open(self:Study, out):
     "Take `out`, or a folder named after the study; raises `ValueError` if it holds anything else."
     name = re.sub(r'[^\w]+', '-', f'{self.config["data"]}-{self.model_name}').strip('-').lower()
-    default = Path('efcn_runs')/f'{name}-{run_id(self.config)[:8]}'
-    self.out = default if out is None else Path(os.path.expanduser(out))
+    name = f'{name}-{run_id(self.config)[:8]}'
+    self.out = cache_folder()/name if out is None else Path(os.path.expanduser(out))
     self.settings |= dict(device=str(self.device), out=self.out, trim=self.trim)       # for other processes
     known = self.out/'study.json'
     if known.exists(): return self._check_same(known)
     if _is_foreign(self.out):
         raise ValueError(f'{self.out} exists and is no study of this package; choose a new or an empty folder')
-    self.out.mkdir(parents=True, exist_ok=True)
+    if out is None: _note_old(name)
+    make_folder(self.out, 'choose another one by out=, or for all studies by the environment variable EFCN_NB_RUNS')
     write_atomic(known, json.dumps(self.config, indent=1))
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #9c2547fc
@@ -850,8 +852,7 @@ def _cost(self:Study, run):
 def _bar(self:Study, runs, progress):
     "A bar for the epochs of `runs`, weighted by what they cost."
     total = sum((r['last'] - r['first'])*self._cost(r) for r in runs)
-    return tqdm(total=total, disable=not progress, smoothing=.05, ncols=min(100, shutil.get_terminal_size().columns),
-                bar_format='{desc} {percentage:3.0f}% {bar} {elapsed} gone, {remaining} left')
+    return progress_bar(total=total, show=progress)
 
 @patch
 def _label(self:Study, run):
@@ -1009,7 +1010,7 @@ def _run_here(self:Study, progress):
 # %% ../../nbs/experiments/55_relaxation.ipynb #4c0f9774
 @patch
 def run(self:Study,
-    progress:bool=None, # a bar on standard error; None for one if somebody watches
+    progress:bool=None, # False to show none, as `progress_bar` has it
     executor=None,      # of the kind of `concurrent.futures`, to do the runs in parallel; None to do them here
     workers:int=1       # processes that do the runs in parallel, each with its share of the cores, without an executor
 )->pd.DataFrame:        # tidy: data, model, seed, network, relax, lr, protocol_epochs, epoch, step, split, ...
@@ -1020,7 +1021,7 @@ def run(self:Study,
     Parameters
     ----------
     progress : bool, default None
-        a bar on standard error; None for one if somebody watches
+        False to show none, as `progress_bar` has it
     executor : default None
         of the kind of `concurrent.futures`, to do the runs in parallel; None to do them here
     workers : int, default 1
@@ -1032,7 +1033,7 @@ def run(self:Study,
         tidy: data, model, seed, network, relax, lr, protocol_epochs, epoch, step, split, ...
     """
     whole('workers', workers, 1)
-    progress, new = is_watched() if progress is None else progress, bool(self.unfinished())
+    new = bool(self.unfinished())
     if executor is not None or workers > 1: self._run_parallel(executor, workers, progress, new)
     elif new: self._run_here(progress)
     table, diverged = self.measured(), self.diverged()
@@ -1080,7 +1081,7 @@ def relax(
     Parameters
     ----------
     data : default 'digits'
-        `Data`, a pair of `Dataset`, or what `load_data` takes: a name, a folder of images
+        what `load_data` takes: a name, a folder of images, arrays (x, y), a dataset, `Data`
     model : default 'small'
         a name in `MODELS`, or a function of input shape and number of classes
     progress : bool, default None
@@ -1110,7 +1111,7 @@ def relax(
     width : default None
         channels of a model that is known by name; None for its own
     out : default None
-        folder of the runs; None for one in efcn_runs named after data, model and settings
+        folder of the runs; None for one in `cache_folder()` of this study's own
     keep_weights : bool, default False
         keep the final weights of relaxed networks, rivals and baselines too
     momentum, weight_decay : default 0.0

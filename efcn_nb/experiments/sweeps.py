@@ -9,10 +9,9 @@ __all__ = ['sweep']
 import functools, inspect, json
 
 import pandas as pd
-from tqdm import tqdm
 
 from .runs import environment, Run
-from ..service.files import is_watched
+from ..service.progress import progress_bar
 from ..service.tables import read_table, table_text
 
 # %% ../../nbs/experiments/51_sweeps.ipynb #15ed9c9b
@@ -71,7 +70,7 @@ def sweep(
     configs,            # dicts of keyword arguments: numbers, strings, lists, None
     folder=None,        # where tables are kept; None not to keep any
     label:str='run',    # readable start of their directories' names; one for each kind of `compute`
-    progress:bool=None  # show a bar; None where somebody watches
+    progress:bool=None  # False to show none, as `progress_bar` has it
 )->pd.DataFrame:        # the tables below each other, with arguments that are no list as columns
     """All tables of a study; `attrs['environments']` has a text for each place where they were computed.
 
@@ -90,7 +89,7 @@ def sweep(
     label : str, default 'run'
         readable start of their directories' names; one for each kind of `compute`
     progress : bool, default None
-        show a bar; None where somebody watches
+        False to show none, as `progress_bar` has it
 
     Returns
     -------
@@ -99,9 +98,8 @@ def sweep(
     """
     configs = list(configs)
     _check_configs(compute, configs, folder is not None)
-    if progress is None: progress = is_watched()
     rows, columns, places, default = [], {}, {}, _known_defaults(compute, configs)
-    for config in tqdm(configs, desc=label, disable=not progress, leave=False):
+    for config in progress_bar(configs, what=label, show=progress, leave=False):
         table, environments = _cell(compute, config, folder, label)
         places |= dict.fromkeys(', '.join(f'{k} {v}' for k, v in e.items()) for e in environments)
         table, left = _beside(table, config), {k: v for k, v in default.items() if k not in config}

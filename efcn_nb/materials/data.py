@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Dataset', 'Data', 'channel_stats', 'stratified_split', 'load_shifted_digits', 'load_collection', 'load_folder',
-           'load_data']
+           'load_samples', 'load_data']
 
 # %% ../../nbs/materials/10_data.ipynb #8d428c91
-import contextlib, hashlib, math, os, re, time, unicodedata, warnings
+import contextlib, hashlib, math, os, re, shutil, time, unicodedata, warnings
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
+from numbers import Number
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,14 +21,16 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from fastcore.basics import patch
+from platformdirs import user_cache_path
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
+from torch.utils.data import ConcatDataset, Dataset as TorchDataset, Subset, TensorDataset
 
 from ..service.checks import first_line, whole
-from ..service.files import is_watched
+from ..service.files import cache_folder, digest
 from ..service.memory import free_memory
+from ..service.progress import progress_bar, tell
 
 # %% ../../nbs/materials/10_data.ipynb #dbce5d99
 def _refuse_odd_parts(d):
@@ -467,7 +470,7 @@ _cifar10_stats = torch.tensor([.491,.482,.447]), torch.tensor([.247,.243,.262])
 
 def load_collection(
     source:str, # 'cifar10', 'cifar100', 'mnist' or 'fashion_mnist'
-    root=None, # folder that holds, or gets, torchvision's files; None is ~/.cache/efcn_nb
+    root=None, # folder that holds, or gets, torchvision's files; None is efcn_nb in the user's cache
     download:bool=True, # let torchvision download what is missing
     name:str=None # as printed; None is the usual one
 )->Data: # uint8 (N, 3, 32, 32) or (N, 1, 28, 28)
@@ -478,7 +481,7 @@ def load_collection(
     source : str
         'cifar10', 'cifar100', 'mnist' or 'fashion_mnist'
     root : default None
-        folder that holds, or gets, torchvision's files; None is ~/.cache/efcn_nb
+        folder that holds, or gets, torchvision's files; None is efcn_nb in the user's cache
     download : bool, default True
         let torchvision download what is missing
     name : str, default None
@@ -492,7 +495,7 @@ def load_collection(
     from torchvision import datasets # here, because it takes as long to load as torch
     kind, label = _collections[source]
     make = getattr(datasets, kind)
-    root = Path(root or '~/.cache/efcn_nb').expanduser()
+    root = Path(root or user_cache_path('efcn_nb')).expanduser()
     try: train, test = [make(root, train=train, download=download) for train in (True, False)]
     except Exception as e:
         tried = f'downloading it failed ({first_line(e)})' if download else 'download is False'
@@ -847,8 +850,8 @@ def _decode(
 
 # %% ../../nbs/materials/10_data.ipynb #599cd5e3
 def _progress(items, total, what):
-    "`items` behind a bar on stderr, which appears after a second if someone watches."
-    return tqdm(items, total=total, desc=what, unit='file', delay=1, disable=not is_watched())
+    "`items` behind a bar, which appears after a second."
+    return progress_bar(items, total, what, delay=1, leave=False)
 
 # %% ../../nbs/materials/10_data.ipynb #8b95bd30
 def _decode_images(
@@ -913,6 +916,12 @@ class _Content:
     @property
     def key(self): return self.hash.hexdigest()
 
+def _content_key(paths, size):
+    "The key of the images at `paths`."
+    content = _Content(paths, size)
+    deque(_progress(content, len(paths), 'comparing'), maxlen=0)
+    return content.key
+
 # %% ../../nbs/materials/10_data.ipynb #7059f026
 _rest = 2 # seconds
 
@@ -941,11 +950,13 @@ def _write_whole(path, write):
 
 # %% ../../nbs/materials/10_data.ipynb #e14940a7
 def _keep(path, x):
-    "Write images to `path`, or warn."
+    "Write images to `path`, or warn; whether they are there."
     try: _write_whole(path, lambda p: save_file({'x': x}, p, {'sha256': _tensor_digest(x)}))
     except (OSError, SafetensorError) as e:
         warnings.warn(f'decoded images are not kept, {path.parent} cannot be written ({e}): name another folder by '
                       'cache=, or say cache=False', stacklevel=2)
+        return False
+    return True
 
 def _kept(path, n):
     "The `n` images at `path`; None when there are none, or none that can be trusted."
@@ -954,33 +965,58 @@ def _kept(path, n):
         with safe_open(path, 'pt') as f: x, checksum = f.get_tensor('x').clone(), f.metadata()['sha256']
         if len(x) == n and _tensor_digest(x) == checksum: return x
         why = 'its checksum is wrong'
+    except FileNotFoundError: return None # another process has tidied up
     except (OSError, SafetensorError, KeyError, TypeError) as e: why = e
     warnings.warn(f'{path} is damaged ({why}): the images are decoded again', stacklevel=2)
+
+# %% ../../nbs/materials/10_data.ipynb #157a1f3e
+def _own_cache(folder, size):
+    "Where the decoded images of `folder` are kept unless a place is named."
+    folder = os.path.abspath(folder)
+    return cache_folder()/'images'/f'{os.path.basename(folder)[:40]}-{digest(os.fsencode(f"{folder} {size}"))}'
+
+def _tidy(cache, folder, key):
+    "Leave in the cache of `folder` the images called `key`, and beside it no cache of a folder that is gone."
+    with contextlib.suppress(OSError):
+        for path in cache.iterdir():
+            if path.suffix == '.safetensors': old = path.stem != key
+            elif path.suffix == '.tmp': old = path.stat().st_mtime < time.time() - 3600 # of a process that was killed
+            else: old = not path.suffix and path.read_text(errors='replace') != key
+            if old: path.unlink()
+        _write_whole(cache/'folder.txt', lambda p: p.write_bytes(os.fsencode(os.path.abspath(folder))))
+        for source in cache.parent.glob('*/folder.txt'):
+            if not os.path.exists(os.fsdecode(source.read_bytes())): shutil.rmtree(source.parent, ignore_errors=True)
+
+def _announce(cache, folder, x):
+    "Say where decoded images are kept from now on."
+    old = os.path.abspath(folder) + '.cache'
+    rest = f'; {old}, where they were kept before, can be deleted' if os.path.isdir(old) else ''
+    tell(f'{len(x):,} decoded images of {folder} ({x.nbytes/1e6:,.1f} MB) are kept in {cache}, so that they are not '
+         f'decoded again (cache=False keeps none){rest}')
 
 # %% ../../nbs/materials/10_data.ipynb #8f26a3b4
 def _load_images(
     folder, # the tree
     paths:list, # its image files, from `_list_images`
     size=None, # (height, width) to resize to
-    cache=None # folder for the decoded images; None is FOLDER.cache beside the tree, False keeps nothing
+    cache=None # folder for the decoded images; None is one of their own in `cache_folder()`, False keeps nothing
 )->Tensor: # uint8 (len(paths), 1 or 3, height, width)
     "Decoded images, from the cache when the files are still the same. Raises `MemoryError` if there is no room."
     folder, n = os.fspath(folder), len(paths)
     _require_room(paths, size)
     if cache is False: return _decode_images(_progress(_Content(paths, size), n, 'decoding'), n, size)
-    cache = Path(os.path.abspath(folder) + '.cache' if cache in (None, True) else cache).expanduser()
-    key, content = None, _Content(paths, size)
-    stat = _stat_key(folder, paths, size)
+    own = cache in (None, True)
+    cache = _own_cache(folder, size) if own else Path(cache).expanduser()
+    stat, key, new = _stat_key(folder, paths, size), None, not cache.is_dir()
     if known := stat and os.path.isfile(cache/stat): key = (cache/stat).read_text(errors='replace').strip()
-    elif any(cache.glob('*.safetensors')):
-        deque(_progress(content, n, 'comparing'), maxlen=0)
-        key = content.key
+    elif any(cache.glob('*.safetensors')): key = _content_key(paths, size)
     x = _kept(cache/f'{key}.safetensors', n) if key else None
     if x is None:
         known, content = False, _Content(paths, size)
         x = _decode_images(_progress(content, n, 'decoding'), n, size)
         key = content.key
-        _keep(cache/f'{key}.safetensors', x)
+        if _keep(cache/f'{key}.safetensors', x) and own: _tidy(cache, folder, key)
+        if new and own and cache.is_dir(): _announce(cache, folder, x)
     if stat and not known:
         with contextlib.suppress(OSError): _write_whole(cache/stat, lambda p: p.write_text(key))
     return x
@@ -998,7 +1034,7 @@ def _height_width(size):
 def load_folder(
     folder, # tree in `ImageFolder` layout
     size=None, # pixels, or (height, width), to resize every image to; None takes the images as they are
-    cache=None, # folder for the decoded images; None is FOLDER.cache beside the tree, False keeps nothing
+    cache=None, # folder for the decoded images; None is one in `cache_folder()`, False keeps nothing
     seed:int=0, # of the split, when the tree has none
     test_share:float=.2, # held-out part of each class, when the tree has no train and test
     name:str=None # as printed; None is the folder's name
@@ -1016,7 +1052,7 @@ def load_folder(
     size : default None
         pixels, or (height, width), to resize every image to; None takes the images as they are
     cache : default None
-        folder for the decoded images; None is FOLDER.cache beside the tree, False keeps nothing
+        folder for the decoded images; None is one in `cache_folder()`, False keeps nothing
     seed : int, default 0
         of the split, when the tree has none
     test_share : float, default 0.2
@@ -1038,13 +1074,339 @@ def load_folder(
     for said in _doubles(found): warnings.warn(f'{folder}: {said}', stacklevel=3) # for the caller of load_data
     return found
 
+# %% ../../nbs/materials/10_data.ipynb #3866a696
+def _numbers(values):
+    "A NumPy array of the same values."
+    if not isinstance(values, Tensor): return np.asarray(values)
+    values = values.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+
+def _channels_first(a, axis):
+    "`a`, whose images begin at `axis`, with the channels there; a channel is added to images that have none."
+    if a.ndim - axis == 2: return np.expand_dims(a, axis)
+    first, last = a.shape[axis], a.shape[-1]
+    few = first in (1, 3, 4), last in (1, 3, 4)
+    is_last = few[1] if few[0] != few[1] else not few[0] and last < min(a.shape[axis:-1])
+    return np.moveaxis(a, -1, axis) if is_last else a
+
+# %% ../../nbs/materials/10_data.ipynb #a6a8dccb
+def _pixels(a, part):
+    "uint8 or float32 from an array (N, C, *spatial) of numbers. Raises `ValueError` for others, and for NaN."
+    if a.dtype.kind not in 'biuf': raise ValueError(f'{part}images are of the type {a.dtype}: numbers are needed')
+    if a.dtype == np.uint8: return torch.tensor(a)
+    if a.dtype.kind == 'b': return torch.tensor(a*np.uint8(255))
+    if a.dtype.kind in 'iu' and 0 <= a.min() and a.max() <= 255: return torch.tensor(a.astype(np.uint8))
+    x = torch.tensor(a.astype(np.float32))
+    odd = (~x.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if odd: raise ValueError(f'{len(odd):,} of {len(x):,} {part}images hold NaN or infinite numbers, image {odd[0]} '
+                             'first: all must be finite; repair or remove these')
+    return x
+
+def _resized(x, size):
+    "Images (N, C, height, width) of another size, bilinearly; as they are for None."
+    if size is None or x.shape[2:] == size: return x
+    if x.ndim != 4: raise ValueError(f'size is for images of two dimensions, not for the shape {tuple(x.shape[1:])}')
+    found = torch.nn.functional.interpolate(x.float(), size, mode='bilinear', antialias=True)
+    return found.round().clamp(0, 255).to(torch.uint8) if x.dtype == torch.uint8 else found
+
+# %% ../../nbs/materials/10_data.ipynb #0f9dc337
+def _one_image(image, size, where):
+    "An array (C, height, width) from an array, a tensor, an image of PIL or the path of a file."
+    if isinstance(image, (str, os.PathLike)):
+        try: return _decode(Path(image).expanduser().read_bytes(), size)
+        except (OSError, ValueError) as e: raise ValueError(f'{where}: {image} cannot be read as an image ({e})') from e
+    if isinstance(image, Image.Image):
+        image = _upright(image)
+        image = image.convert('F') if image.mode[0] in 'IF' else _opaque(image)
+        if size and image.size != size[::-1]: image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+        a = np.asarray(image)
+        return a[None] if a.ndim == 2 else a.transpose(2, 0, 1)
+    try: a = _numbers(image)
+    except Exception: a = np.empty(())
+    if a.ndim not in (2, 3) or not a.size:
+        raise ValueError(f'{where} is no image but {type(image).__name__} {a.shape if a.ndim else ""}: it must be an '
+                         'array (height, width), or one with channels, or an image of PIL')
+    a = _channels_first(a, 0)
+    return a if size is None else _resized(_pixels(a[None], f'({where}) '), size)[0].numpy()
+
+# %% ../../nbs/materials/10_data.ipynb #bf9c240e
+def _stacked(images, n, size, part):
+    "All `n` images of an iterable as one array (N, C, height, width)."
+    found = []
+    for i, image in enumerate(_progress(images, n, 'reading')):
+        found.append(_one_image(image, size, f'{part}image {i}'))
+        (h, w), (h0, w0) = found[i].shape[1:], found[0].shape[1:]
+        if (h, w) != (h0, w0):
+            raise ValueError(f'{part}images differ in size, image 0 has {h0}x{w0} pixels and image {i} {h}x{w} (height '
+                             f'x width): resize them, as in load_data(data, size=({h0},{w0}))')
+        need, free = 3*n*found[0].nbytes, free_memory()
+        if not i and need > free:
+            raise MemoryError(f'{n:,} images need {need/1e9:,.1f} GB to be read and split, but {free/1e9:,.1f} GB are '
+                              'free: say size=64, or another number of pixels, or take fewer')
+    channels = {len(a) for a in found}
+    if channels == {1, 3}: found = [a.repeat(3, 0) if len(a) == 1 else a for a in found]
+    elif len(channels) > 1: raise ValueError(f'{part}images differ in their channels ({channels}): make them the same')
+    return np.stack(found)
+
+# %% ../../nbs/materials/10_data.ipynb #f9389f68
+def _images(x, size, part):
+    "uint8 or float32 (N, C, *spatial) from an array, a tensor or a sequence of images. Raises `ValueError` or "\
+    "`MemoryError`."
+    if not len(x): raise ValueError(f'there is no {part}image')
+    if not hasattr(x, 'ndim'): return _pixels(_stacked(x, len(x), size, part), part)
+    a = _numbers(x)
+    if a.dtype == object: return _pixels(_stacked(a, len(a), size, part), part)
+    if a.ndim < 3:
+        side = math.isqrt(a.shape[-1])
+        sides = f'{side}, {side}' if side > 1 and side**2 == a.shape[-1] else 'height, width'
+        raise ValueError(f'{part}images have the shape {a.shape}: it must be (N, height, width), or that with '
+                         f'channels; if each row is an image, give x.reshape(-1, {sides})')
+    return _resized(_pixels(_channels_first(a, 1), part), size)
+
+# %% ../../nbs/materials/10_data.ipynb #0f763a2a
+def _labels(y, part):
+    "Labels as an array of whole numbers or of words. Raises `ValueError` for others."
+    try: y = _numbers(y) if hasattr(y, 'ndim') else np.asarray([_numbers(v) if hasattr(v, 'ndim') else v for v in y])
+    except ValueError: raise ValueError(f'{part}labels differ in length: there must be one for each image') from None
+    if y.ndim == 2 and y.shape[1] == 1: y = y[:,0]
+    if y.ndim == 2 and y.dtype.kind in 'biuf':
+        if (((y == 0) | (y == 1)).all(1) & (y.sum(1) == 1)).all(): return y.argmax(1)
+        raise ValueError(f'{part}labels have the shape {y.shape} and are not one-hot: there must be one whole number '
+                         'or class name for each image')
+    if y.ndim != 1: raise ValueError(f'{part}labels have the shape {y.shape}: there must be one for each image')
+    if y.dtype.kind == 'U': return y
+    if y.dtype.kind in 'biu': return y.astype(np.int64)
+    if y.dtype.kind == 'O' and all(isinstance(v, str) for v in y): return y.astype(str)
+    is_whole = lambda v: isinstance(v, (int, float, np.number)) and v == v//1
+    for i, v in enumerate(y):
+        if not is_whole(v): raise ValueError(f'label {v} of {part}image {i} is neither a whole number nor a class name')
+    return y.astype(np.int64)
+
+# %% ../../nbs/materials/10_data.ipynb #ff5e3f74
+def _numbered(labels, names=None):
+    "Labels of all parts as places in a list of classes, and that list; `names` are those of whole numbers."
+    if len({y.dtype.kind for y in labels}) > 1:
+        raise ValueError('training and test labels are of two kinds, numbers and words: make them the same')
+    found = np.unique(np.concatenate(labels))
+    if names is not None and found.dtype.kind != 'U':
+        if not 0 <= found[0] <= found[-1] < len(names):
+            hidden = '; -1 stands for labels that are not told: take another part to test on' if found[0] == -1 else ''
+            raise ValueError(f'labels run from {found[0]} to {found[-1]}, but the data name {len(names)} classes'
+                             + hidden)
+        classes = [str(names[v]) for v in found]
+    else: classes = [str(v) for v in found]
+    return [torch.from_numpy(np.searchsorted(found, y)) for y in labels], classes
+
+# %% ../../nbs/materials/10_data.ipynb #0a0de640
+_column_names = dict(image={'image', 'images', 'img', 'pixel_values', 'pixels', 'picture', 'x'},
+                     label={'label', 'labels', 'target', 'targets', 'class', 'y'})
+
+def _column(kind, type_name, names, features):
+    "The one of the columns `names` that holds the images or the labels. Raises `ValueError` if several may, or none."
+    typed = [name for name in names if type(features.get(name)).__name__ == type_name]
+    found = typed or [name for name in names if str(name).lower() in _column_names[kind]]
+    if len(found) == 1: return found[0]
+    which = f'several columns may ({", ".join(map(str, found))})' if found else (
+        f'no column ({", ".join(map(str, names))}) seems to')
+    raise ValueError(f'{which} hold the {kind}s: name two columns, as in load_data(data, columns=({names[0]!r}, '
+                     f'{names[-1]!r}))')
+
+def _columns(names, features, columns):
+    "Names of the columns of images and of labels."
+    if columns is None:
+        return _column('image', 'Image', names, features), _column('label', 'ClassLabel', names, features)
+    if isinstance(columns, str) or len(columns) != 2 or not {*columns} <= {*names}:
+        raise ValueError(f'columns is {columns!r}: it must be a pair of names, (images, labels), of '
+                         + ', '.join(map(str, names)))
+    return tuple(columns)
+
+# %% ../../nbs/materials/10_data.ipynb #107d92be
+def _keys(source, columns):
+    "What gives the image and the label of an item."
+    if hasattr(source, 'column_names'):
+        return _columns(list(source.column_names), getattr(source, 'features', None) or {}, columns)
+    first = source[0]
+    if isinstance(first, Mapping): return _columns(list(first), {}, columns)
+    if isinstance(first, (tuple, list)) and len(first) > 1: return 0, 1
+    raise ValueError(f'an item of the data is {type(first).__name__}: it must be a pair of an image and its label')
+
+def _items(source, keys, labels):
+    "The images of a data set, while `labels` gets theirs."
+    for i in range(len(source)):
+        item = source[i]
+        try: image, label = item[keys[0]], item[keys[1]]
+        except (TypeError, KeyError, IndexError):
+            raise ValueError(f'item {i} of the data is not, as the first one is, an image with its label') from None
+        labels.append(label)
+        yield image
+
+# %% ../../nbs/materials/10_data.ipynb #d12b0eab
+def _class_names(source, key):
+    "Names of the classes that a data set knows by number; None if it does not."
+    feature = (getattr(source, 'features', None) or {}).get(key)
+    if feature is not None: return getattr(feature, 'names', None)
+    while not hasattr(source, 'classes') and hasattr(source, 'dataset'): source = source.dataset # a subset
+    names = getattr(source, 'classes', None)
+    return names if isinstance(names, (tuple, list)) else None
+
+# %% ../../nbs/materials/10_data.ipynb #1fa50b5a
+def _is_label(v): return isinstance(v, (str, Number, np.generic)) or getattr(v, 'ndim', None) == 0
+
+def _are_labels(y):
+    "Whether `y` looks like the labels of several images."
+    if hasattr(y, 'ndim'): return y.ndim in (1, 2)
+    try: first = y[0]
+    except Exception: return False
+    return _is_label(first) or getattr(first, 'ndim', 0) == 1 or (
+        isinstance(first, (tuple, list)) and len(first) > 0 and all(map(_is_label, first)))
+
+def _is_pair(part):
+    "Whether `part` is (images, labels)."
+    return isinstance(part, (tuple, list)) and len(part) == 2 and _are_labels(part[1]) and not _is_label(part[0])
+
+def _is_dataset(part):
+    "Whether `part` is a data set whose items are images with labels."
+    if isinstance(part, list): return bool(part) and isinstance(part[0], (tuple, list, Mapping))
+    if isinstance(part, (str, bytes, os.PathLike, tuple, Mapping, Dataset)) or hasattr(part, 'ndim'): return False
+    return hasattr(part, '__getitem__') and hasattr(part, '__len__')
+
+def _are_two(source):
+    "Whether `source` is a part to train on and one to test on."
+    return isinstance(source, (tuple, list)) and len(source) == 2 and all(
+        _is_pair(part) or _is_dataset(part) for part in source)
+
+# %% ../../nbs/materials/10_data.ipynb #896e32ae
+def _named_parts(source):
+    "Training part, test part or None, and sentences about the others, from parts by name."
+    names = [*source]
+    train = names[0] if len(names) == 1 else 'train'
+    if train not in names:
+        raise ValueError(f'the data have the parts {", ".join(map(str, names))}: say which are to train and to test '
+                         'on, as in load_data((data[...], data[...]))')
+    test = next((name for name in ('test', 'validation', 'valid', 'val') if name in names and name != train), None)
+    rest = [str(name) for name in names if name not in (train, test)]
+    notes = [f'test images are the part {test}'] if test not in (None, 'test') else []
+    return source[train], source.get(test), notes + ([f'parts that nothing uses: {", ".join(rest)}'] if rest else [])
+
+def _parts(source):
+    "Training part, test part or None, and sentences. Raises `ValueError` for what is neither."
+    if isinstance(source, Mapping): found = _named_parts(source)
+    elif not _is_pair(source) and _are_two(source): found = *source, []
+    else: found = source, None, []
+    for part in found[:1] if found[1] is None else found[:2]:
+        if not _is_pair(part) and not _is_dataset(part): _refuse_part(part)
+    return found
+
+# %% ../../nbs/materials/10_data.ipynb #45f1b8c7
+def _refuse_part(part):
+    "Raise `ValueError` for what holds no images with labels."
+    kind, pair = type(part).__name__, isinstance(part, (tuple, list))
+    if hasattr(part, 'dataset') and hasattr(part, 'batch_size'): what = f'a {kind}: give its data set, loader.dataset'
+    elif hasattr(part, '__iter__') and not hasattr(part, '__len__'):
+        what = f'a {kind}, which has no length: collect its items first, as in list(itertools.islice(data, 10_000))'
+    elif pair and len(part) in (3, 4): what = f'{len(part)} things: say ((x_train, y_train), (x_test, y_test))'
+    elif pair and len(part) == 2 and all(hasattr(p, '__len__') for p in part):
+        kinds = ' and '.join(f'{type(p).__name__} {tuple(getattr(p, "shape", ())) or ""}'.strip() for p in part)
+        what = f'a pair of {kinds}: the second must be labels, a whole number or class name for each image of the first'
+    elif hasattr(part, 'ndim'): what = f'one {kind}: give labels, too, as in (x, y)'
+    elif isinstance(part, Dataset): what = 'one Dataset, a split: say Data(train, test)'
+    else: what = ' '.join(repr(part)[:60].split())
+    known = ', '.join(['digits', *_collections])
+    raise ValueError(f'data must be one of {known}, or a folder of images, arrays (x, y), or a data set of images with '
+                     f'labels, not {what}')
+
+# %% ../../nbs/materials/10_data.ipynb #7ead3688
+class _Part(NamedTuple):
+    "What was read of one part."
+    x:Tensor     # uint8 or float32 (N, C, *spatial)
+    y:np.ndarray # whole numbers or words (N,)
+    names:list   # of the classes, by number, or None
+
+def _read_part(part, size, columns, what):
+    "Images and labels of a pair or a data set. Raises `ValueError` or `MemoryError`."
+    if _is_pair(part):
+        x, y = part
+        if len(x) != len(y): raise ValueError(f'there are {len(x):,} {what}images and {len(y):,} labels')
+        return _Part(_images(x, size, what), _labels(y, what), None)
+    if not len(part): raise ValueError(f'there is no {what}image')
+    keys, labels = _keys(part, columns), []
+    x = _stacked(_items(part, keys, labels), len(part), size, what)
+    return _Part(_pixels(x, what), _labels(labels, what), _class_names(part, keys[1]))
+
+# %% ../../nbs/materials/10_data.ipynb #7334c685
+def _refuse_rare(y, classes, least):
+    "Raise `ValueError` for a class of fewer images to train on, and to test on where that is to be drawn."
+    for name, n in zip(classes, y.bincount(minlength=len(classes)).tolist()):
+        if n >= least: continue
+        if least == 1: raise ValueError(f'class {name} has test images but no training image: add some')
+        raise ValueError(f'class {name} has one image only: two or more are needed, to train on and to test on')
+
+def _name_of(part):
+    "What a data set is called."
+    known = getattr(getattr(part, 'info', None), 'dataset_name', None)
+    plain = isinstance(part, (TensorDataset, Subset, ConcatDataset)) or not isinstance(part, TorchDataset)
+    return known or ('images' if plain else type(part).__name__)
+
+def _of_two(read, labels, classes, name, notes):
+    "`Data` of two parts. Raises `ValueError` if their pixels are of two kinds."
+    kinds = [f'{part.x.dtype} {tuple(part.x.shape[1:])}'.removeprefix('torch.') for part in read]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f'training images are {kinds[0]} and test images {kinds[1]}: make them the same, on one scale')
+    found = _as_data(*((part.x, y) for part, y in zip(read, labels)), classes, name, notes=notes)
+    for said in _doubles(found): warnings.warn(f'{name}: {said}', stacklevel=4) # for the caller of load_data
+    return found
+
+# %% ../../nbs/materials/10_data.ipynb #b4f9f43e
+def load_samples(
+    source, # (x, y), or a data set whose items are (image, label); or two of these, (train, test), or a dict of them
+    size=None, # pixels, or (height, width), to resize every image to; None takes the images as they are
+    columns=None, # names of the columns of images and labels; None tells them by types and names
+    seed:int=0, # of the split, when there is no part to test on
+    test_share:float=.2, # held-out part of each class, when there is none
+    name:str=None # as printed; None is the data set's own, or 'images'
+)->Data: # uint8 or float32 (N, C, *spatial)
+    """Images that are in memory, or that a data set gives, which is read once. A split of ours is told in a line, and
+    stands in `notes`. Raises `ValueError` or `MemoryError` with the reason.
+
+    Parameters
+    ----------
+    source
+        (x, y), or a data set whose items are (image, label); or two of these, (train, test), or a dict of them
+    size : default None
+        pixels, or (height, width), to resize every image to; None takes the images as they are
+    columns : default None
+        names of the columns of images and labels; None tells them by types and names
+    seed : int, default 0
+        of the split, when there is no part to test on
+    test_share : float, default 0.2
+        held-out part of each class, when there is none
+    name : str, default None
+        as printed; None is the data set's own, or 'images'
+
+    Returns
+    -------
+    Data
+        uint8 or float32 (N, C, *spatial)
+    """
+    size, (*parts, notes) = _height_width(size), _parts(source)
+    parts = [part for part in parts if part is not None]
+    said = ['training ', 'test '] if len(parts) == 2 else ['']
+    read = [_read_part(part, size, columns, what) for part, what in zip(parts, said)]
+    labels, classes = _numbered([part.y for part in read], read[0].names)
+    _refuse_rare(labels[0], classes, 3 - len(parts))
+    name = name or _name_of(parts[0])
+    if len(parts) == 2: return _of_two(read, labels, classes, name, notes)
+    x, y = read[0].x, labels[0]
+    split = stratified_split(y, test_share, torch.Generator().manual_seed(seed), classes)
+    told = f'of {len(x):,} images {len(split[0]):,} train and {len(split[1]):,} test, {test_share:g} of each class, ' \
+           f'drawn by seed {seed}'
+    tell(f'{name}: {told}')
+    return _as_data(*((x[k], y[k]) for k in split), classes, name, notes=[*notes, told])
+
 # %% ../../nbs/materials/10_data.ipynb #5116036e
 def _check_source(source, size):
-    "Raise `ValueError` unless `source` is one, and `size` has a use."
+    "Raise `ValueError` unless the name `source` is known or that of a folder, and `size` has a use."
     known = ['digits', *_collections]
-    if not isinstance(source, (str, os.PathLike)):
-        what = 'one Dataset, a split: say Data(train, test)' if isinstance(source, Dataset) else repr(source)[:60]
-        raise ValueError(f'data must be one of {", ".join(known)}, or a folder of images, not {what}')
     if source in known:
         if size is not None: raise ValueError(f'size is for folders of images: {source} comes in its own size')
     elif isinstance(source, str) and not os.path.exists(os.path.expanduser(source)) and os.path.dirname(source) == '':
@@ -1053,18 +1415,20 @@ def _check_source(source, size):
 
 # %% ../../nbs/materials/10_data.ipynb #99a6fb3c
 def load_data(
-    source='digits', # 'digits', 'cifar10', 'cifar100', 'mnist', 'fashion_mnist', or a folder of images
+    source='digits', # 'digits', 'cifar10', 'cifar100', 'mnist', 'fashion_mnist', a folder, or what `load_samples` takes
     *,
-    root=None, # torchvision's sources: folder that holds, or gets, the files; None is ~/.cache/efcn_nb
+    root=None, # torchvision's sources: folder that holds, or gets, the files; None is efcn_nb in the user's cache
     shift:bool=True, # digits: each at a random place on the canvas, rather than in the middle
     seed:int=0, # of the places of the digits, and of the split of a source that has none
-    cache=None, # a folder of images: where the decoded images go; None is FOLDER.cache beside it, False nowhere
+    cache=None, # a folder of images: where the decoded images go; None is in `cache_folder()`, False nowhere
     name:str=None, # as printed beside every accuracy; None is the source's own
-    size=None, # a folder of images: pixels, or (height, width), to resize to
+    size=None, # images of your own: pixels, or (height, width), to resize to
+    columns=None, # a data set with columns: names of those of images and labels; None tells them by types and names
     test_share:float=.2, # held-out part of each class of a source without a test set
     download:bool=True # torchvision's sources: let torchvision download what is missing
-)->Data: # train and test `Dataset`, uint8, on the CPU
-    """Images from any source. An argument that a source has no use for is ignored, but for `size`.
+)->Data: # train and test `Dataset`, on the CPU, of uint8; float32 if images of your own are other numbers
+    """Images from any source; `Data` stay as they are. An argument that a source has no use for is ignored, but for
+    `size`.
 
     Raises `ValueError`, `FileNotFoundError` or `MemoryError`, each with the reason and the remedy, when the source
     is
@@ -1073,19 +1437,21 @@ def load_data(
     Parameters
     ----------
     source : default 'digits'
-        'digits', 'cifar10', 'cifar100', 'mnist', 'fashion_mnist', or a folder of images
+        'digits', 'cifar10', 'cifar100', 'mnist', 'fashion_mnist', a folder, or what `load_samples` takes
     root : default None
-        torchvision's sources: folder that holds, or gets, the files; None is ~/.cache/efcn_nb
+        torchvision's sources: folder that holds, or gets, the files; None is efcn_nb in the user's cache
     shift : bool, default True
         digits: each at a random place on the canvas, rather than in the middle
     seed : int, default 0
         of the places of the digits, and of the split of a source that has none
     cache : default None
-        a folder of images: where the decoded images go; None is FOLDER.cache beside it, False nowhere
+        a folder of images: where the decoded images go; None is in `cache_folder()`, False nowhere
     name : str, default None
         as printed beside every accuracy; None is the source's own
     size : default None
-        a folder of images: pixels, or (height, width), to resize to
+        images of your own: pixels, or (height, width), to resize to
+    columns : default None
+        a data set with columns: names of those of images and labels; None tells them by types and names
     test_share : float, default 0.2
         held-out part of each class of a source without a test set
     download : bool, default True
@@ -1094,8 +1460,12 @@ def load_data(
     Returns
     -------
     Data
-        train and test `Dataset`, uint8, on the CPU
+        train and test `Dataset`, on the CPU, of uint8; float32 if images of your own are other numbers
     """
+    if isinstance(source, Data): return source
+    pair = isinstance(source, (tuple, list)) and len(source) == 2
+    if pair and all(isinstance(part, Dataset) for part in source): return Data(*source)
+    if not isinstance(source, (str, os.PathLike)): return load_samples(source, size, columns, seed, test_share, name)
     _check_source(source, size)
     if source == 'digits': return load_shifted_digits(shift, seed, test_share, name)
     if source in _collections: return load_collection(source, root, download, name)
