@@ -15,7 +15,7 @@ from efcn_nb.experiments.plots import (plot_ablation, plot_accuracy_deviation, p
                                        plot_deviation, plot_profile, plot_relax_times, plot_study)
 from efcn_nb.experiments.relaxation import read_protocol, with_networks
 
-RECORDS = Path(__file__).resolve().parents[1]/"nbs"/"records"
+RECORDS = Path(__file__).resolve().parents[1]/"efcn_nb"/"records"
 
 
 def made_up(accuracy, seeds=4, off=.01):

@@ -106,6 +106,20 @@ def test_modules_of_the_first_version_are_found_by_their_old_names():
     assert said.startswith("efcn_nb.embedding has no nothing; since 0.1.0 its names are in ladder.embedding, ")
 
 
+READS = """
+import sys
+from efcn_nb.service.records import record_folder, record_names
+print(*(path.relative_to(sys.argv[1]).as_posix() for name in record_names() for path in record_folder(name).iterdir()
+        if path.is_file()))
+"""
+
+
+def test_records_are_installed_without_the_scripts_that_make_them(site, tmp_path):
+    said = run(sys.executable, "-c", READS, site, cwd=tmp_path, PYTHONPATH=str(site)).split()
+    there = (path for path in (keep.ROOT / keep.PACKAGE / "records").rglob("*") if path.is_file())
+    assert sorted(said) == sorted(path.relative_to(keep.ROOT).as_posix() for path in there)
+
+
 def settings():
     config = configparser.ConfigParser()
     config.read(keep.ROOT / "settings.ini")
