@@ -165,6 +165,19 @@ def _fresh_main():
 class NotebookError(Exception): "A cell failed."
 
 
+QUOTES = {"index"}  # shows figures and tables of the notebooks beside it
+
+
+def set_apart(path, folder):
+    "The notebook at `path` alone in `folder`, so that it reads nothing beside it; where it is if it quotes others."
+    return path if path.stem in QUOTES else Path(shutil.copy(path, folder))
+
+
+def as_the_gate_runs():
+    "The gallery at a small size, and what a notebook says has to hold."
+    os.environ.update(EFCN_NB_QUICK="1", EFCN_NB_STRICT="1")
+
+
 def is_run(cell):
     directives = extract_directives(cell, remove=False)
     return not NEVER_RUN & directives.keys() and directives.get("eval:", [""])[0].lower() != "false"
@@ -173,6 +186,7 @@ def is_run(cell):
 def execute(path, root=ROOT):
     "Run the notebook at `path` from top to bottom at full size; return its cleaned, stamped text."
     os.environ.pop("EFCN_NB_QUICK", None)
+    os.environ["EFCN_NB_STRICT"] = "1"
     sys.path.insert(0, str(root))
     os.chdir(path.parent)
     nb = read_nb(path)

@@ -50,16 +50,23 @@ def test_small(path):
 
 
 @pytest.mark.parametrize("path", RUN.values(), ids=RUN)
-def test_run(path, project):
-    "In a copy of the project, from top to bottom, in a process of its own; the gallery at a small size."
-    passed, errors = keep.in_child(run_notebook, project / path.relative_to(keep.ROOT), project, timeout=keep.HANGS)
+def test_run(path, project, tmp_path):
+    """From top to bottom, alone in a folder of its own, in a process of its own;
+    the gallery at a small size."""
+    alone = keep.set_apart(project / path.relative_to(keep.ROOT), tmp_path)
+    passed, errors = keep.in_child(run_notebook, alone, project, timeout=keep.HANGS)
     assert passed, errors
 
 
 def run_notebook(path, root):
-    os.environ["EFCN_NB_QUICK"] = "1"
+    keep.as_the_gate_runs()
     os.chdir(root)
     random.seed(0), np.random.seed(0)  # as PyTorch's generator, which begins alike in every process
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         passed, _ = nbdev_test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=root)
     return passed, errors.getvalue()
+
+
+def test_the_gate_leaves_a_notebook_nothing_but_itself(tmp_path):
+    path = keep.set_apart(next(path for path in NOTEBOOKS if path.stem == "needle"), tmp_path)
+    assert [file.name for file in path.parent.iterdir()] == ["needle.ipynb"]
