@@ -1,6 +1,6 @@
 """The gate runs in this order: what is cheap and explains later failures comes first. Each test runs as though it
 were alone: it draws from a seed of its own, and what it changes in the process is put back."""
-import os, random, sys, zlib
+import os, random, subprocess, sys, zlib
 
 import matplotlib
 import numpy as np
@@ -30,6 +30,19 @@ def pytest_addoption(parser):
                     help="other random numbers wherever a test leaves the seed open")
 
 
+# Slow tests
+
+LEFT_OUT = "Slow tests (a browser, JupyterLab) were left out; python -m pytest -m slow runs them."
+
+
+def runs_slow(config): return "slow" in config.getoption("markexpr")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter, config):
+    if not runs_slow(config): terminalreporter.write_line(LEFT_OUT)
+
+
 # Order
 
 def number(*words):
@@ -38,6 +51,10 @@ def number(*words):
 
 
 def pytest_collection_modifyitems(config, items):
+    slow = [] if runs_slow(config) else [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
     order = config.getoption("order")
     def place(item):
         name = item.path.stem
@@ -80,6 +97,7 @@ def seed(config, *words):
 
 def pytest_configure(config):
     "Hypothesis tries the same examples everywhere, on machines of any speed; others with its --hypothesis-seed."
+    config.addinivalue_line("markers", "slow: starts a browser or JupyterLab; left out unless -m asks for it")
     fixed = config.getoption("--hypothesis-seed", None) is None
     settings.register_profile("alone", derandomize=fixed, database=None, deadline=None,
                               suppress_health_check=[HealthCheck.too_slow])
@@ -165,6 +183,18 @@ def alone(request):
 def project(tmp_path_factory):
     "A copy of the project in which tests may write."
     return keep.working_copy(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="session")
+def site(project, tmp_path_factory):
+    "A folder into which the package, built as a wheel without a network, is installed."
+    folder = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    alone = ["--no-deps", "--no-index"]
+    subprocess.run([*pip, "wheel", *alone, "--no-build-isolation", "-w", folder / "wheel", project], check=True)
+    wheel, = (folder / "wheel").glob("*.whl")
+    subprocess.run([*pip, "install", *alone, "--target", folder / "site", wheel], check=True)
+    return folder / "site"
 
 
 @pytest.fixture(scope="module")

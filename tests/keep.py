@@ -10,8 +10,8 @@
 Each notebook runs in a process of its own; one that fails is left as it was. Cells marked `#| notest`, `#| cuda` or
 `#| data` are not run and keep the outputs that they have. `#| eval: false` is honoured.
 """
-import argparse, ast, base64, contextlib, functools, hashlib, io, json, multiprocessing, os, posixpath, re, shutil, sys
-import tempfile, time, traceback, types
+import argparse, ast, base64, contextlib, functools, hashlib, io, json, math, multiprocessing, os, posixpath, re
+import shutil, sys, tempfile, time, traceback, types
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -173,9 +173,37 @@ def set_apart(path, folder):
     return path if path.stem in QUOTES else Path(shutil.copy(path, folder))
 
 
-def as_the_gate_runs():
-    "The gallery at a small size, and what a notebook says has to hold."
-    os.environ.update(EFCN_NB_QUICK="1", EFCN_NB_STRICT="1")
+def as_the_gate_runs(path):
+    "The gallery at a small size; what a notebook says has to hold; runs go beside the notebook."
+    os.environ.update(EFCN_NB_QUICK="1", EFCN_NB_STRICT="1", EFCN_NB_RUNS=str(path.parent / "efcn_runs"))
+
+
+# How long a reader waits
+
+MINUTES = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
+WAITS = {"a few seconds": 5, "about ten seconds": 15, "about twenty seconds": 25, "about half a minute": 45,
+         "about a minute": 90} | {f"about {count} minutes": 60*minutes + 30 for minutes, count in enumerate(MINUTES, 2)}
+WAIT = re.compile(r"(?<=\*Runs for ).+?(?= on two cores)")  # stands at the top of each gallery notebook
+
+
+def wait(seconds):
+    "A time in coarse words, which do not change from run to run."
+    return next((words for words, most in WAITS.items() if seconds < most), "more than a quarter of an hour")
+
+
+def tell_wait(nb, seconds, first):
+    "Put the time that the notebook took into its text. Only a `first` run, which found nothing stored, may shorten it."
+    top, known = nb.cells[0], [*WAITS, wait(math.inf)]
+    found, words = WAIT.search(top.source), wait(seconds)
+    if not found: return
+    if not first and found[0] in known: words = max(found[0], words, key=known.index)
+    top.source = top.source[:found.start()] + words + top.source[found.end():]
+
+
+def seconds_since(start, processor):
+    "What a run takes where nobody else computes: no longer than its processor time, or half of that on two cores."
+    used = sum(os.times()[:4]) - processor
+    return max(used/2, min(time.time() - start, used))
 
 
 def is_run(cell):
@@ -187,9 +215,10 @@ def execute(path, root=ROOT):
     "Run the notebook at `path` from top to bottom at full size; return its cleaned, stamped text."
     os.environ.pop("EFCN_NB_QUICK", None)
     os.environ["EFCN_NB_STRICT"] = "1"
+    runs = Path(os.environ.setdefault("EFCN_NB_RUNS", str(root / "nbs/gallery/efcn_runs")))
     sys.path.insert(0, str(root))
     os.chdir(path.parent)
-    nb = read_nb(path)
+    nb, first, start, processor = read_nb(path), not runs.exists(), time.time(), sum(os.times()[:4])
     shell = CaptureShell(path, mpl_format="png")
     shell.run("set_matplotlib_formats('png', metadata={'Software': None})")  # no matplotlib version in the bytes
     for number, cell in enumerate(nb.cells):
@@ -199,6 +228,7 @@ def execute(path, root=ROOT):
         if shell.exc:
             trace = "".join(traceback.format_exception(shell.exc))
             raise NotebookError(f"{path.name}, cell {number}:\n\n{cell.source}\n\n{trace}")
+    tell_wait(nb, seconds_since(start, processor), first)
     nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     nb = cleaned(nb)
     nb.metadata[STAMP] = stamp(nb, root)

@@ -29,18 +29,6 @@ print(len(names))
 """ % keep.PACKAGE
 
 
-@pytest.fixture(scope="module")
-def site(project, tmp_path_factory):
-    "A folder into which the package, built as a wheel without a network, is installed."
-    folder = tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    alone = ["--no-deps", "--no-index"]
-    subprocess.run([*pip, "wheel", *alone, "--no-build-isolation", "-w", folder / "wheel", project], check=True)
-    wheel, = (folder / "wheel").glob("*.whl")
-    subprocess.run([*pip, "install", *alone, "--target", folder / "site", wheel], check=True)
-    return folder / "site"
-
-
 def run(*command, cwd, **env):
     done = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -43,7 +43,7 @@ def numbers(text):
 
 def filled_in(path, root):
     "The Markdown of each code cell, by its id, when the notebook runs at a small size."
-    keep.as_the_gate_runs()
+    keep.as_the_gate_runs(path)
     sys.path.insert(0, str(root))
     os.chdir(path.parent)
     random.seed(0)
