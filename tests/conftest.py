@@ -32,15 +32,18 @@ def pytest_addoption(parser):
 
 # Slow tests
 
-LEFT_OUT = "Slow tests (a browser, JupyterLab) were left out; python -m pytest -m slow runs them."
+class WithoutSlow:
+    "Leaves out what is marked `slow`, and says so."
+    @staticmethod
+    def pytest_collection_modifyitems(config, items):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        if slow: config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
 
-
-def runs_slow(config): return "slow" in config.getoption("markexpr")
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(terminalreporter, config):
-    if not runs_slow(config): terminalreporter.write_line(LEFT_OUT)
+    @staticmethod
+    def pytest_terminal_summary(terminalreporter):
+        terminalreporter.write_line("Slow tests (a browser, JupyterLab, an installed package) are left out; "
+                                    "python -m pytest -m slow runs them.")
 
 
 # Order
@@ -51,10 +54,6 @@ def number(*words):
 
 
 def pytest_collection_modifyitems(config, items):
-    slow = [] if runs_slow(config) else [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
     order = config.getoption("order")
     def place(item):
         name = item.path.stem
@@ -98,6 +97,7 @@ def seed(config, *words):
 def pytest_configure(config):
     "Hypothesis tries the same examples everywhere, on machines of any speed; others with its --hypothesis-seed."
     config.addinivalue_line("markers", "slow: starts a browser or JupyterLab; left out unless -m asks for it")
+    if "slow" not in config.getoption("markexpr"): config.pluginmanager.register(WithoutSlow())
     fixed = config.getoption("--hypothesis-seed", None) is None
     settings.register_profile("alone", derandomize=fixed, database=None, deadline=None,
                               suppress_health_check=[HealthCheck.too_slow])

@@ -7,7 +7,9 @@
     python tests/keep.py --compare        rerun the gallery (or the named notebooks) at full size in a temporary
                                           copy and compare its outputs with the saved ones, writing nothing
 
-Each notebook runs in a process of its own; one that fails is left as it was. Cells marked `#| notest`, `#| cuda` or
+Each notebook runs in a process of its own; one that fails is left as it was, also if what it says about its numbers
+does not hold (EFCN_NB_STRICT is set). Runs are kept in EFCN_NB_RUNS, else in nbs/gallery/efcn_runs; where there were
+none, a notebook of the gallery says from now on how long it took. Cells marked `#| notest`, `#| cuda` or
 `#| data` are not run and keep the outputs that they have. `#| eval: false` is honoured.
 """
 import argparse, ast, base64, contextlib, functools, hashlib, io, json, math, multiprocessing, os, posixpath, re
@@ -215,6 +217,7 @@ def execute(path, root=ROOT):
     "Run the notebook at `path` from top to bottom at full size; return its cleaned, stamped text."
     os.environ.pop("EFCN_NB_QUICK", None)
     os.environ["EFCN_NB_STRICT"] = "1"
+    if root != ROOT: os.environ.pop("EFCN_NB_RUNS", None)  # a copy reads no runs but its own
     runs = Path(os.environ.setdefault("EFCN_NB_RUNS", str(root / "nbs/gallery/efcn_runs")))
     sys.path.insert(0, str(root))
     os.chdir(path.parent)

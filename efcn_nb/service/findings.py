@@ -35,8 +35,8 @@ class _Statements:
         self.broken.append(statement)
 
     def show(self):
-        "Say which of the statements hold."
-        if not self.broken: return _show('*Checked: what is said holds.*')
+        "Note the statements that do not hold."
+        if not self.broken: return
         broken = '\n'.join(f'- {statement}' for statement in self.broken)
         _show(f'**In this run {len(self.broken)} of {self.count} statements do not hold:**\n\n{broken}')
 
@@ -63,4 +63,4 @@ def findings(
             if strict: raise
             _show('**What is said here about the original run cannot be said of this one** '
                   f'(`{type(error).__name__}: {error}`).')
-        if statements.count: statements.show()
+        statements.show()
