@@ -20,7 +20,7 @@ setup(
     keywords=cfg["keywords"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[name, f"{name}.*"]),
-    package_data={name: ["py.typed", "*.pyi"]},
+    package_data={name: ["py.typed", "*.pyi", *(f"records/**/*.{kind}" for kind in ("csv", "npz", "json", "txt"))]},
     install_requires=cfg["requirements"].split(),
     extras_require={k.removesuffix(suffix): v.split() for k, v in cfg.items() if k.endswith(suffix)},
     entry_points={

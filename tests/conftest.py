@@ -1,6 +1,6 @@
 """The gate runs in this order: what is cheap and explains later failures comes first. Each test runs as though it
 were alone: it draws from a seed of its own, and what it changes in the process is put back."""
-import atexit, gc, itertools, os, random, shutil, sys, tempfile, zlib
+import atexit, gc, itertools, os, random, shutil, subprocess, sys, tempfile, zlib
 
 import matplotlib
 import numpy as np
@@ -31,6 +31,22 @@ def pytest_addoption(parser):
                     help="another order of the files within a stage of the gate, and of the tests within a file")
     group.addoption("--draw", metavar="WORD", default="",
                     help="other random numbers wherever a test leaves the seed open")
+
+
+# Slow tests
+
+class WithoutSlow:
+    "Leaves out what is marked `slow`, and says so."
+    @staticmethod
+    def pytest_collection_modifyitems(config, items):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        if slow: config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+    @staticmethod
+    def pytest_terminal_summary(terminalreporter):
+        terminalreporter.write_line("Slow tests (a browser, JupyterLab, an installed package) are left out; "
+                                    "python -m pytest -m slow runs them.")
 
 
 # Order
@@ -89,6 +105,8 @@ def seed(config, *words):
 
 def pytest_configure(config):
     "Hypothesis tries the same examples everywhere, on machines of any speed; others with its --hypothesis-seed."
+    config.addinivalue_line("markers", "slow: starts a browser or JupyterLab; left out unless -m asks for it")
+    if "slow" not in config.getoption("markexpr"): config.pluginmanager.register(WithoutSlow())
     fixed = config.getoption("--hypothesis-seed", None) is None
     settings.register_profile("alone", derandomize=fixed, database=None, deadline=None,
                               suppress_health_check=[HealthCheck.too_slow])
@@ -177,6 +195,18 @@ def alone(request):
 def project(tmp_path_factory):
     "A copy of the project in which tests may write."
     return keep.working_copy(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="session")
+def site(project, tmp_path_factory):
+    "A folder into which the package, built as a wheel without a network, is installed."
+    folder = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    alone = ["--no-deps", "--no-index"]
+    subprocess.run([*pip, "wheel", *alone, "--no-build-isolation", "-w", folder / "wheel", project], check=True)
+    wheel, = (folder / "wheel").glob("*.whl")
+    subprocess.run([*pip, "install", *alone, "--target", folder / "site", wheel], check=True)
+    return folder / "site"
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,13 @@
     python tests/keep.py --compare        rerun the gallery (or the named notebooks) at full size in a temporary
                                           copy and compare its outputs with the saved ones, writing nothing
 
-Each notebook runs in a process of its own; one that fails is left as it was. Cells marked `#| notest`, `#| cuda` or
+Each notebook runs in a process of its own; one that fails is left as it was, also if what it says about its numbers
+does not hold (EFCN_NB_STRICT is set). Runs are kept in EFCN_NB_RUNS, else in nbs/gallery/efcn_runs; where there were
+none, a notebook of the gallery says from now on how long it took. Cells marked `#| notest`, `#| cuda` or
 `#| data` are not run and keep the outputs that they have. `#| eval: false` is honoured.
 """
-import argparse, ast, base64, contextlib, functools, hashlib, io, json, multiprocessing, os, posixpath, re, shutil, sys
-import tempfile, time, traceback, types
+import argparse, ast, base64, contextlib, functools, hashlib, io, json, math, multiprocessing, os, posixpath, re
+import shutil, sys, tempfile, time, traceback, types
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -167,6 +169,47 @@ def _fresh_main():
 class NotebookError(Exception): "A cell failed."
 
 
+QUOTES = {"index"}  # shows figures and tables of the notebooks beside it
+
+
+def set_apart(path, folder):
+    "The notebook at `path` alone in `folder`, so that it reads nothing beside it; where it is if it quotes others."
+    return path if path.stem in QUOTES else Path(shutil.copy(path, folder))
+
+
+def as_the_gate_runs(path):
+    "The gallery at a small size; what a notebook says has to hold; runs go beside the notebook."
+    os.environ.update(EFCN_NB_QUICK="1", EFCN_NB_STRICT="1", EFCN_NB_RUNS=str(path.parent / "efcn_runs"))
+
+
+# How long a reader waits
+
+MINUTES = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
+WAITS = {"a few seconds": 5, "about ten seconds": 15, "about twenty seconds": 25, "about half a minute": 45,
+         "about a minute": 90} | {f"about {count} minutes": 60*minutes + 30 for minutes, count in enumerate(MINUTES, 2)}
+WAIT = re.compile(r"(?<=\*Runs for ).+?(?= on two cores)")  # stands at the top of each gallery notebook
+
+
+def wait(seconds):
+    "A time in coarse words, which do not change from run to run."
+    return next((words for words, most in WAITS.items() if seconds < most), "more than a quarter of an hour")
+
+
+def tell_wait(nb, seconds, first):
+    "Put the time that the notebook took into its text. Only a `first` run, which found nothing stored, may shorten it."
+    top, known = nb.cells[0], [*WAITS, wait(math.inf)]
+    found, words = WAIT.search(top.source), wait(seconds)
+    if not found: return
+    if not first and found[0] in known: words = max(found[0], words, key=known.index)
+    top.source = top.source[:found.start()] + words + top.source[found.end():]
+
+
+def seconds_since(start, processor):
+    "What a run takes where nobody else computes: no longer than its processor time, or half of that on two cores."
+    used = sum(os.times()[:4]) - processor
+    return max(used/2, min(time.time() - start, used))
+
+
 def is_run(cell):
     directives = extract_directives(cell, remove=False)
     return not NEVER_RUN & directives.keys() and directives.get("eval:", [""])[0].lower() != "false"
@@ -175,10 +218,12 @@ def is_run(cell):
 def execute(path, root=ROOT):
     "Run the notebook at `path` from top to bottom at full size; return its cleaned, stamped text."
     os.environ.pop("EFCN_NB_QUICK", None)
-    os.environ["EFCN_NB_RUNS"] = str(root / KEPT)
+    os.environ["EFCN_NB_STRICT"] = "1"
+    if root != ROOT: os.environ.pop("EFCN_NB_RUNS", None)  # a copy reads no runs but its own
+    runs = Path(os.environ.setdefault("EFCN_NB_RUNS", str(root / KEPT)))
     sys.path.insert(0, str(root))
     os.chdir(path.parent)
-    nb = read_nb(path)
+    nb, first, start, processor = read_nb(path), not runs.exists(), time.time(), sum(os.times()[:4])
     shell = CaptureShell(path, mpl_format="png")
     shell.run("set_matplotlib_formats('png', metadata={'Software': None})")  # no matplotlib version in the bytes
     for number, cell in enumerate(nb.cells):
@@ -188,6 +233,7 @@ def execute(path, root=ROOT):
         if shell.exc:
             trace = "".join(traceback.format_exception(shell.exc))
             raise NotebookError(f"{path.name}, cell {number}:\n\n{cell.source}\n\n{trace}")
+    tell_wait(nb, seconds_since(start, processor), first)
     nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     nb = cleaned(nb)
     nb.metadata[STAMP] = stamp(nb, root)

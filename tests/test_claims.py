@@ -19,7 +19,7 @@ from efcn_nb.experiments.plots import (
     plot_slice, plot_steps, plot_study)
 from efcn_nb.experiments.relaxation import read_protocol, with_networks
 
-RECORDS = Path(__file__).resolve().parents[1]/"nbs"/"records"
+RECORDS = Path(__file__).resolve().parents[1]/"efcn_nb"/"records"
 
 
 def made_up(accuracy, seeds=4, off=.01):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from efcn_nb.experiments.effects import above, claim_row, interval, judge, judged, not_judged, verdict
+from efcn_nb.experiments.effects import above, claim_row, interval, judge, judged, not_judged, show_claims, verdict
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])
@@ -155,3 +155,23 @@ def test_above(how, effect, said):
 @pytest.mark.parametrize("cases", [None, {}, pd.DataFrame(), {"a": pd.Series([math.nan])}])
 def test_above_without_a_case_is_not_judged(cases):
     assert above("c", cases, needs="needs two") == not_judged("c", "needs two")
+
+
+GROUNDS = {"holds": "#cfe8d3", "fails": "#f6cfcb", "undecided": "#f5e6b8"}
+
+
+@pytest.mark.parametrize("word", GROUNDS)
+def test_each_verdict_has_a_colour_of_its_own_with_dark_text(word):
+    html = show_claims([dict(claim=f"it {word}", effect="", verdict=word)]).to_html()
+    assert [ground for ground in GROUNDS.values() if ground in html] == [GROUNDS[word]]
+    assert html.count("color: #1f1f1f") == 1, "the words in other columns are left alone"
+
+
+@pytest.mark.parametrize("table", [[], pd.DataFrame(columns=["claim", "verdict"]), pd.DataFrame(dict(a=["holds"]))])
+def test_tables_without_rows_and_tables_of_verdicts_are_shown(table): assert "<table" in show_claims(table).to_html()
+
+
+def test_a_caption_and_missing_numbers():
+    html = show_claims([dict(claim="a", p=None, verdict="not judged"), dict(claim="b", p=.00012, verdict="holds")],
+                       "two").to_html()
+    assert "<caption>two</caption>" in html and "nan" not in html and "0.00012" in html

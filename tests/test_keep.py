@@ -55,6 +55,21 @@ def test_stamp_covers_code_outputs_and_modules(root):
         assert keep.stamp(nb, root) != old
 
 
+@pytest.mark.parametrize("seconds, words", [
+    (1, "a few seconds"), (20, "about twenty seconds"), (100, "about two minutes"), (660, "about eleven minutes"),
+    (5000, "more than a quarter of an hour")])
+def test_times_are_told_in_coarse_words(seconds, words): assert keep.wait(seconds) == words
+
+
+@pytest.mark.parametrize("first, words", [(True, "about ten seconds"), (False, "about two minutes")])
+def test_only_a_first_run_shortens_the_time_that_a_notebook_says(first, words):
+    nb = new_nb([mk_cell("# title\n\n*Runs for about two minutes on two cores, and writes nothing.*", "markdown")])
+    keep.tell_wait(nb, 10, first)
+    assert nb.cells[0].source.endswith(f"*Runs for {words} on two cores, and writes nothing.*")
+    keep.tell_wait(nb, 400, first)
+    assert "about seven minutes" in nb.cells[0].source
+
+
 def test_failing_cell_is_reported(root):
     notebook(root, "1", "1 / 0")
     with pytest.raises(RuntimeError, match=r"(?s)00_a.ipynb, cell 2:.*1 / 0.*ZeroDivisionError"): execute(root)

@@ -29,18 +29,6 @@ print(len(names))
 """ % keep.PACKAGE
 
 
-@pytest.fixture(scope="module")
-def site(project, tmp_path_factory):
-    "A folder into which the package, built as a wheel without a network, is installed."
-    folder = tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    alone = ["--no-deps", "--no-index"]
-    subprocess.run([*pip, "wheel", *alone, "--no-build-isolation", "-w", folder / "wheel", project], check=True)
-    wheel, = (folder / "wheel").glob("*.whl")
-    subprocess.run([*pip, "install", *alone, "--target", folder / "site", wheel], check=True)
-    return folder / "site"
-
-
 def run(*command, cwd, **env):
     done = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -128,6 +116,20 @@ def moved():
 def test_modules_of_the_first_version_are_found_by_their_old_names():
     said = keep.in_child(moved)
     assert said.startswith("efcn_nb.embedding has no nothing; since 0.1.0 its names are in ladder.embedding, ")
+
+
+READS = """
+import sys
+from efcn_nb.service.records import record_folder, record_names
+print(*(path.relative_to(sys.argv[1]).as_posix() for name in record_names() for path in record_folder(name).iterdir()
+        if path.is_file()))
+"""
+
+
+def test_records_are_installed_without_the_scripts_that_make_them(site, tmp_path):
+    said = run(sys.executable, "-c", READS, site, cwd=tmp_path, PYTHONPATH=str(site)).split()
+    there = (path for path in (keep.ROOT / keep.PACKAGE / "records").rglob("*") if path.is_file())
+    assert sorted(said) == sorted(path.relative_to(keep.ROOT).as_posix() for path in there)
 
 
 def settings():

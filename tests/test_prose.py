@@ -43,7 +43,7 @@ def numbers(text):
 
 def filled_in(path, root):
     "The Markdown of each code cell, by its id, when the notebook runs at a small size."
-    os.environ["EFCN_NB_QUICK"] = "1"
+    keep.as_the_gate_runs(path)
     sys.path.insert(0, str(root))
     os.chdir(path.parent)
     random.seed(0)
@@ -80,9 +80,10 @@ def test_sentences_have_their_numbers(path):
 
 
 @in_prose
-def test_run(path, project):
+def test_run(path, project, tmp_path):
     "As in test_notebooks; and what the text says of a record is what the record holds. (Of a run: keep.py --compare.)"
-    now = keep.in_child(filled_in, project / path.relative_to(keep.ROOT), project, timeout=keep.HANGS)
+    alone = keep.set_apart(project / path.relative_to(keep.ROOT), tmp_path)
+    now = keep.in_child(filled_in, alone, project, timeout=keep.HANGS)
     said = {cell.id: markdown(cell) for cell in keep.code_cells(read_nb(path))}
     compared = [cell for cell in now if now[cell]]
     assert compared

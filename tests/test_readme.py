@@ -33,7 +33,7 @@ def test_ci_runs_the_readme_command():
 
 def test_numbers_of_the_gpu_record():
     "What README says of the record at paper size is what the record holds."
-    rows = pd.read_csv(keep.ROOT / "nbs/records/gpu/outcomes.csv").set_index(["block", "network", "relax"])
+    rows = pd.read_csv(keep.ROOT / "efcn_nb/records/gpu/outcomes.csv").set_index(["block", "network", "relax"])
     text = (keep.ROOT / "README.md").read_text(encoding="utf-8")
     for network in ("efcn", "annealed", "slowed"):
         row = rows.loc["paper", network, 18]
@@ -46,7 +46,7 @@ def test_numbers_of_the_gpu_record():
 @pytest.mark.parametrize("record", ["photographs_1k", "needle_digits"])
 def test_primary_claims(record):
     "What README says of the primary claim is what the record holds."
-    row = pd.read_csv(keep.ROOT / f"nbs/records/{record}/claims.csv").iloc[0]
+    row = pd.read_csv(keep.ROOT / f"efcn_nb/records/{record}/claims.csv").iloc[0]
     text = " ".join((keep.ROOT / "README.md").read_text(encoding="utf-8").split())
     assert row.claim.startswith("P") and f"{row.effect}, interval {row.interval}" in text
 

@@ -73,7 +73,7 @@ def test_any_column_comes_back(cells):
     assert same_cells(read_table(table_text(table)).v, table.v), table_text(table)
 
 
-RECORDS = sorted((Path(__file__).parents[1]/"nbs/records").rglob("*.csv"))
+RECORDS = sorted((Path(__file__).parents[1]/"efcn_nb/records").rglob("*.csv"))
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['by_seed', 'Estimate', 'interval', 'verdict', 'Judgement', 'judge', 'holm', 'claim_row', 'not_judged', 'judged',
-           'above']
+           'above', 'show_claims']
 
 # %% ../../nbs/experiments/53_effects.ipynb #3d1c4a89
 import math
@@ -277,3 +277,32 @@ def above(
     found = found._replace(mean=found.mean - margin)
     effect = say(found) if say else f'{100*found.mean:+.1f} points ({found.case})'
     return claim_row(claim, effect, found.spread, found.half, cases[found.case].count(), found.verdict)
+
+# %% ../../nbs/experiments/53_effects.ipynb #23379491
+_VERDICTS = dict(holds='#cfe8d3', fails='#f6cfcb', undecided='#f5e6b8') # ground of each, below dark text
+
+def _look(verdict):
+    "CSS for one verdict, nothing for other cells."
+    ground = _VERDICTS.get(verdict) if isinstance(verdict, str) else None
+    return f'background-color: {ground}; color: #1f1f1f' if ground else ''
+
+def show_claims(
+    table,         # of claims: a row each, `verdict` among its columns; or a table of nothing but verdicts
+    caption:str='' # above the table
+):
+    """A table of claims as notebooks show it, verdicts coloured; returns a pandas `Styler`.
+
+    Parameters
+    ----------
+    table
+        of claims: a row each, `verdict` among its columns; or a table of nothing but verdicts
+    caption : str, default ''
+        above the table
+    """
+    table, alone = pd.DataFrame(table), 'verdict' not in table
+    shown = table.style.map(_look, subset=None if alone else ['verdict'])
+    shown = shown.format({name: '{:.2g}' for name in table.columns.intersection(['p'])}, na_rep='')
+    texts = [] if alone else [*table.columns.intersection(['claim', 'effect'])]
+    shown = shown.set_properties(subset=texts, **{'text-align': 'left', 'white-space': 'normal'})
+    if not alone: shown = shown.hide(axis='index')
+    return shown.set_caption(caption) if caption else shown

@@ -1,4 +1,5 @@
-"Makes bits.csv, longer.csv, digits.csv and starts.csv beside this file: python nbs/records/separation/record.py"
+"""Makes the record `separation` (bits.csv, longer.csv, digits.csv and starts.csv):
+python nbs/records/separation/record.py"""
 from pathlib import Path
 
 import torch
@@ -6,9 +7,10 @@ import torch
 from efcn_nb.experiments.runs import environment
 from efcn_nb.experiments.sweeps import sweep
 from efcn_nb.studies.separation import final_rows, learn_digits, learn_pattern
+from efcn_nb.service.records import record_folder
 
 torch.set_num_threads(1)
-here, seeds = Path(__file__).parent, range(5)
+here, record, seeds = Path(__file__).parent, record_folder('separation'), range(5)
 
 def runs(kinds, ns, seeds, bits='consecutive', **other):
     "Settings for all seeds, sizes and networks."
@@ -30,6 +32,6 @@ tasks = [('bits', learn_pattern, bits), ('longer', learn_pattern, longer),
          ('digits', learn_digits, digits), ('starts', learn_digits, starts)]
 for name, learn, configs in tasks:
     ends = final_rows(sweep(learn, configs, folder=here/'efcn_runs', label=name))
-    ends.round(5).to_csv(here/f'{name}.csv', index=False)
+    ends.round(5).to_csv(record/f'{name}.csv', index=False)
 said = ', '.join(f'{k} {v}' for k, v in environment().items() if k != 'platform')
-(here/'command.txt').write_text(f'python nbs/records/separation/record.py\n{said}, fp32\n')
+(record/'command.txt').write_text(f'python nbs/records/separation/record.py\n{said}, fp32\n')
