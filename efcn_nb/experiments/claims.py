@@ -103,6 +103,7 @@ def _is_lost(rows, table):
     key = _key(table)
     return rows[key].merge(_lost_rows(table)[key], how='left', indicator='lost').lost.eq('both').values
 
+# %% ../../nbs/experiments/56_claims.ipynb #2490fef0
 def protocol_epochs(
     table              # as `relax` returns it, or a `Study`
 )->float:
