@@ -198,7 +198,8 @@ def test_a_table_without_rows_is_refused(function):
     with pytest.raises(ValueError, match="the table has no rows; it must be as relax returns it"): function(GOOD[:0])
 
 
-@pytest.mark.parametrize("function", [*OF_THE_PROTOCOL, plot_gains, plot_claims], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("function", [*OF_THE_PROTOCOL, plot_gains, plot_claims],
+                         ids=lambda function: function.__name__)
 def test_a_study_is_taken_for_its_table(function):
     "And plots of gains and claims judge a table first."
     found = function(SimpleNamespace(measured=lambda: GOOD))

@@ -514,6 +514,7 @@ def plot_matrix(
     ax.set(xlabel='', ylabel='')
     return ax
 
+# %% ../../nbs/experiments/58_plots.ipynb #21cdd010
 def plot_paths(
     table:pd.DataFrame, # path, t, loss, accuracy
     value:str='loss',
