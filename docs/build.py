@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS, PAGES = ROOT / "nbs", ROOT / "_sphinx"
 SECTIONS = dict(ladder="Ladder", materials="Materials", training="Training", instruments="Instruments",
                 experiments="Experiments", studies="Studies", gallery="Findings", service="Service")  # by folder
+TEXTS = ("CHANGELOG", "CONTRIBUTING")
 PYTHON = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
           "language_info": {"name": "python", "pygments_lexer": "python"}}
 
@@ -158,7 +159,13 @@ def names_of(pages):
 
 # What connects the pages
 
-def contents(pages):
+def of_the_site(text):
+    "Links of the README to other files at the top of the repository."
+    def link(match): return f"[{match[1]}]({match[2].lower()}.md)" if match[2] in TEXTS else match[1]
+    return re.sub(r"\[([^\]]*)\]\(\.\./([A-Z]+)(?:\.\w+)?\)", link, text)
+
+
+def contents(pages, texts):
     "The tables of contents: a section for each folder, in the order of `SECTIONS`; what lies in none comes last."
     order = [*SECTIONS, "."]
     sections = {}
@@ -167,7 +174,7 @@ def contents(pages):
         name = page.title.rpartition(".")[2] if page.module else page.title
         sections.setdefault(SECTIONS.get(page.folder, "Reference"), []).append(f"{name} <{page.docname}>")
     if "Findings" in sections: sections["Findings"].insert(0, "All findings <findings>")
-    sections.setdefault("Reference", []).extend(["Index of the API <genindex>", "Changes <changes>"])
+    sections.setdefault("Reference", []).extend(["Index of the API <genindex>", *texts])
     return [mk_cell("```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```" % (section, "\n".join(names)), "markdown")
             for section, names in sections.items()]
 
@@ -176,12 +183,13 @@ def findings(pages):
     "The page of all findings: a card for each, with its first figure, its question and its run time."
     cards = []
     for page in pages:
-        title, _, quote = page.nb.cells[0].source.partition("\n")
+        title, *lines = page.nb.cells[0].source.splitlines()
+        quote = " ".join(line.lstrip("> ") for line in lines if line.startswith(">"))
         thumbnail = first_figure(page)
         image = f":img-top: {thumbnail}\n:img-alt: {title.lstrip('# ')}, first figure\n" if thumbnail else ""
         footer = run_time(page) and f"\n\n:::{{card-footer}}\n{run_time(page)}\n:::"
         cards.append(f"::::{{grid-item-card}} {title.lstrip('# ')}\n:link: {page.docname}\n:link-type: doc\n{image}\n"
-                     f"{quote.strip().lstrip('> ')}{footer}\n::::")
+                     f"{quote}{footer}\n::::")
     return "# Findings\n\nEach in one notebook, with its figures and in words.\n\n" \
         ":::::{grid} 1 2 2 3\n:gutter: 3\n\n" + "\n".join(cards) + "\n:::::\n"
 
@@ -202,11 +210,9 @@ def first_figure(page):
 
 
 def run_time(page):
-    "The sentence at the notebook's top that says how long it takes, if there is one."
-    top = " ".join(" ".join(cell.source for cell in page.nb.cells[:4] if cell.cell_type == "markdown").split())
-    timed = re.search(r"[^.>]*\b(?:takes?|took|runs? (?:in|for)|run time)\b[^.]*\d(?:\.\d)?[^.]*?"
-                      r"\b(?:s|seconds?|min|minutes?)\b[^.]*\.?", top)
-    return timed[0].strip(" *_") if timed else ""
+    "What the notebook's top says of how long it runs, if it does."
+    timed = re.search(r"\*(Runs for .+? on two cores)", page.nb.cells[0].source)
+    return timed[1] if timed else ""
 
 
 def write_pages():
@@ -219,13 +225,15 @@ def write_pages():
     known = names_of(pages)
     gallery = [page for page in pages if page.folder == "gallery"]
     if gallery: (PAGES / "findings.md").write_text(findings(gallery))
-    changes = ROOT / "CHANGELOG.md"
-    (PAGES / "changes.md").write_text(changes.read_text() if changes.exists() else "# Changes\n")
+    texts = [(name, ROOT / f"{name}.md") for name in TEXTS if (ROOT / f"{name}.md").exists()]
+    for name, file in texts: shutil.copy(file, PAGES / f"{name.lower()}.md")
     for page in pages:
         cells = cells_of(page)
         for cell in cells:
             if cell.cell_type == "markdown": link_names(cell, page, known)
-        if page.docname == "index": cells += contents(pages)
+        if page.docname == "index":
+            for cell in cells: cell.source = of_the_site(cell.source)
+            cells += contents(pages, [name.lower() for name, _ in texts])
         nb = dict(cells=[nb2dict(cell) for cell in cells], metadata=PYTHON, nbformat=4, nbformat_minor=5)
         for cell in nb["cells"]: cell.pop("directives", None)
         (PAGES / page.docname).parent.mkdir(exist_ok=True)
