@@ -140,7 +140,7 @@ def table(thing, drop_self=False):
         rows.append((code(name), code(kind), default, comment.get(p.name, "")))
     back = given.return_annotation
     if comment.get("return") and not inspect.isclass(thing):
-        rows.append(("*returns*", code("" if back is EMPTY else type_name(back)), "", comment["return"]))
+        rows.append(("_returns_", code("" if back is EMPTY else type_name(back)), "", comment["return"]))
     lines = [f"| {' | '.join(map(cell, row))} |" for row in rows]
     head = "| Parameter | Type | Default | Meaning |\n|---|---|---|---|\n"
     return "::::{div} parameters\n" + head + "\n".join(lines) + "\n::::"

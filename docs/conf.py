@@ -26,6 +26,7 @@ maximum_signature_line_length = 90
 copybutton_selector = "div.highlight-python pre, div.highlight-default pre, div.highlight-bash pre, div.highlight-none pre"
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"  # the theme's own underlines imports
 html_title = f"{project} {version}"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
