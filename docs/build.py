@@ -4,7 +4,7 @@ The notebooks become pages, the exported modules an index of the API, Sphinx mak
 outputs are shown, and documentation is read off the imported modules. A broken link fails the build. The site is in
 _docs/index.html.
 """
-import argparse, ast, base64, copy, io, os, re, shutil, sys
+import argparse, ast, base64, io, os, re, shutil, sys
 from importlib import import_module
 from pathlib import Path
 
@@ -94,7 +94,8 @@ def summary(page, main):
     used = {node.id for cell in page.nb.cells if is_exported(cell) for node in ast.walk(ast.parse(cell.source))
             if isinstance(node, ast.Name)}
     order = [*main, *sorted((name for name in tops if name not in main), key=used.__contains__)]
-    rows = [f"| {links(page, [name])} | {api.cell(api.first_sentence(api.found(page.module, name)))} |" for name in order]
+    said = {name: api.cell(api.first_sentence(api.found(page.module, name))) for name in order}
+    rows = [f"| {links(page, [name])} | {said[name]} |" for name in order]
     return "::::{div} summary\n| Name | What it is |\n|---|---|\n" + "\n".join(rows) + "\n::::"
 
 

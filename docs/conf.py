@@ -23,7 +23,7 @@ suppress_warnings = ["myst.header"]  # a symbol's heading may come straight belo
 add_module_names = True
 toc_object_entries_show_parents = "hide"
 maximum_signature_line_length = 90
-copybutton_selector = "div.highlight-python pre, div.highlight-default pre, div.highlight-bash pre, div.highlight-none pre"
+copybutton_selector = "div.cell_input pre, div.highlight-python pre, div.highlight-default pre"
 
 html_theme = "furo"
 pygments_dark_style = "github-dark"  # the theme's own underlines imports

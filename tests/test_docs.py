@@ -45,7 +45,8 @@ def test_links_within_the_site(site):
             assert not anchor or target not in ids or anchor in ids[target], f"{file.name} links to {link}"
 
 
-def images(site): return [(file, tag) for file in site.rglob("*.html") for tag in re.findall(r"<img [^>]*>", file.read_text())]
+def images(site):
+    return [(file, tag) for file in site.rglob("*.html") for tag in re.findall(r"<img [^>]*>", file.read_text())]
 
 
 def test_every_figure_says_what_it_shows(site):
