@@ -75,7 +75,9 @@ def cells_of(page):
             cells += [mk_cell(text, "markdown") for text in documents(page, [n for n in mine if n not in main])]
             above = [name for name in mine if name in main]
             if above: cells.append(mk_cell(f"The source of {links(page, above)}:", "markdown"))
-            if not (formula and mine): cell.metadata.tags = ["hide-input"]  # code that is a formula's stays open
+            shown = formula and re.search("^def ", cell.source, flags=re.M)  # where a formula becomes code
+            if not shown: cell.metadata.tags = ["hide-input"]
+            formula = formula and not shown
         present(cell)
         cells += as_text(cell)
     return cells
@@ -201,7 +203,7 @@ def first_figure(page):
         for output in cell.get("outputs", []):
             if "image/png" not in output.get("data", {}): continue
             picture = Image.open(io.BytesIO(base64.b64decode("".join(output["data"]["image/png"])))).convert("RGB")
-            picture = picture.crop((0, 0, min(picture.width, int(1.9*picture.height)), picture.height))  # its left part
+            picture = picture.crop((0, 0, min(picture.width, int(1.6*picture.height)), picture.height))  # its left part
             picture.thumbnail((520, 280))
             framed = Image.new("RGB", (520, 280), "white")
             framed.paste(picture, ((520 - picture.width)//2, (280 - picture.height)//2))
