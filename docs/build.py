@@ -66,7 +66,7 @@ def cells_of(page):
     for number, cell in enumerate(others, 1):
         if cell.cell_type == "raw": continue
         if cell.cell_type == "markdown":
-            formula = "$$" in cell.source or re.search(r"\$[^$]*[=\\][^$]*\$", cell.source)
+            formula = "$$" in cell.source or re.search(r"\$[^$]*=[^$]*\$", cell.source)
             cells.append(cell)
             continue
         if cell.directives.keys() & {"hide", "default_exp"}: continue
@@ -77,7 +77,7 @@ def cells_of(page):
             if above: cells.append(mk_cell(f"The source of {links(page, above)}:", "markdown"))
             shown = formula and re.search("^def ", cell.source, flags=re.M)  # where a formula becomes code
             if not shown: cell.metadata.tags = ["hide-input"]
-            formula = formula and not shown
+            formula = False
         present(cell)
         cells += as_text(cell)
     return cells
@@ -170,9 +170,8 @@ def of_the_site(text):
 
 def contents(pages, texts):
     "The tables of contents: a section for each folder, in the order of `SECTIONS`; what lies in none comes last."
-    order = [*SECTIONS, "."]
     sections = {}
-    for page in sorted(pages, key=lambda page: (order.index(page.folder), page.path.name)):
+    for page in pages:
         if page.docname == "index": continue
         name = page.title.rpartition(".")[2] if page.module else page.title
         sections.setdefault(SECTIONS.get(page.folder, "Reference"), []).append(f"{name} <{page.docname}>")
@@ -180,6 +179,18 @@ def contents(pages, texts):
     sections.setdefault("Reference", []).extend(["Index of the API <genindex>", *texts])
     return [mk_cell("```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```" % (section, "\n".join(names)), "markdown")
             for section, names in sections.items()]
+
+
+def reading_order(pages):
+    "The pages by section and number; those of the gallery as README lists them."
+    table = [data for page in pages if page.docname == "index" for cell in page.nb.cells
+             for output in cell.get("outputs", []) for data in output.get("data", {}).get("text/markdown", [])]
+    listed = re.findall(r"gallery/(\w+)\.ipynb", "".join(table).partition("**gallery**")[2])
+    sections = [*SECTIONS, "."]
+    def place(page):
+        stem = page.path.stem
+        return sections.index(page.folder), listed.index(stem) if stem in listed else len(listed), page.path.name
+    return sorted(pages, key=place)
 
 
 def findings(pages):
@@ -224,7 +235,7 @@ def write_pages():
     leave = ("_*", ".*", "*.yml", "*.css", "efcn_runs", "records")
     shutil.copytree(NBS, PAGES / "extra/notebooks", ignore=shutil.ignore_patterns(*leave))
     paths = sorted(nbglob(NBS, as_path=True))
-    pages = [Page(path) for path in paths]
+    pages = reading_order([Page(path) for path in paths])
     known = names_of(pages)
     gallery = [page for page in pages if page.folder == "gallery"]
     if gallery: (PAGES / "findings.md").write_text(findings(gallery))
