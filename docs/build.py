@@ -1,59 +1,125 @@
 """Build the documentation site from the notebooks, without a network: python docs/build.py
 
-nbdev documents the exported symbols and links their names, Sphinx makes the pages. Nothing but imports and exported
-definitions is executed; saved outputs are shown. A broken link fails the build. The site is in _docs/index.html.
+The notebooks become pages, the exported modules an index of the API, Sphinx makes the site. No cell is executed: saved
+outputs are shown, and documentation is read off the imported modules. A broken link fails the build. The site is in
+_docs/index.html.
 """
-import argparse, os, re, shutil, sys
-from inspect import cleandoc
+import argparse, ast, base64, io, os, re, shutil, sys
+from importlib import import_module
 from pathlib import Path
 
 from execnb.nbio import dict2nb, mk_cell, nb2dict, read_nb, write_nb
 from nbdev.config import get_config
-from nbdev.doclinks import _nbpath2html, nbglob
-from nbdev.processors import FilterDefaults, rm_export
+from nbdev.doclinks import nbglob
+from nbdev.process import extract_directives
+from PIL import Image
 from sphinx.cmd.build import build_main
+
+import api
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, PAGES = ROOT / "nbs", ROOT / "_sphinx"
 SECTIONS = dict(ladder="Ladder", materials="Materials", training="Training", instruments="Instruments",
                 experiments="Experiments", studies="Studies", gallery="Findings", service="Service")  # by folder
+TEXTS = ("CHANGELOG", "CONTRIBUTING")
 PYTHON = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
-          "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+          "language_info": {"name": "python", "pygments_lexer": "python"}}
 
 
-class Processors(FilterDefaults):
-    "nbdev's, except that exported code stays, folded."
-    def base_procs(self): return [fold_export if proc is rm_export else proc for proc in super().base_procs()]
+# Pages
+
+class Page:
+    "A notebook on its way to becoming a page."
+    def __init__(self, path):
+        self.path, self.folder, self.nb = path, path.relative_to(NBS).parent.as_posix(), read_nb(path)
+        for cell in self.nb.cells: cell.directives = extract_directives(cell) if cell.cell_type == "code" else {}
+        exported = [cell.directives["default_exp"][0] for cell in self.nb.cells if "default_exp" in cell.directives]
+        self.module = import_module(f"{api.PACKAGE}.{exported[0]}") if exported else None
+        self.names = {name: number for number, cell in enumerate(self.nb.cells) if is_exported(cell)
+                      for name in api.defined(cell.source) if self.module and documented(self.module, name)}
+
+    @property
+    def docname(self): return self.path.relative_to(NBS).with_suffix("").as_posix()
+
+    @property
+    def title(self):
+        "A module is called by its dotted name, so that a study is told apart from a finding of the same name."
+        if self.module: return self.module.__name__.partition(".")[2]
+        return self.nb.cells[0].source.splitlines()[0].lstrip("# ")
 
 
-def fold_export(cell):
-    if cell.cell_type != "code": return
-    if cell.directives_.keys() & {"hide", "default_exp"}: del cell["source"]
-    elif cell.directives_.keys() & {"export", "exporti"}: cell.metadata.tags = ["hide-input"]
+def is_exported(cell): return "export" in cell.directives or "exporti" in cell.directives
 
 
-def page(path):
-    "The notebook at `path` as a page: title, text, documentation above each folded definition."
-    nb = read_nb(path)
-    title = next(cell for cell in nb.cells if cell.cell_type == "markdown")
-    cells = [mk_cell(title.source, "markdown")]  # nbdev keeps of this cell only the title and the quote, for Quarto
-    Processors()(nb)
-    at = 0  # where documentation goes: above the definition just seen
-    for cell in nb.cells:
-        if cell.cell_type == "raw" or cell.source.startswith("<!-- WARNING"): continue
-        if cell.cell_type == "code" and re.search(r"^show_doc\(", cell.source, flags=re.M):
-            place = at if getattr(cell, "has_sd", False) else len(cells)  # nbdev's own come in reverse order
-            cells.insert(place, documentation(cell, path))
+def documented(module, name): return name in module.__all__ or "." in name and name.split(".")[0] in module.__all__
+
+
+def cells_of(page):
+    "The cells of the page: title, summary, what the package's face offers, then the notebook."
+    first, *others = page.nb.cells
+    title, _, quote = first.source.partition("\n")
+    cells = [mk_cell(f"# {page.title if page.module else title.lstrip('# ')}\n{quote}\n\n{notebook_links(page)}",
+                     "markdown")]
+    main = [name for name, home in api.face().items() if page.module and home == page.module.__name__]
+    if page.names: cells += [mk_cell(text, "markdown") for text in (summary(page, main), *documents(page, main))]
+    formula = False
+    for number, cell in enumerate(others, 1):
+        if cell.cell_type == "raw": continue
+        if cell.cell_type == "markdown":
+            formula = "$$" in cell.source or re.search(r"\$[^$]*=[^$]*\$", cell.source)
+            cells.append(cell)
             continue
-        if cell.cell_type == "code": present(cell)
-        at = len(cells)
+        if cell.directives.keys() & {"hide", "default_exp"}: continue
+        if is_exported(cell):
+            mine = [name for name, place in page.names.items() if place == number]
+            cells += [mk_cell(text, "markdown") for text in documents(page, [n for n in mine if n not in main])]
+            above = [name for name in mine if name in main]
+            if above: cells.append(mk_cell(f"The source of {links(page, above)}:", "markdown"))
+            shown = formula and re.search("^def ", cell.source, flags=re.M)  # where a formula becomes code
+            if not shown: cell.metadata.tags = ["hide-input"]
+            formula = False
+        present(cell)
         cells += as_text(cell)
-    return dict2nb(dict(cells=[nb2dict(cell) for cell in cells], metadata=PYTHON, nbformat=4, nbformat_minor=5))
+    return cells
+
+
+def documents(page, names): return [api.document(page.module, name, page.names) for name in names]
+
+
+def links(page, names): return ", ".join(f"{{py:obj}}`{name} <{api.full_name(page.module, name)}>`" for name in names)
+
+
+def summary(page, main):
+    "A table of what the module offers: first what nothing else in it uses, then the helpers of that."
+    tops = [name for name in page.names if "." not in name and not isinstance(api.found(page.module, name), DATA)]
+    if not tops: return ""
+    used = {node.id for cell in page.nb.cells if is_exported(cell) for node in ast.walk(ast.parse(cell.source))
+            if isinstance(node, ast.Name)}
+    order = [*main, *sorted((name for name in tops if name not in main), key=used.__contains__)]
+    said = {name: api.cell(api.first_sentence(api.found(page.module, name))) for name in order}
+    rows = [f"| {links(page, [name])} | {said[name]} |" for name in order]
+    return "::::{div} summary\n| Name | What it is |\n|---|---|\n" + "\n".join(rows) + "\n::::"
+
+
+DATA = (dict, list, tuple, str, int, float, set, frozenset, type(None))
+
+
+def notebook_links(page):
+    "Where the notebook is: as a file to download, and what opens it."
+    to_root = "../" * page.docname.count("/")
+    file = f"notebooks/{page.docname}.ipynb"
+    parts = [f'<a href="{to_root}{file}" download>Download notebook</a>']
+    parts.append(f"open it with <code>jupyter lab {page.path.name}</code>")
+    github = re.match(r"https://github\.com/([^/]+/[^/]+)", get_config().git_url)
+    if github:
+        at = f"https://colab.research.google.com/github/{github[1].removesuffix('.git')}/blob/{get_config().branch}"
+        parts.append(f'<a href="{at}/nbs/{page.docname}.ipynb">Colab</a>')
+    return f'<p class="notebook">{" · ".join(parts)}</p>'
 
 
 def present(cell):
-    "Quarto's `#| key: value` lines as what myst-nb understands."
-    said = dict(re.findall(r"^#\|\s*([\w-]+):\s*(.*)$", cell.source, flags=re.M))
+    "nbdev's `#| key: value` lines as what myst-nb understands."
+    said = {key.rstrip(":"): " ".join(value) for key, value in cell.directives.items()}
     cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
     hide = {"echo": "remove-input", "output": "remove-output", "include": "remove-cell"}
     hidden = [tag for key, tag in hide.items() if said.get(key) == "false"]
@@ -63,7 +129,7 @@ def present(cell):
 
 def as_text(cell):
     "The cell; one whose output is markdown becomes text, whose links lead to other pages."
-    outputs = cell.get("outputs") or [] if cell.cell_type == "code" else []
+    outputs = cell.get("outputs") or []
     texts = [output.get("data", {}).get("text/markdown") for output in outputs]
     if not texts or None in texts: return [cell]
     cell.outputs = []
@@ -71,62 +137,121 @@ def as_text(cell):
     return [*shown, *(mk_cell("".join(text), "markdown") for text in texts)]
 
 
-def documentation(cell, path):
-    "What `show_doc` has printed, as text with a label that links can name."
-    text = "".join(cell.outputs[0]["data"]["text/markdown"])
-    heading, signature, doc = re.search(r"^(#+ .*?)\n+(```python\n.*?\n```)(.*)", text, flags=re.M | re.S).groups()
-    signature = re.sub(r"\[(`[^`]+`)\]\([^)]*\)", r"\1", signature)  # nbdev sets links inside the code, too
-    doc = re.sub(r"\A\*(.*)\*$", r"\1", cleandoc(doc), flags=re.M)  # its italics trip over asterisks,
-    doc = "".join(re.sub(r"(?<!\w)\*(?=\w)", r"\\*", part) if i % 2 == 0 else part  # as in (N, *spatial)
-                  for i, part in enumerate(re.split(r"(`[^`]*`)", doc)))
-    name = heading.lstrip("# ").replace("\\", "")
-    return mk_cell(f"({label(address(path), name)})=\n{heading}\n\n{signature}\n\n{doc}", "markdown")
+def link_names(cell, page, known):
+    "Turn the names of documented objects, in backticks, into links."
+    def link(match):
+        name = match[1]
+        target = known.get((page.module and page.module.__name__, name)) or known.get(name)
+        return f"{{py:obj}}`{name} <{target}>`" if target else match[0]
+    leave = r"(^(?:```|~~~).*?^(?:```|~~~)$|\[[^\]]*\]\([^)]*\)|\{py:obj\}`[^`]*`)"  # code, links
+    parts = re.split(leave, cell.source, flags=re.M | re.S)
+    parts[::2] = [re.sub(r"(?<![`}])`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)", link, part) for part in parts[::2]]
+    cell.source = "".join(parts)
 
 
-def address(path): return _nbpath2html(path.relative_to(NBS)).as_posix()
+def names_of(pages):
+    "The documented objects by name, and by module and name: first those of the package's face."
+    known = {}
+    for page in pages:
+        for name in page.names:
+            full = api.full_name(page.module, name)
+            known[page.module.__name__, name] = known[f"{page.module.__name__}.{name}"] = known[full] = full
+            if name not in known or full.startswith(f"{api.PACKAGE}.{name}"): known[name] = full
+    return known
 
 
-def label(address, name): return f"{address.removesuffix('.html')}.{name}".lower()
+# What connects the pages
+
+def of_the_site(text):
+    "Links of the README to other files at the top of the repository."
+    def link(match): return f"[{match[1]}]({match[2].lower()}.md)" if match[2] in TEXTS else match[1]
+    return re.sub(r"\[([^\]]*)\]\(\.\./([A-Z]+)(?:\.\w+)?\)", link, text)
 
 
-def link_within(cell, files, labels):
-    "Turn nbdev's links to the published site into links between the pages, whose `files` are found by address."
-    cfg = get_config()
-    def inside(match):
-        target = label(match[1], match[2])
-        return f"](#{target})" if target in labels else f"]({files[match[1]]})"
-    cell.source = re.sub(rf"\]\({re.escape(cfg.doc_host + cfg.doc_baseurl)}/([^)#]+)#([^)]+)\)", inside, cell.source)
-
-
-def contents(paths):
+def contents(pages, texts):
     "The tables of contents: a section for each folder, in the order of `SECTIONS`; what lies in none comes last."
-    order = [*SECTIONS, ""]
-    def place(path): return order.index(path.relative_to(NBS).parent.as_posix().strip(".")), path.name
-    found = {}
-    for path in sorted((path for path in paths if path.stem != "index"), key=place):
-        section = SECTIONS.get(path.parent.name, "Command line")
-        found.setdefault(section, []).append(path.relative_to(NBS).with_suffix("").as_posix())
+    sections = {}
+    for page in pages:
+        if page.docname == "index": continue
+        name = page.title.rpartition(".")[2] if page.module else page.title
+        sections.setdefault(SECTIONS.get(page.folder, "Reference"), []).append(f"{name} <{page.docname}>")
+    if "Findings" in sections: sections["Findings"].insert(0, "All findings <findings>")
+    sections.setdefault("Reference", []).extend(["Index of the API <genindex>", *texts])
     return [mk_cell("```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```" % (section, "\n".join(names)), "markdown")
-            for section, names in found.items()]
+            for section, names in sections.items()]
+
+
+def reading_order(pages):
+    "The pages by section and number; those of the gallery as README lists them."
+    table = [data for page in pages if page.docname == "index" for cell in page.nb.cells
+             for output in cell.get("outputs", []) for data in output.get("data", {}).get("text/markdown", [])]
+    listed = re.findall(r"gallery/(\w+)\.ipynb", "".join(table).partition("**gallery**")[2])
+    sections = [*SECTIONS, "."]
+    def place(page):
+        stem = page.path.stem
+        return sections.index(page.folder), listed.index(stem) if stem in listed else len(listed), page.path.name
+    return sorted(pages, key=place)
+
+
+def findings(pages):
+    "The page of all findings: a card for each, with its first figure, its question and its run time."
+    cards = []
+    for page in pages:
+        title, *lines = page.nb.cells[0].source.splitlines()
+        quote = " ".join(line.lstrip("> ") for line in lines if line.startswith(">"))
+        thumbnail = first_figure(page)
+        image = f":img-top: {thumbnail}\n:img-alt: {title.lstrip('# ')}, first figure\n" if thumbnail else ""
+        footer = run_time(page) and f"\n\n:::{{card-footer}}\n{run_time(page)}\n:::"
+        cards.append(f"::::{{grid-item-card}} {title.lstrip('# ')}\n:link: {page.docname}\n:link-type: doc\n{image}\n"
+                     f"{quote}{footer}\n::::")
+    return "# Findings\n\nEach in one notebook, with its figures and in words.\n\n" \
+        ":::::{grid} 1 2 2 3\n:gutter: 3\n\n" + "\n".join(cards) + "\n:::::\n"
+
+
+def first_figure(page):
+    "Write the notebook's first figure as a small picture; its place."
+    for cell in page.nb.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" not in output.get("data", {}): continue
+            picture = Image.open(io.BytesIO(base64.b64decode("".join(output["data"]["image/png"])))).convert("RGB")
+            picture = picture.crop((0, 0, min(picture.width, int(1.6*picture.height)), picture.height))  # its left part
+            picture.thumbnail((520, 280))
+            framed = Image.new("RGB", (520, 280), "white")
+            framed.paste(picture, ((520 - picture.width)//2, (280 - picture.height)//2))
+            (PAGES / "thumbnails").mkdir(exist_ok=True)
+            framed.save(PAGES / f"thumbnails/{page.path.stem}.png")
+            return f"thumbnails/{page.path.stem}.png"
+
+
+def run_time(page):
+    "What the notebook's top says of how long it runs, if it does."
+    timed = re.search(r"\*(Runs for .+? on two cores)", page.nb.cells[0].source)
+    return timed[1] if timed else ""
 
 
 def write_pages():
     "Write the sources of the site to _sphinx/."
     shutil.rmtree(PAGES, ignore_errors=True)
-    shutil.copytree(NBS, PAGES, ignore=shutil.ignore_patterns("*.ipynb", "_*", ".*", "*.yml", "*.css", "efcn_runs"))
+    leave = ("_*", ".*", "*.yml", "*.css", "efcn_runs", "records")
+    shutil.copytree(NBS, PAGES / "extra/notebooks", ignore=shutil.ignore_patterns(*leave))
     paths = sorted(nbglob(NBS, as_path=True))
-    pages = {path: page(path) for path in paths}
-    texts = [cell.source for nb in pages.values() for cell in nb.cells]
-    labels = {name for text in texts for name in re.findall(r"^\((.*)\)=$", text, re.M)}
-    title = dict(cells=[mk_cell("# efcn_nb", "markdown")], metadata=PYTHON, nbformat=4, nbformat_minor=5)
-    pages.setdefault(NBS / "index.ipynb", dict2nb(title))
-    pages[NBS / "index.ipynb"].cells += contents(paths)
-    addresses = {address(path): path for path in pages}
-    for path, nb in pages.items():
-        files = {name: os.path.relpath(other, path.parent) for name, other in addresses.items()}
-        for cell in nb.cells:
-            if cell.cell_type == "markdown": link_within(cell, files, labels)
-        write_nb(nb, PAGES / path.relative_to(NBS))
+    pages = reading_order([Page(path) for path in paths])
+    known = names_of(pages)
+    gallery = [page for page in pages if page.folder == "gallery"]
+    if gallery: (PAGES / "findings.md").write_text(findings(gallery))
+    texts = [(name, ROOT / f"{name}.md") for name in TEXTS if (ROOT / f"{name}.md").exists()]
+    for name, file in texts: shutil.copy(file, PAGES / f"{name.lower()}.md")
+    for page in pages:
+        cells = cells_of(page)
+        for cell in cells:
+            if cell.cell_type == "markdown": link_names(cell, page, known)
+        if page.docname == "index":
+            for cell in cells: cell.source = of_the_site(cell.source)
+            cells += contents(pages, [name.lower() for name, _ in texts])
+        nb = dict(cells=[nb2dict(cell) for cell in cells], metadata=PYTHON, nbformat=4, nbformat_minor=5)
+        for cell in nb["cells"]: cell.pop("directives", None)
+        (PAGES / page.docname).parent.mkdir(exist_ok=True)
+        write_nb(dict2nb(nb), PAGES / page.path.relative_to(NBS))
 
 
 def main():
@@ -134,7 +259,6 @@ def main():
     parser.add_argument("--out", default=ROOT / "_docs", help="folder of the site (default _docs)")
     out = Path(parser.parse_args().out).resolve()
     os.chdir(ROOT)
-    sys.path.insert(0, str(ROOT))
     write_pages()
     site = PAGES / "_build/html"
     options = ["-c", "docs", "-d", str(site.with_name("doctrees")), "-W", "--keep-going", "-q"]
@@ -144,4 +268,5 @@ def main():
     print(f"The site is in {out / 'index.html'}")
 
 
+sys.path.insert(0, str(ROOT))
 if __name__ == "__main__": sys.exit(main())

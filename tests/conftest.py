@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, register_random, settings
 try: import keep  # refuses fastcore 2 with a sentence that says what to do
 except SystemExit as error: raise pytest.UsageError(str(error)) from None
 
+pytest_plugins = ["summary"]  # what the command does, and what came of it
+
 GATE = ["test_keep", "test_export", "test_names", "test_imports", "test_notebooks", "test_readme", "test_package",
         "test_docs"]
 

@@ -321,7 +321,7 @@ def _export(root):
 def working_copy(folder):
     "Copy the project into `folder`, without what runs and builds have left; return the folder."
     skip = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "efcn_runs", "*.part")
-    for name in ("settings.ini", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
+    for name in ("settings.ini", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
         if (ROOT / name).exists(): shutil.copy(ROOT / name, folder)
     for name in (PACKAGE, "nbs", "docs"):
         if (ROOT / name).exists(): shutil.copytree(ROOT / name, Path(folder) / name, ignore=skip)

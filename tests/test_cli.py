@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-import tiny
+import keep, tiny
 from efcn_nb import cli
 from efcn_nb.cli import efcn_bench, efcn_relax
 from efcn_nb.experiments import claims
@@ -217,7 +217,7 @@ def test_as_a_fresh_process(tmp_path):
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(tiny.Path(tiny.__file__).resolve().parents[1]),
                                                         os.environ.get("PYTHONPATH", "")]))
     wrong = subprocess.run([*command, "--data", "nothing-of-that-name", "--out", "s"], cwd=tmp_path, env=env,
-                           capture_output=True, text=True, timeout=600)
+                           capture_output=True, text=True, timeout=keep.HANGS)
     assert one_line(wrong.returncode, wrong.stderr) and "digits, cifar10" in wrong.stderr
     assert not list(tmp_path.iterdir())
 

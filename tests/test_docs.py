@@ -45,6 +45,44 @@ def test_links_within_the_site(site):
             assert not anchor or target not in ids or anchor in ids[target], f"{file.name} links to {link}"
 
 
+def images(site):
+    return [(file, tag) for file in site.rglob("*.html") for tag in re.findall(r"<img [^>]*>", file.read_text())]
+
+
+def test_every_figure_says_what_it_shows(site):
+    for file, tag in images(site):
+        alt = unescape(re.search(r'alt="([^"]*)"', tag)[1])
+        assert len(alt.split()) > 2 and not re.search(r"\.(?:png|svg|jpe?g)$", alt), f"{file.name}: {tag}"
+
+
+def test_index_of_the_api(site):
+    "What the package's face offers and what is defined by patching is in it, under the names to import."
+    page = (site / "genindex.html").read_text()
+    for name in ("efcn_nb.embed", "efcn_nb.Study.run", "efcn_nb.ladder.geometry.ConvGeometry"):
+        assert f"#{name}\"" in page, name
+
+
+def test_parameters_stand_in_a_table_once(site):
+    page = (site / "ladder/08_embedding.html").read_text()
+    entry = page[page.index('id="efcn_nb.embed"'):page.index('id="efcn_nb.convert"')]
+    assert "any network with convolutions" in entry and entry.count("input_shape</span>") == 2  # signature, table
+    assert "----" not in entry
+
+
+def test_every_notebook_can_be_downloaded(site):
+    for path in keep.notebooks():
+        name = path.relative_to(keep.ROOT / "nbs")
+        copied = site / "notebooks" / name
+        assert copied.read_bytes() == path.read_bytes()
+        assert f'notebooks/{name.as_posix()}" download' in (site / name.with_suffix(".html")).read_text()
+
+
+def test_the_address_of_the_site_is_one_setting():
+    "Neither the pages nor the metadata name a place that nobody has set."
+    texts = [keep.ROOT / name for name in ("settings.ini", "setup.py", "README.md", "docs/conf.py", "docs/build.py")]
+    assert not [file.name for file in texts if "example.org" in file.read_text(encoding="utf-8")]
+
+
 def test_broken_link_fails_the_build(tmp_path):
     root = keep.working_copy(tmp_path)
     for path in keep.notebooks(root): path.unlink()

@@ -1,5 +1,5 @@
 "The package installs from a wheel and works far from its source, without the tools that made it."
-import ast, configparser, importlib, os, subprocess, sys
+import ast, configparser, importlib, os, re, shutil, subprocess, sys
 from importlib.metadata import distributions
 
 import pytest
@@ -142,7 +142,40 @@ def test_metadata(site):
     found, = distributions(path=[str(site)])
     assert (found.metadata["Name"], found.version) == (keep.PACKAGE, settings()["version"])
     assert not [line for line in found.requires if "extra ==" not in line and line.startswith(TOOLS)]
-    assert {entry.value for entry in found.entry_points if entry.group == "nbdev"} == {f"{keep.PACKAGE}._modidx:d"}
+    assert {entry.group for entry in found.entry_points} == {"console_scripts"}
+    assert not list(site.rglob("_modidx.py")), "nbdev's index of symbols is for the installation in development mode"
+    classifiers = found.metadata.get_all("Classifier")
+    assert f"Programming Language :: Python :: {settings()['min_python']}" in classifiers
+    assert "relax('digits'" in found.metadata.get_payload()  # README
+
+
+def test_readme_reads_well_away_from_the_repository(project, tmp_path):
+    "Its links lead to the address that is set; while none is, they are text, and images are left out."
+    text = (project / "setup.py").read_text(encoding="utf-8")
+    function = text[text.index("def long_description"):text.index("\n\nsetup(")]
+    for address in ("", "https://forge.net/me/efcn_nb"):
+        names = dict(re=re, Path=lambda name: project / name, repository=address, cfg=settings())
+        exec(function, names)
+        readme = names["long_description"]()
+        assert not re.findall(r"\]\((?![a-z]+:|#)", re.sub(r"^```.*?^```", "", readme, flags=re.M | re.S))
+        assert ("![" in readme) == bool(address) and "`embed`" in readme
+
+
+def test_version_is_one():
+    "In the settings, the citation and the change log."
+    version = settings()["version"]
+    assert re.search(rf"^version: {re.escape(version)}$", (keep.ROOT / "CITATION.cff").read_text(), flags=re.M)
+    assert re.search(rf"^## {re.escape(version)}$", (keep.ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    assert f"version = {{{version}}}" in (keep.ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_workflow_is_valid():
+    "As a linter for such files sees it, where one is installed; the workflow itself runs one, too."
+    file = keep.ROOT / ".github/workflows/site.yml"
+    linters = [["actionlint"], ["check-jsonschema", "--builtin-schema", "vendor.github-workflows"]]
+    found = [command for command in linters if shutil.which(command[0])]
+    if not found: pytest.skip("neither actionlint nor check-jsonschema is installed")
+    run(*found[0], file, cwd=keep.ROOT)
 
 
 @pytest.mark.parametrize("script", settings()["console_scripts"].split())

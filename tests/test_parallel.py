@@ -332,7 +332,7 @@ def command(tmp_path):
 def test_workers_of_the_command(command, tmp_path):
     together = command("--out", "together", "--workers", "2")
     efcn_relax([*tiny.FLAGS, "--out", f"{tmp_path}/alone"])
-    assert together.communicate(timeout=600)[1] == "" and together.returncode == 0
+    assert together.communicate(timeout=keep.HANGS)[1] == "" and together.returncode == 0
     for name in ("metrics.csv", "summary.csv", "claims.csv"):
         assert (tmp_path/"together"/name).read_bytes() == (tmp_path/"alone"/name).read_bytes()
 
@@ -349,10 +349,10 @@ def test_workers_end_when_their_parent_is_killed_or_asked_to_end(command, tmp_pa
     wait_for(1, killed)
     killed.kill()
     for run in tmp_path.glob("s/*-seed0-*"):
-        with FileLock(run/"lock", timeout=600): pass  # which a worker holds while it lives
+        with FileLock(run/"lock", timeout=keep.HANGS): pass  # which a worker holds while it lives
     for name in "SIGTERM", "SIGINT":
         before, asked = last(), command(*flags)
         wait_for(before + 2, asked)
         asked.send_signal(getattr(signal, name))
-        said = asked.communicate(timeout=600)[1].strip()
+        said = asked.communicate(timeout=keep.HANGS)[1].strip()
         assert said == "stopped; rerun the same command: it resumes after the last stored epoch", name
