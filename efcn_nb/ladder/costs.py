@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['embedding_costs', 'fits_in_memory', 'plot_costs']
 
-# %% ../../nbs/ladder/09_costs.ipynb #22c7f948
+# %% ../../nbs/ladder/09_costs.ipynb #c844e16e
 import functools, math
 from collections import Counter
 from dataclasses import replace
@@ -13,6 +13,7 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from matplotlib.ticker import EngFormatter
 from torch import nn
 
 from .inspection import conv_geometries, copy_model, tensors_in
@@ -152,7 +153,7 @@ def fits_in_memory(
     sums = costs[costs.layer == 'all'].set_index('network')
     return pd.DataFrame(dict(weights=sums.bytes <= free, training=sums.training_bytes <= free))
 
-# %% ../../nbs/ladder/09_costs.ipynb #9b0aa7ce
+# %% ../../nbs/ladder/09_costs.ipynb #f99bee95
 _LOOKS = dict(cnn=('CNN', 'black'), elcn=('eLCN', 'tab:cyan'), efcn=('eFCN', 'tab:green'))
 
 def plot_costs(
@@ -171,7 +172,8 @@ def plot_costs(
         ax.barh(places, sizes.where(sizes > 0), height=.26, color=colour, label=label)
     if free: ax.axvline(free, color='tab:red', ls=':', lw=1.2, label='free memory')
     few = f'the {most} largest of {len(inner)} convolutions' if len(inner) > most else ''
-    ax.set(xscale='log', xlabel='memory of the weights (bytes)', title=few)
+    ax.set(xscale='log', xlabel='memory of the weights', title=few)
+    ax.xaxis.set_major_formatter(EngFormatter('B'))
     ax.set_yticks(range(len(keep)), keep, fontsize=7)
     ax.invert_yaxis()
     ax.legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
