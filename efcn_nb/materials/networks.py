@@ -82,7 +82,7 @@ def _callables(module):
     return [name for name, value in vars(module).items()
             if callable(value) and getattr(value, '__module__', None) == module.__name__ and name[0] != '_']
 
-# %% ../../nbs/materials/13_networks.ipynb #f5283acc
+# %% ../../nbs/materials/13_networks.ipynb #b5849f21
 def _function_in(path, name):
     "The function `name` in the file; raises `ValueError` if there is none that can be called without arguments."
     module = _module_in(path)
@@ -91,6 +91,7 @@ def _function_in(path, name):
     if not name: raise ValueError(f'say which function of {path} makes the network, as in {path}:make{there}')
     function = getattr(module, name, None)
     if not callable(function): raise ValueError(f'{path} has no function {name}{there}')
+    if isinstance(function, nn.Module): return lambda: function         # a network that is there already
     try: inspect.signature(function).bind()
     except TypeError as e:
         raise ValueError(f'{path}:{name} must be a function without arguments ({e}); write one that calls it') from None
