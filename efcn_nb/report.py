@@ -257,12 +257,13 @@ def _shares_said(table):
     means = f[f.network == 'efcn'].groupby('relax').value.mean()
     return ', '.join(f'{100*value:.2g} % relaxed at {t:g}' for t, value in means.items())
 
-# %% ../nbs/98_report.ipynb #65f477f1
+# %% ../nbs/98_report.ipynb #c01290b6
 def _has_curves(table, split, metric):
     "Whether each network was measured in more than one epoch: tables that are kept for good may hold outcomes alone."
     t = table[(table.split == split) & (table.metric == metric)]
     return len(t) > 0 and t.groupby('network').epoch.nunique().min() > 1
 
+# %% ../nbs/98_report.ipynb #c4ca6731
 def _gains_of(table):
     "Gains over the CNN after as many epochs."
     shown = table[table.network.isin(['cnn', 'fcn', 'efcn', 'elcn', 'annealed', 'slowed'])]
@@ -423,7 +424,7 @@ corrected for their number.</p>
 {% else %}<p>The claims are not judged: {{ unjudged or 'nothing has been measured yet' }}.</p>{% endif %}
 '''
 
-# %% ../nbs/98_report.ipynb #56e982f7
+# %% ../nbs/98_report.ipynb #d1994ac0
 _FIGURES = '''<h2>Figures</h2>
 {% if not figures %}<p>There is nothing to draw yet.</p>{% endif %}
 <div class="figures">
@@ -439,14 +440,14 @@ _TABLES = '''<h2>Outcomes</h2>
 <div class="wide" tabindex="0"><table>
 <thead><tr>{% for name in head %}<th scope="col" {{ 'class=number' if not loop.first }}>{{ name }}</th>{% endfor %}
 </tr></thead>
-<tbody>{% for row in rows %}<tr>{% for cell in row %}<td class="{{ 'name' if loop.first else 'number' }}">{{ cell }}</td>
-{% endfor %}</tr>{% endfor %}</tbody></table></div>
+<tbody>{% for row in rows %}<tr>{% for cell in row %}
+<td class="{{ 'name' if loop.first else 'number' }}">{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>
 <p class="soft">Test accuracy over the last five epochs: mean and standard deviation over seeds. Off-local: share of the
 squared weights outside the windows of the convolutions. A run that diverged counts as guessing.</p>
 {% else %}<p>Nothing has been measured to its end.</p>{% endif %}
 '''
 
-# %% ../nbs/98_report.ipynb #0e3ec405
+# %% ../nbs/98_report.ipynb #6042edd6
 _END = '''{% if diverged %}<h2>Diverged</h2>
 <ul>{% for run, why in diverged.items() %}<li>{{ run }}: {{ why }}</li>{% endfor %}</ul>{% endif %}
 {% if data %}<h2>Data</h2>{% for line in data %}<p>{{ line }}</p>{% endfor %}{% endif %}
@@ -455,7 +456,8 @@ _END = '''{% if diverged %}<h2>Diverged</h2>
 {% for name, value in settings.items() if name != 'network' %}
 <tr><th scope="row">{{ name }}</th><td>{{ value }}</td></tr>{% endfor %}
 </tbody></table></div>
-{% if settings.get('network') %}<details><summary>The network</summary><pre>{{ settings.network }}</pre></details>{% endif %}
+{% if settings.get('network') %}
+<details><summary>The network</summary><pre>{{ settings.network }}</pre></details>{% endif %}
 {% endif %}
 <h2>How to run it again</h2>
 {% if command %}<pre><code>{{ command }}</code></pre>
@@ -509,7 +511,7 @@ def check_report_path(
     path.with_name(f'.{path.name}.probe').unlink()
     return path
 
-# %% ../nbs/98_report.ipynb #576c1070
+# %% ../nbs/98_report.ipynb #0e89460a
 def report(
     source,       # a `Study`, the folder of one, or its table as `relax` returns it
     path,         # of the page, which ends in .html
@@ -519,8 +521,8 @@ def report(
 )->Path:          # of the page
     """Write one self-contained HTML page about a study: claims, figures, outcomes, settings, environment, command.
 
-    A study that is unfinished, has no baseline, or diverged, gets a page that says so. Raises `ValueError` if `source` is
-    no study, or if another kind of file is at `path`, and `OSError` if it cannot be written."""
+    A study that is unfinished, has no baseline, or diverged, gets a page that says so. Raises `ValueError` if `source`
+    is no study, or if another kind of file is at `path`, and `OSError` if it cannot be written."""
     path, story = check_report_path(path), _story(source, command or '')
     if title is not None: story = story._replace(title=str(title))
     if chance is not None: story = story._replace(chance=chance)

@@ -80,6 +80,7 @@ def seed(config, *words):
 
 def pytest_configure(config):
     "Hypothesis tries the same examples everywhere, on machines of any speed; others with its --hypothesis-seed."
+    config.addinivalue_line("markers", "slow: starts a browser or JupyterLab; left out unless -m asks for it")
     fixed = config.getoption("--hypothesis-seed", None) is None
     settings.register_profile("alone", derandomize=fixed, database=None, deadline=None,
                               suppress_health_check=[HealthCheck.too_slow])

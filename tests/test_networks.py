@@ -72,7 +72,8 @@ def test_names_of_timm(monkeypatch):
 
 @pytest.mark.parametrize("name, says", [
     ("resnet_18", "near are resnet18"), ("torchvision.models.alexnett", "in torchvision; near are alexnet"),
-    ("efcn_nb.skiny", "in efcn_nb; near are skinny"), ("", "no network is called ''"), ("zzzz", "no network is called")])
+    ("efcn_nb.skiny", "in efcn_nb; near are skinny"), ("", "no network is called ''"),
+    ("zzzz", "no network is called")])
 def test_unknown_names(name, says):
     with pytest.raises(ValueError, match=says): find_network(name)
 

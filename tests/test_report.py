@@ -173,7 +173,8 @@ def test_all_runs_diverged(tmp_path, capsys):
 
 def test_the_command(tmp_path, capsys):
     "It says where the page is, and the page says the command; a second pass writes the same page over it."
-    flags = [*tiny.FLAGS, "--relax", "0", "--elcn", "", "--out", f"{tmp_path}/s", "--report", f"{tmp_path}/new/page.html"]
+    flags = [*tiny.FLAGS, "--relax", "0", "--elcn", "", "--out", f"{tmp_path}/s",
+             "--report", f"{tmp_path}/new/page.html"]
     efcn_relax(flags)
     assert f"Report: {tmp_path}/new/page.html" in capsys.readouterr().out
     first = (tmp_path/"new/page.html").read_text()
@@ -184,7 +185,8 @@ def test_the_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, says", [
-    ("page", "ends in .html"), ("page.txt", "say '"), ("folder.html", "is a folder"), ("mine.html", "no report of this"),
+    ("page", "ends in .html"), ("page.txt", "say '"), ("folder.html", "is a folder"),
+    ("mine.html", "no report of this"),
     ("file/page.html", "cannot be made a folder"), ("locked/page.html", "cannot be written")])
 def test_what_cannot_be_written_is_refused_before_training(tmp_path, name, says, monkeypatch):
     (tmp_path/"folder.html").mkdir()

@@ -108,7 +108,7 @@ def _from_file(path, name):
         raise ValueError(f'{path}:{name} must return a network (torch.nn.Module), not {type(made).__name__}')
     return Found(made, None, str(path))
 
-# %% ../../nbs/materials/13_networks.ipynb #cce5976e
+# %% ../../nbs/materials/13_networks.ipynb #9a1c6b6a
 _LIBRARIES = dict(torchvision=(_torchvision_names, _from_torchvision), timm=(_timm_names, _from_timm),
                   efcn_nb=(lambda: [*MODELS], _from_here))
 
@@ -120,13 +120,14 @@ def _unknown(name, libraries):
     if 'timm' in libraries and not _is_there('timm'): hint += '; timm, which has more, is not installed'
     return ValueError(f'no network is called {name!r} in {", ".join(libraries)}{hint}')
 
+# %% ../../nbs/materials/13_networks.ipynb #7d5c7404
 def find_network(
     name:str,              # of torchvision, timm or this package ('resnet18', 'torchvision.models.alexnet',
                            # 'timm.resnet18', 'efcn_nb.skinny'), or 'file.py:function'
     input_shape:tuple=None # of the images for which a network of this package is made
 )->Found:                  # network with freshly drawn weights, usual input_shape, origin
-    "The network of that name; nothing is downloaded. Raises `ValueError` with one sentence if there is none, or if the "\
-    "file's function makes none."
+    "The network of that name; nothing is downloaded. Raises `ValueError` with one sentence if there is none, or if "\
+    "the file's function makes none."
     file, _, function = name.rpartition(':') if ':' in name[2:] else (name, '', '')
     if file.endswith('.py'): return _from_file(Path(os.path.expanduser(file)), function)
     library, _, short = name.partition('.')
