@@ -263,7 +263,7 @@ def _has_curves(table, split, metric):
     t = table[(table.split == split) & (table.metric == metric)]
     return len(t) > 0 and t.groupby('network').epoch.nunique().min() > 1
 
-# %% ../nbs/98_report.ipynb #c4ca6731
+# %% ../nbs/98_report.ipynb #10af6673
 def _gains_of(table):
     "Gains over the CNN after as many epochs."
     shown = table[table.network.isin(['cnn', 'fcn', 'efcn', 'elcn', 'annealed', 'slowed'])]
@@ -281,6 +281,7 @@ def _gains_drawn(table):
     ax.set_ylabel('gain over the CNN (points)')
     return ax
 
+# %% ../nbs/98_report.ipynb #5f6421a5
 def _drawings(table, chance):
     "(title, caption, text for the blind, function that draws) of each figure."
     n, ends = table.seed.nunique(), _ends_said(table, chance)
