@@ -4,12 +4,14 @@ from .ladder.embedding import (
 from .ladder.folding import merge_batchnorm as merge_batchnorm
 from .ladder.inspection import conv_geometries as conv_geometries
 from .ladder.layers import FullyConnected as FullyConnected, LocallyConnected as LocallyConnected
+from .ladder.costs import embedding_costs as embedding_costs
 from .materials.data import Data as Data, Dataset as Dataset, load_data as load_data
 from .materials.models import make_model as make_model
 from .training.fused import FusedSGD as FusedSGD
 from .training.loop import evaluate as evaluate, train as train
 from .instruments.subspaces import (
     ablate as ablate, ablation as ablation, dimensions as dimensions, project as project, shares as shares)
+from .experiments.effects import show_claims as show_claims
 from .experiments.relaxation import read_protocol as read_protocol, relax as relax, Study as Study
 from .experiments.claims import (
     choose_rates as choose_rates, claim_intervals as claim_intervals, claims as claims, final_values as final_values,

@@ -192,7 +192,7 @@ def _judged(study, table, found, failed):
 
 # %% ../nbs/99_cli.ipynb #8e8b0133
 def _page_asked(path):
-    "A function of study and command that writes the [report](98_report.ipynb) to `path`; None for None. Raises "\
+    "A function of study and command that writes the [report](70_report.ipynb) to `path`; None for None. Raises "\
     "`ValueError` or `OSError` if it could not be written."
     if path is None: return None
     from efcn_nb.report import check_report_path, report
@@ -206,6 +206,7 @@ def _results_folder(args, study):
     make_folder(folder := Path('efcn_results')/study.out.name, 'work in another folder, or name one by --out')
     return folder
 
+# %% ../nbs/99_cli.ipynb #40456b33
 def _relax(args, command):
     "Run the study that `args` describe, print its tables, and write them with the figure."
     from efcn_nb.service.tables import table_text

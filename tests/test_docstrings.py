@@ -120,7 +120,7 @@ def test_help_and_jupyter_show_parameters():
     from efcn_nb import embed, relax, Study
     from efcn_nb.ladder.geometry import ConvGeometry
     says = {embed: "left untouched", Study: "epochs at which the CNN becomes an eFCN", relax: "rate of the baseline",
-            Study.run: "a bar on standard error", ConvGeometry: "because nothing reads them"}
+            Study.run: "False to show none", ConvGeometry: "because nothing reads them"}
     for thing, text in says.items():
         assert text in words(pydoc.render_doc(thing, renderer=pydoc.plaintext))
         assert text in words(Inspector()._mime_format(Inspector().info(thing)["docstring"])["text/plain"])
