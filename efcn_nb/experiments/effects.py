@@ -286,6 +286,8 @@ def _look(verdict):
     ground = _VERDICTS.get(verdict) if isinstance(verdict, str) else None
     return f'background-color: {ground}; color: #1f1f1f' if ground else ''
 
+def _p(p): return '' if pd.isna(p) else '< 1e-12' if p < 1e-12 else f'{p:.2g}'
+
 def show_claims(
     table,         # of claims: a row each, `verdict` among its columns; or a table of nothing but verdicts
     caption:str='' # above the table
@@ -301,7 +303,7 @@ def show_claims(
     """
     table, alone = pd.DataFrame(table), 'verdict' not in table
     shown = table.style.map(_look, subset=None if alone else ['verdict'])
-    shown = shown.format({name: '{:.2g}' for name in table.columns.intersection(['p'])}, na_rep='')
+    shown = shown.format(na_rep='').format({name: _p for name in table.columns.intersection(['p'])})
     texts = [] if alone else [*table.columns.intersection(['claim', 'effect'])]
     shown = shown.set_properties(subset=texts, **{'text-align': 'left', 'white-space': 'normal'})
     if not alone: shown = shown.hide(axis='index')
