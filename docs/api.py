@@ -17,12 +17,17 @@ def face():
 
 
 def defined(source):
-    "Names of the public definitions in a cell, in their order: functions, classes, patched methods, constants."
+    "Names of the public definitions in a cell."
+    return [name for name in all_defined(source) if not any(part.startswith("_") for part in name.split("."))]
+
+
+def all_defined(source):
+    "Names of the definitions in a cell, in their order: functions, classes, patched methods, constants."
     names = []
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names.append(owner(node) + node.name)
         elif isinstance(node, ast.Assign): names += [t.id for t in node.targets if isinstance(t, ast.Name)]
-    return [name for name in names if not any(part.startswith("_") for part in name.split("."))]
+    return names
 
 
 def owner(node):
@@ -54,7 +59,16 @@ def said(thing):
 
 def first_sentence(thing):
     paragraph = " ".join(said(thing).split("\n\n")[0].split())
-    return re.split(r"(?<=[.?!])\s+(?=[A-Z`])", paragraph)[0]
+    return unlinked(re.split(r"(?<=[.?!])\s+(?=[A-Z`])", paragraph)[0], thing)
+
+
+def unlinked(text, thing):
+    "The names of the parameters of `thing`, in backticks, as literals, which do not become links."
+    names = {p.name for p in parameters(thing)[1]}
+    return re.sub(r"(?<![`}])`(\w+)`(?!`)", lambda m: literal(m[1]) if m[1] in names else m[0], text)
+
+
+def literal(text): return f"{{literal}}`{text}`"
 
 
 def document(module, name, patched=()):
@@ -68,7 +82,7 @@ def document(module, name, patched=()):
     home = full_name(module, name).removesuffix(f".{name}")
     options = [f":module: {home}"]
     if home != module.__name__: options.append(f":canonical: {module.__name__}.{name}")
-    body = [] if kind == "data" else [escaped(said(thing))]
+    body = [] if kind == "data" else [escaped(unlinked(said(thing), thing))]
     if signature: body.append(table(thing, drop_self=kind == "method"))
     if kind == "class": body += [method(member, name, options[0]) for member in methods(thing, patched)]
     text = "\n\n".join(filter(None, body))
@@ -89,7 +103,7 @@ def method(member, owner, module):
     drop = not isinstance(thing, staticmethod)
     signature = arguments(bare, drop_self=drop) if kind == "method" else ""
     rows = table(bare, drop_self=drop) if kind == "method" else ""
-    text = "\n\n".join(filter(None, [escaped(said(bare)), rows]))
+    text = "\n\n".join(filter(None, [escaped(unlinked(said(bare), bare)), rows]))
     return f":::::{{py:{kind}}} {owner}.{name}{signature}\n{module}\n\n{text}\n:::::"
 
 
@@ -130,14 +144,14 @@ def table(thing, drop_self=False):
     if given is None: return ""
     try: comments = docments(thing, full=True, returns=True)
     except (TypeError, ValueError, OSError, SyntaxError, AttributeError, KeyError): return ""
-    comment = {name: " ".join((row.get("docment") or "").split()) for name, row in comments.items()}
+    comment = {name: unlinked(" ".join((row.get("docment") or "").split()), thing) for name, row in comments.items()}
     if not any(comment.values()): return ""
     rows = []
     for p in kept:
         kind = type_name(p.annotation) if p.annotation is not EMPTY else kind_of(p.default)
         name = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name
         default = "" if p.default is EMPTY else code(repr(Shown(p.default)))
-        rows.append((code(name), code(kind), default, comment.get(p.name, "")))
+        rows.append((literal(name), code(kind), default, comment.get(p.name, "")))
     back = given.return_annotation
     if comment.get("return") and not inspect.isclass(thing):
         rows.append(("_returns_", code("" if back is EMPTY else type_name(back)), "", comment["return"]))

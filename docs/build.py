@@ -19,11 +19,14 @@ import api
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, PAGES = ROOT / "nbs", ROOT / "_sphinx"
-SECTIONS = dict(ladder="Ladder", materials="Materials", training="Training", instruments="Instruments",
-                experiments="Experiments", studies="Studies", gallery="Findings", service="Service")  # by folder
+SECTIONS = dict(gallery="Findings", ladder="Ladder", materials="Materials", training="Training",
+                instruments="Instruments", experiments="Experiments", studies="Studies", service="Service")  # by folder
 TEXTS = ("CHANGELOG", "CONTRIBUTING")
 PYTHON = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
           "language_info": {"name": "python", "pygments_lexer": "python"}}
+
+
+FINDINGS = "**[All findings](findings.md)**: each is one notebook, with its figures and in words."
 
 
 # Pages
@@ -37,14 +40,16 @@ class Page:
         self.module = import_module(f"{api.PACKAGE}.{exported[0]}") if exported else None
         self.names = {name: number for number, cell in enumerate(self.nb.cells) if is_exported(cell)
                       for name in api.defined(cell.source) if self.module and documented(self.module, name)}
+        things = [api.found(self.module, name) for name in self.names]
+        self.taken = {p.name for thing in things for p in api.parameters(thing)[1]} - {*self.names}  # parameters
 
     @property
     def docname(self): return self.path.relative_to(NBS).with_suffix("").as_posix()
 
     @property
     def title(self):
-        "A module is called by its dotted name, so that a study is told apart from a finding of the same name."
-        if self.module: return self.module.__name__.partition(".")[2]
+        "A module is called by its full name, so that a study is told apart from a finding of the same name."
+        if self.module: return self.module.__name__
         return self.nb.cells[0].source.splitlines()[0].lstrip("# ")
 
 
@@ -76,11 +81,19 @@ def cells_of(page):
             above = [name for name in mine if name in main]
             if above: cells.append(mk_cell(f"The source of {links(page, above)}:", "markdown"))
             shown = formula and re.search("^def ", cell.source, flags=re.M)  # where a formula becomes code
-            if not shown: cell.metadata.tags = ["hide-input"]
+            if not shown: fold(cell)
             formula = False
         present(cell)
         cells += as_text(cell)
     return cells
+
+
+def fold(cell):
+    "Hide the source behind a bar that says what is in it."
+    cell.metadata.tags = ["hide-input"]
+    names = ", ".join(api.all_defined(cell.source))
+    shown = {f"code_prompt_{verb}": f"{verb.title()} source: {names}" for verb in ("show", "hide")}
+    if names: cell.metadata["mystnb"] = shown
 
 
 def documents(page, names): return [api.document(page.module, name, page.names) for name in names]
@@ -105,15 +118,18 @@ DATA = (dict, list, tuple, str, int, float, set, frozenset, type(None))
 
 
 def notebook_links(page):
-    "Where the notebook is: as a file to download, and what opens it."
+    "Where the notebook is: as a file to download, and what opens it; in the repository."
     to_root = "../" * page.docname.count("/")
-    file = f"notebooks/{page.docname}.ipynb"
+    file, place = f"notebooks/{page.docname}.ipynb", page.path.relative_to(ROOT).as_posix()
     parts = [f'<a href="{to_root}{file}" download>Download notebook</a>']
     parts.append(f"open it with <code>jupyter lab {page.path.name}</code>")
+    address = f"{get_config().git_url}/blob/{get_config().branch}/{place}"
+    linked = f'<a href="{address}"><code>{place}</code></a>' if get_config().git_url else f"<code>{place}</code>"
+    parts.append(f"in the repository {linked}")
     github = re.match(r"https://github\.com/([^/]+/[^/]+)", get_config().git_url)
     if github:
         at = f"https://colab.research.google.com/github/{github[1].removesuffix('.git')}/blob/{get_config().branch}"
-        parts.append(f'<a href="{at}/nbs/{page.docname}.ipynb">Colab</a>')
+        parts.append(f'<a href="{at}/{place}">Colab</a>')
     return f'<p class="notebook">{" · ".join(parts)}</p>'
 
 
@@ -124,7 +140,17 @@ def present(cell):
     hide = {"echo": "remove-input", "output": "remove-output", "include": "remove-cell"}
     hidden = [tag for key, tag in hide.items() if said.get(key) == "false"]
     cell.metadata["tags"] = cell.metadata.get("tags", []) + hidden
-    if "fig-alt" in said: cell.metadata["mystnb"] = {"image": {"alt": said["fig-alt"]}}
+    if "fig-alt" in said: cell.metadata.setdefault("mystnb", {})["image"] = {"alt": said["fig-alt"]}
+    for output in cell.get("outputs") or []:
+        if "text/html" in output.get("data", {}): output["data"]["text/html"] = worded(output["data"]["text/html"])
+
+
+def worded(html):
+    "A table in which cells of many words are told from numbers: only they may wrap."
+    def cell(match):
+        tag = match[0]
+        return tag.replace('class="', 'class="words ') if 'class="' in tag else f'{tag[:-1]} class="words">'
+    return re.sub(r"<t[dh]\b[^>]*>(?=[^<]{25})", cell, "".join(html))
 
 
 def as_text(cell):
@@ -138,14 +164,17 @@ def as_text(cell):
 
 
 def link_names(cell, page, known):
-    "Turn the names of documented objects, in backticks, into links."
+    "Turn the names of documented objects, in backticks, into links; not those of columns, nor of parameters."
+    documentation = cell.source.startswith("::::")  # knows the parameters of each function
     def link(match):
         name = match[1]
+        if name in page.taken and match[2] is None and not documentation: return match[0]
         target = known.get((page.module and page.module.__name__, name)) or known.get(name)
         return f"{{py:obj}}`{name} <{target}>`" if target else match[0]
     leave = r"(^(?:```|~~~).*?^(?:```|~~~)$|\[[^\]]*\]\([^)]*\)|\{py:obj\}`[^`]*`)"  # code, links
     parts = re.split(leave, cell.source, flags=re.M | re.S)
-    parts[::2] = [re.sub(r"(?<![`}])`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)", link, part) for part in parts[::2]]
+    name = r"(?<!column )(?<!columns )(?<![`}])`([A-Za-z_][\w.]*)(\(\))?`(?!`)"
+    parts[::2] = [re.sub(name, link, part) for part in parts[::2]]
     cell.source = "".join(parts)
 
 
@@ -214,7 +243,6 @@ def first_figure(page):
         for output in cell.get("outputs", []):
             if "image/png" not in output.get("data", {}): continue
             picture = Image.open(io.BytesIO(base64.b64decode("".join(output["data"]["image/png"])))).convert("RGB")
-            picture = picture.crop((0, 0, min(picture.width, int(1.6*picture.height)), picture.height))  # its left part
             picture.thumbnail((520, 280))
             framed = Image.new("RGB", (520, 280), "white")
             framed.paste(picture, ((520 - picture.width)//2, (280 - picture.height)//2))
@@ -246,6 +274,7 @@ def write_pages():
         for cell in cells:
             if cell.cell_type == "markdown": link_names(cell, page, known)
         if page.docname == "index":
+            if gallery: cells.insert(2, mk_cell(FINDINGS, "markdown"))
             for cell in cells: cell.source = of_the_site(cell.source)
             cells += contents(pages, [name.lower() for name, _ in texts])
         nb = dict(cells=[nb2dict(cell) for cell in cells], metadata=PYTHON, nbformat=4, nbformat_minor=5)

@@ -1,5 +1,5 @@
 "Sphinx settings; the site is built by docs/build.py."
-import inspect
+import inspect, re
 from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +14,7 @@ author = copyright = cfg["author"]
 version = release = cfg["version"]
 
 extensions = ["myst_nb", "sphinxcontrib.katex", "sphinx_copybutton", "sphinx_design"]
+highlight_language = "none"  # of blocks that name none; code cells are Python
 nb_execution_mode = "off"  # the notebooks' saved outputs are shown
 nb_code_prompt_show = "Show source"
 nb_code_prompt_hide = "Hide source"
@@ -23,7 +24,7 @@ suppress_warnings = ["myst.header"]  # a symbol's heading may come straight belo
 add_module_names = True
 toc_object_entries_show_parents = "hide"
 maximum_signature_line_length = 90
-copybutton_selector = "div.cell_input pre, div.highlight-python pre, div.highlight-default pre"
+copybutton_selector = "div.cell_input pre, div.highlight-python pre, :not(.output) > div.highlight-none pre"
 
 html_theme = "furo"
 pygments_dark_style = "github-dark"  # the theme's own underlines imports
@@ -46,7 +47,15 @@ def shallow_navigation(app, page, template, context, doctree):
     if tree: context["toctree"] = lambda **options: tree(**{**options, "maxdepth": 1})
 
 
-def setup(app): app.connect("html-page-context", shallow_navigation, priority=100)  # before the theme's
+def breakable_title(app, page, template, context, doctree):
+    "The name of a module breaks at its dots."
+    body = context.get("body") or ""
+    context["body"] = re.sub(r"(?<=<h1>)[\w.]+(?=<a )", lambda m: m[0].replace(".", ".<wbr>"), body, count=1)
+
+
+def setup(app):
+    app.connect("html-page-context", shallow_navigation, priority=100)  # before the theme's
+    app.connect("html-page-context", breakable_title)
 
 
 def linkcode_resolve(domain, info):

@@ -69,12 +69,37 @@ def test_parameters_stand_in_a_table_once(site):
     assert "----" not in entry
 
 
+def test_a_name_that_is_a_parameter_or_a_column_is_no_link(site):
+    page = (site / "experiments/56_claims.html").read_text()
+    assert page.count('#efcn_nb.instruments.subspaces.split"') == 0  # the parameter split='test'
+    assert '#efcn_nb.ablation"' not in page and "measures.measure_ablation" in page  # the parameter, the function
+    link = 'class="reference internal" href="#efcn_nb.experiments.claims.protocol_epochs" title='
+    assert page.count(link) == 1  # in the summary, not the column
+
+
+def test_folded_source_says_what_it_holds(site):
+    assert "Show source: _require_memory<" in (site / "ladder/08_embedding.html").read_text()
+
+
+def test_findings_come_first(site):
+    page = (site / "index.html").read_text()
+    found = [match.start() for match in re.finditer('href="findings.html"', page)]
+    assert found[0] < page.index('href="ladder/00_geometry.html"')  # in the sidebar
+    assert any(page.index("<h1>") < place < page.index("<h2>") for place in found)
+
+
+def test_only_words_wrap_in_tables(site):
+    cells = re.findall(r'<td[^>]*class="([^"]*)"[^>]*>([^<]+)</td>', (site / "gallery/claims.html").read_text())
+    assert all(("words" in kind.split()) == (len(text) >= 25) for kind, text in cells)
+
+
 def test_every_notebook_can_be_downloaded(site):
     for path in keep.notebooks():
         name = path.relative_to(keep.ROOT / "nbs")
         copied = site / "notebooks" / name
         assert copied.read_bytes() == path.read_bytes()
-        assert f'notebooks/{name.as_posix()}" download' in (site / name.with_suffix(".html")).read_text()
+        page = (site / name.with_suffix(".html")).read_text()
+        assert f'notebooks/{name.as_posix()}" download' in page and f"<code>nbs/{name.as_posix()}</code>" in page
 
 
 def test_the_address_of_the_site_is_one_setting():
