@@ -125,7 +125,7 @@ def _add_results(a):
 
 def _parser():
     "The flags of `efcn_relax`."
-    p = _Parser('efcn_relax',
+    p = _Parser('efcn_relax', allow_abbrev=False,
         description='Train a CNN, turn it into the fully-connected network that computes the same (eFCN) at several '
             'moments of its training, train on without the constraint, and compare with the CNN and with a '
             'fully-connected network trained from scratch (FCN).',
@@ -192,18 +192,20 @@ def _judged(study, table, found, failed):
 
 # %% ../nbs/99_cli.ipynb #8e8b0133
 def _page_asked(path):
-    "A function of study and command that writes the [report](70_report.ipynb) to `path`; None for None. Raises "\
-    "`ValueError` or `OSError` if it could not be written."
+    "A function of study, command and measures that writes the [report](70_report.ipynb) to `path`; None for None. "\
+    "Raises `ValueError` or `OSError` if it could not be written."
     if path is None: return None
     from efcn_nb.report import check_report_path, report
     check_report_path(path)
-    return lambda study, command: report(study, path, command=command)
+    return lambda study, command, measures: report(study, path, command=command, measures=measures)
 
 # %% ../nbs/99_cli.ipynb #7521482b
 def _results_folder(args, study):
     "The folder of figure and tables, which is there afterwards: that of the study, if one was named for it."
     if args.out: return study.out
-    make_folder(folder := Path('efcn_results')/study.out.name, 'work in another folder, or name one by --out')
+    from efcn_nb.experiments.runs import run_id
+    name = f'{study.out.name}-{run_id(study.identity)[:4]}' # other seeds or arms are other tables
+    make_folder(folder := Path('efcn_results')/name, 'work in another folder, or name one by --out')
     return folder
 
 # %% ../nbs/99_cli.ipynb #40456b33
@@ -219,17 +221,17 @@ def _relax(args, command):
     new = bool(study.unfinished())
     try: table = study.run(workers=args.workers)
     except Diverged:                                    # all runs, which a page can tell, too
-        if page: page(study, command)
+        if page: page(study, command, {})
         raise
     found, failed = _measure(study, args.measure, new, out)
     tables = _judged(study, table, found, failed)
     where = '\n'.join(study.environments())
     texts = {f'{name}.csv': t.to_csv(index=False) for name, t in (found | tables).items()}
     if out != study.out: texts['metrics.csv'] = table_text(table)
-    if new or out != study.out and not (out/'command.txt').exists(): texts['command.txt'] = f'{command}\n{where}\n'
+    if new or out != study.out: texts['command.txt'] = f'{command}\n{where}\n'
     _write(study, table, texts, new, out)
     _report(tables, study, where, out)
-    if page: print(f'Report: {page(study, command)}')
+    if page: print(f'Report: {page(study, command, found)}')
     for name, why in failed.items(): print(f'not measured: {name}: {why}')
 
 # %% ../nbs/99_cli.ipynb #2d6e3941
@@ -321,8 +323,10 @@ def _shape(text):
 
 def _embed_parser():
     "The flags of `efcn_embed`."
-    p = _Parser('efcn_embed', description='What embedding a network would cost, as locally-connected (eLCN) and as '
-        'fully-connected network (eFCN): weights, multiply-adds and memory. No matrix is built, nothing is downloaded.')
+    p = _Parser('efcn_embed', allow_abbrev=False,
+                description='What embedding a network would cost, as locally-connected (eLCN) and as fully-connected '
+                'network (eFCN): weights, memory, and multiply-adds of convolutions. No matrix is built, nothing is '
+                'downloaded.')
     a = p.add_argument
     a('model', metavar='MODEL', help='a name of torchvision (resnet18), of timm if it is installed (timm.NAME where '
       'torchvision has that name too), of this package (efcn_nb.skinny), or file.py:function, a function without '
@@ -470,8 +474,9 @@ def _add_cohort(a):
 # %% ../nbs/99_cli.ipynb #408de43a
 def _bench_parser():
     "The flags of `efcn_bench`."
-    p = _Parser('efcn_bench', description='Time against the naive form and against the floor of this machine, as '
-        'ratios within one run.')
+    p = _Parser('efcn_bench', allow_abbrev=False,
+                description='Time against the naive form and against the floor of this machine, as ratios within one '
+                'run.')
     kinds = p.add_subparsers(dest='what', required=True, metavar='embed|train|cohort', parser_class=_Parser)
     embed = kinds.add_parser('embed', help='convolutions to matrices, and locally-connected layers')
     train = kinds.add_parser('train', help='a training step of the eFCN, and an epoch end to end')

@@ -524,7 +524,8 @@ def report(
     path,         # of the page, which ends in .html
     title=None,   # None for data and model
     command=None, # how to make the study again; None for what is kept in its folder, or a call of `relax`
-    chance=None   # accuracy of guessing, for runs that diverged; None for that of a study, otherwise .1
+    chance=None,  # accuracy of guessing, for runs that diverged; None for that of a study, otherwise .1
+    measures=None # tables 'ablation' and 'displacement' for claims 4 and 3b; None for those in the study's folder
 )->Path:          # of the page
     """Write one self-contained HTML page about a study: claims, figures, outcomes, settings, environment, command.
 
@@ -544,6 +545,8 @@ def report(
         how to make the study again; None for what is kept in its folder, or a call of `relax`
     chance : default None
         accuracy of guessing, for runs that diverged; None for that of a study, otherwise .1
+    measures : default None
+        tables 'ablation' and 'displacement' for claims 4 and 3b; None for those in the study's folder
 
     Returns
     -------
@@ -553,5 +556,6 @@ def report(
     path, story = check_report_path(path), _story(source, command or '')
     if title is not None: story = story._replace(title=str(title))
     if chance is not None: story = story._replace(chance=chance)
+    if measures: story = story._replace(measures=measures)
     write_atomic(path, _page(story))
     return path

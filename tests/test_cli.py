@@ -76,7 +76,7 @@ def test_the_default_folders(console, done, tmp_path):
         code, out, _ = console(*tiny.FLAGS, cwd=folder)
         results, = (folder/"efcn_results").iterdir()
         runs = Path(out.splitlines()[-1].removeprefix("Runs: "))
-        assert code == 0 and results.name == runs.name and results.name.startswith("digits-small2-")
+        assert code == 0 and results.name.startswith(f"{runs.name}-") and runs.name.startswith("digits-small2-")
         assert f"figure and tables are written to efcn_results/{results.name}, runs are kept in {runs}, at most" in out
         assert [*folder.iterdir()] == [folder/"efcn_results"]
         assert {p.name for p in results.iterdir()} == REPORTS - {"study.json", "lock"}
@@ -85,6 +85,22 @@ def test_the_default_folders(console, done, tmp_path):
             assert (results/name).read_bytes() == (done[0]/name).read_bytes()
     before = tiny.files(tmp_path)
     assert console(*tiny.FLAGS, cwd=tmp_path/"there")[:2] == (0, out) and tiny.files(tmp_path) == before
+
+
+def test_other_settings_have_another_folder(console, tmp_path):
+    "Of the same runs: results are those of the command beside them."
+    for flags in ["--relax", "0,1"], ["--relax", "0"], ["--relax", "0", "--arms", "slowed"]:
+        assert console(*tiny.FLAGS, *flags, cwd=tmp_path)[0] == 0
+    found = {*(tmp_path/"efcn_results").iterdir()}
+    assert len(found) == 3
+    for folder in found:
+        told = (folder/"command.txt").read_text()
+        assert ("slowed" in told) == ("slowed" in {*pd.read_csv(folder/"metrics.csv").network})
+
+
+def test_no_flag_is_abbreviated(console, tmp_path):
+    code, out, err = console("--seed", "2", cwd=tmp_path)
+    assert one_line(code, err) and "unrecognized arguments: --seed 2" in err
 
 
 def test_a_folder_without_room_for_results_is_one_line(console, tmp_path):

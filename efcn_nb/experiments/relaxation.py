@@ -32,7 +32,7 @@ from ..training.loop import check_precision, Diverged, evaluate, find_device, tr
 from ..instruments.subspaces import shares
 from .runs import resume_optimizer, Run, run_id
 from .acceptance import check_function, check_made, check_network, content_digest, try_model
-from ..service.checks import distinct, first_line, known_keywords, one_of, positive, whole
+from ..service.checks import distinct, first_line, known_keywords, one_of, positive, warn_caller, whole
 from ..service.files import cache_folder, clear_away, held, make_folder, publish, write_atomic
 from ..service.memory import give_back_memory, use_little_memory
 from ..service.pools import (
@@ -193,13 +193,13 @@ class Study:
     trim : bool, default True
         leave out rows of matrices that make outputs which nothing reads
     relaxed_lr : default None
-        rate after relaxing, or a list of them; None as above, and there for `lr`
+        rate after relaxing, or a list of them; None for the protocol's, or else `lr`
     fcn_lr : default None
-        rate of the baseline, or a list of them, empty for no baseline; likewise
+        rate of the baseline, or a list of them, empty for none; None as `relaxed_lr`
     relaxed_epochs : default None
-        epochs after relaxing; likewise, for `epochs`
+        epochs after relaxing; None for the protocol's, or else `epochs`
     arms : default None
-        a list of rivals that go on from the same CNNs, from `ARMS`; likewise, for none
+        a list of rivals that go on from the same CNNs, from `ARMS`; None for the protocol's
     images : default None
         training images of each seed, which no other seed sees; None for all images
     validation : default None
@@ -226,10 +226,10 @@ class Study:
         keep_weights=False,   # keep the final weights of relaxed networks, rivals and baselines too
         momentum=0., weight_decay=0., # of SGD; the memory of momentum starts empty in each network
         trim=True,            # leave out rows of matrices that make outputs which nothing reads
-        relaxed_lr=None,      # rate after relaxing, or a list of them; None as above, and there for `lr`
-        fcn_lr=None,          # rate of the baseline, or a list of them, empty for no baseline; likewise
-        relaxed_epochs=None,  # epochs after relaxing; likewise, for `epochs`
-        arms=None,            # a list of rivals that go on from the same CNNs, from `ARMS`; likewise, for none
+        relaxed_lr=None,      # rate after relaxing, or a list of them; None for the protocol's, or else `lr`
+        fcn_lr=None,          # rate of the baseline, or a list of them, empty for none; None as `relaxed_lr`
+        relaxed_epochs=None,  # epochs after relaxing; None for the protocol's, or else `epochs`
+        arms=None,            # a list of rivals that go on from the same CNNs, from `ARMS`; None for the protocol's
         images=None,          # training images of each seed, which no other seed sees; None for all images
         validation=None,      # training images held out to choose on, by class, so that it may be a few more or less
         tests=None            # last epochs in which the test set is used, beside the best on `validation`; None for all
@@ -243,6 +243,9 @@ def _begin(self:Study, data, device, out, **asked):
                    'elcn_times', 'arms')
     self.settings = asked | _settings(**{k: asked[k] for k in by_protocol})
     self.settings['seeds'] = _seed_list(asked['seeds'])
+    if 'annealed' in self.arms and all(map(self._is_cnn, self.relaxed_lr)):
+        warn_caller(f"the CNN annealed to its own rate {self.settings['lr']:g} is the CNN itself, so that arm is left "
+                    'out; give another rate by relaxed_lr')
     self._joining = {}               # which kinds of networks are trained together
     self._take_settings(device)
     self._take_data(data)
@@ -497,6 +500,13 @@ def _store(self:Study, run):
 def identity(self:Study)->dict:
     "What determines the tables of the study, in the words that are hashed."
     return dict(config=self.config, plan=[self._hashed(run) for run in self.plan()])
+
+# %% ../../nbs/experiments/55_relaxation.ipynb #9ad36ded
+@patch
+def __repr__(self:Study):
+    left, runs = len(self.unfinished()), len(self.plan())
+    return (f"Study of {self.config['data']}: {self.config['model']}, seeds {', '.join(map(str, self.seeds))}, "
+            f'{runs - left} of {runs} runs finished, in {self.out}')
 
 # %% ../../nbs/experiments/55_relaxation.ipynb #b1d5a013
 @patch
@@ -1119,13 +1129,13 @@ def relax(
     trim : bool, default True
         leave out rows of matrices that make outputs which nothing reads
     relaxed_lr : default None
-        rate after relaxing, or a list of them; None as above, and there for `lr`
+        rate after relaxing, or a list of them; None for the protocol's, or else `lr`
     fcn_lr : default None
-        rate of the baseline, or a list of them, empty for no baseline; likewise
+        rate of the baseline, or a list of them, empty for none; None as `relaxed_lr`
     relaxed_epochs : default None
-        epochs after relaxing; likewise, for `epochs`
+        epochs after relaxing; None for the protocol's, or else `epochs`
     arms : default None
-        a list of rivals that go on from the same CNNs, from `ARMS`; likewise, for none
+        a list of rivals that go on from the same CNNs, from `ARMS`; None for the protocol's
     images : default None
         training images of each seed, which no other seed sees; None for all images
     validation : default None

@@ -1401,7 +1401,9 @@ def load_samples(
     told = f'of {len(x):,} images {len(split[0]):,} train and {len(split[1]):,} test, {test_share:g} of each class, ' \
            f'drawn by seed {seed}'
     tell(f'{name}: {told}')
-    return _as_data(*((x[k], y[k]) for k in split), classes, name, notes=[*notes, told])
+    found = _as_data(*((x[k], y[k]) for k in split), classes, name, notes=[*notes, told])
+    for said in _doubles(found): warnings.warn(f'{name}: {said}', stacklevel=3) # for the caller of load_data
+    return found
 
 # %% ../../nbs/materials/10_data.ipynb #5116036e
 def _check_source(source, size):

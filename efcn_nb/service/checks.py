@@ -174,7 +174,7 @@ def known_keywords(function):
     def checked(*args, **kwargs):
         for name in kwargs:
             if name in names: continue
-            near = get_close_matches(name, names, 1, .5)
+            near = [known for known in names if known.startswith(name)] or get_close_matches(name, names, 1, .5)
             said = f'the nearest is {near[0]}' if near else f'known are {", ".join(names)}'
             raise TypeError(f"{function.__qualname__.removesuffix('.__init__')} has no parameter {name}; {said}")
         return function(*args, **kwargs)

@@ -122,6 +122,8 @@ def evaluate(
         images at a time; on a GPU 2,500 or more, which keep it busy
     precision : str, default 'fp32'
     """
+    if not hasattr(data, 'batches'):
+        raise ValueError(f"data must be a Dataset, such as load_data('digits').test, not {type(data).__name__}")
     loss, right = 0., 0
     if data.x.device.type == 'cuda': batch_size = max(batch_size, 2500)
     with evaluated(model):
