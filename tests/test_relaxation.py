@@ -605,7 +605,7 @@ def test_annealed_at_the_rate_of_the_cnn_is_the_cnn(armed, tmp_path):
     table = armed.measured().query("network == 'cnn' and seed == 0 and split == 'test' and metric == 'loss'")
     assert table[table.epoch > 1].value.tolist() == pytest.approx(rows, abs=1e-6)
     own = dict(arms=["annealed"], seeds=1, relax_times=[0], elcn_times=[])
-    with pytest.warns(UserWarning, match="annealed to its own rate 0.1 is the CNN itself, .* another rate by relaxed_lr"):
+    with pytest.warns(UserWarning, match="own rate 0.1 is the CNN itself, .* another rate by relaxed_lr"):
         assert ("annealed", 0, .1) not in keys(tiny.study(tmp_path/"plain", **own))
     assert ("annealed", 0, .1) in keys(tiny.study(tmp_path/"momentum", momentum=.5, **own))
 

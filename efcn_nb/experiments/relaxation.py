@@ -243,11 +243,11 @@ def _begin(self:Study, data, device, out, **asked):
                    'elcn_times', 'arms')
     self.settings = asked | _settings(**{k: asked[k] for k in by_protocol})
     self.settings['seeds'] = _seed_list(asked['seeds'])
+    self._joining = {}               # which kinds of networks are trained together
+    self._take_settings(device)
     if 'annealed' in self.arms and all(map(self._is_cnn, self.relaxed_lr)):
         warn_caller(f"the CNN annealed to its own rate {self.settings['lr']:g} is the CNN itself, so that arm is left "
                     'out; give another rate by relaxed_lr')
-    self._joining = {}               # which kinds of networks are trained together
-    self._take_settings(device)
     self._take_data(data)
     self._open(out)
 
