@@ -1,4 +1,6 @@
 "What a notebook says is checked where it is saved or tested; a reader who plays gets a note."
+import math
+
 import pytest
 
 from efcn_nb.service.findings import findings, plus_minus
@@ -65,5 +67,5 @@ def test_a_small_run_is_held_to_nothing(strict, capsys):
 
 
 @pytest.mark.parametrize("mean, spread, text", [
-    (1.25, .5, "1.2 ± 0.5"), (1.25, float("nan"), "1.2"), (1.25, float("inf"), "1.2"), (float("nan"), float("nan"), "")])
+    (1.25, .5, "1.2 ± 0.5"), (1.25, math.nan, "1.2"), (1.25, math.inf, "1.2"), (math.nan, math.nan, "")])
 def test_a_spread_that_is_not_known_is_not_shown(mean, spread, text): assert plus_minus(mean, spread) == text
