@@ -87,7 +87,7 @@ def test_the_gate_leaves_a_notebook_nothing_but_itself(tmp_path):
 # What a reader may change in the cell with the settings: fewer seeds, other relax times
 PLAYS = [("seeds=2", "seeds=1"), ("seeds=(0, 1)", "seeds=(0,)"), ("seeds=[0, 1]", "seeds=[0]"),
          ("relax_times=[0, 1], elcn_times=[1]", "relax_times=[1]"), ("relax_times=[0, 1]", "relax_times=[1]"),
-         ("range(2 if quick", "range(1 if quick"), ("(range(2), ", "(range(1), "), ("findings(quick)", "findings()")]
+         ("range(2 if quick", "range(1 if quick"), ("(range(2), ", "(range(1), "), ("findings(quick", "findings(False")]
 PLAYED = [path for path in GALLERY if "`EFCN_NB_RUNS`" in read_nb(path).cells[0].source]
 
 

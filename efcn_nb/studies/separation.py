@@ -27,6 +27,7 @@ from ..instruments.sample_complexity import growth_exponents
 from ..instruments.subspaces import shares
 from ..experiments.effects import above
 from ..service.checks import one_of, real, whole
+from ..service.findings import plus_minus
 from ..service.tables import make_plain
 
 # %% ../../nbs/studies/60_separation.ipynb #47742c85
@@ -493,13 +494,13 @@ def sample_complexity_claims(
     rows = [
         _growth_claim('1  the CNN needs fewer samples than the FCN, at every size',
                       np.log2(by_size['fcn']/by_size['cnn']),
-                      lambda f: f'at least 2^({f.mean:.1f} ± {f.half:.1f}) times fewer (size {f.case})'),
+                      lambda f: f'at least 2^({plus_minus(f.mean, f.half)}) times fewer (size {f.case})'),
         _growth_claim("2  the FCN's number grows like the square of the dimension (exponent above 1.5)",
-                      growth[['fcn']] - 1.5, lambda f: f'exponent {mean.fcn:.2f} ± {f.half:.2f}'),
+                      growth[['fcn']] - 1.5, lambda f: f'exponent {plus_minus(mean.fcn, f.half, 2)}'),
         _growth_claim("3  the CNN's number does not grow (exponent below 0.5)",
-                      .5 - growth[['cnn']], lambda f: f'exponent {mean.cnn:.2f} ± {f.half:.2f}')]
+                      .5 - growth[['cnn']], lambda f: f'exponent {plus_minus(mean.cnn, f.half, 2)}')]
     if 'lcn' not in growth: return pd.DataFrame(rows)
     gaps = {"above the CNN's": growth.lcn - growth.cnn, "below the FCN's": growth.fcn - growth.lcn}
-    say = lambda f: f'exponent {mean.lcn:.2f}, {f.mean:.2f} ± {f.half:.2f} {f.case}'
+    say = lambda f: f'exponent {mean.lcn:.2f}, {plus_minus(f.mean, f.half, 2)} {f.case}'
     local = "4  without sharing, the LCN's number grows, but slower than the FCN's"
     return pd.DataFrame([*rows, _growth_claim(local, pd.DataFrame(gaps), say)])
