@@ -12,17 +12,16 @@ _NAMES = {  # those that people come for, by the modules that are imported when 
     "ladder.layers": "FullyConnected LocallyConnected",
     "ladder.costs": "embedding_costs",
     "materials.data": "Data Dataset load_data load_samples",
-    "materials.models": "make_model MODELS",
+    "materials.models": "make_model",
     "training.fused": "FusedSGD",
     "training.loop": "train evaluate",
-    "training.arms": "ARMS",
     "instruments.subspaces": "shares dimensions project ablate ablation",
     "instruments.paths": "barrier_matrix",
     "instruments.curvature": "loss_slice",
     "experiments.effects": "show_claims",
     "experiments.relaxation": "relax Study read_protocol",
     "experiments.claims": "summary claims claim_intervals gains choose_rates final_values",
-    "experiments.measures": "measured MEASURES",
+    "experiments.measures": "measured",
     "experiments.plots":
         "plot_study plot_curves plot_curve_panels plot_relax_times plot_gains plot_deviation "
         "plot_accuracy_deviation plot_claims plot_rows plot_ablation plot_profile plot_parts "

@@ -6,9 +6,8 @@ from .ladder.inspection import conv_geometries as conv_geometries
 from .ladder.layers import FullyConnected as FullyConnected, LocallyConnected as LocallyConnected
 from .ladder.costs import embedding_costs as embedding_costs
 from .materials.data import Data as Data, Dataset as Dataset, load_data as load_data, load_samples as load_samples
-from .materials.models import make_model as make_model, MODELS as MODELS
+from .materials.models import make_model as make_model
 from .training.fused import FusedSGD as FusedSGD
-from .training.arms import ARMS as ARMS
 from .training.loop import evaluate as evaluate, train as train
 from .instruments.subspaces import (
     ablate as ablate, ablation as ablation, dimensions as dimensions, project as project, shares as shares)
@@ -19,7 +18,7 @@ from .experiments.relaxation import read_protocol as read_protocol, relax as rel
 from .experiments.claims import (
     choose_rates as choose_rates, claim_intervals as claim_intervals, claims as claims, final_values as final_values,
     gains as gains, summary as summary)
-from .experiments.measures import measured as measured, MEASURES as MEASURES
+from .experiments.measures import measured as measured
 from .experiments.plots import (
     plot_ablation as plot_ablation, plot_accuracy_deviation as plot_accuracy_deviation, plot_claims as plot_claims,
     plot_curve_panels as plot_curve_panels, plot_curves as plot_curves, plot_deviation as plot_deviation,

@@ -121,6 +121,8 @@ def test_help_and_jupyter_show_parameters():
     from efcn_nb.ladder.geometry import ConvGeometry
     says = {embed: "left untouched", Study: "epochs at which the CNN becomes an eFCN", relax: "rate of the baseline",
             Study.run: "False to show none", ConvGeometry: "because nothing reads them"}
+    try: inspector = Inspector()
+    except TypeError: inspector = Inspector(theme_name="nocolor")  # IPython 9
     for thing, text in says.items():
         assert text in words(pydoc.render_doc(thing, renderer=pydoc.plaintext))
-        assert text in words(Inspector()._mime_format(Inspector().info(thing)["docstring"])["text/plain"])
+        assert text in words(inspector._mime_format(inspector.info(thing)["docstring"])["text/plain"])
