@@ -67,7 +67,7 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert [*progress_bar(range(3), what="reading", show=True)] == [0, 1, 2]
     err = capsys.readouterr().err
-    assert "\r" in err and re.search(r"reading 100% .* 00:00 gone, 00:00 left", err)
+    assert "\r" in err and re.search(r"reading 100% .* \d\d:\d\d gone, \d\d:\d\d left", err)
 
 
 @pytest.mark.parametrize("kernel", [False, True])
